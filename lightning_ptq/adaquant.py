@@ -1,0 +1,214 @@
+"""AdaQuant over a whole calibrated module: sequential or parallel, layer by layer or block by block."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from lightning_ptq.calibration import Calibration, eval_mode
+from lightning_ptq.errors import QConfigError, RolledBackWarning
+from lightning_ptq.qconfig import LayerQConfig
+from lightning_ptq.reconstruct import ReconstructionConfig, UnitResult, layer_state, reconstruct_unit, set_layer_state
+from lightning_ptq.replay import Replay
+from lightning_ptq.store import ActivationStore
+from lightning_ptq.unit_data import UnitData, gather_targets
+from lightning_ptq.units import BlockRule, Granularity, Unit, find_units
+
+AdaQuantMode = Literal["sequential", "parallel"]
+Progress = Callable[[int, int, str], None]
+DEFAULT_MEMORY_LIMIT = "4GiB"
+
+LayerStates = dict[str, dict[str, Tensor]]
+
+
+@dataclass
+class AdaQuantResult:
+    """What :func:`adaquant` did.
+
+    Attributes:
+        units: A row per unit (and candidate), in the order of the work.
+        states: For each candidate, the tuned state of every layer; parallel mode only.
+        seconds_tuning: Time spent in optimisation steps and held-out checks.
+        seconds_capture: Time spent on inputs and targets.
+        peak_activation_bytes: Most bytes of activations held in memory at a time.
+    """
+
+    units: list[UnitResult] = field(default_factory=list)
+    states: dict[str, LayerStates] = field(default_factory=dict)
+    seconds_tuning: float = 0.0
+    seconds_capture: float = 0.0
+    peak_activation_bytes: int = 0
+
+
+def adaquant(
+    calibration: Calibration,
+    *,
+    mode: AdaQuantMode = "sequential",
+    granularity: Granularity = "block",
+    blocks: BlockRule | None = None,
+    candidates: Sequence[str] | None = None,
+    config: ReconstructionConfig | None = None,
+    memory_limit: str | int = DEFAULT_MEMORY_LIMIT,
+    seed: int = 0,
+    progress: Progress = lambda done, total, text: None,
+) -> AdaQuantResult:
+    """Tune every unit of a calibrated module so that its output comes close to the float one's.
+
+    Args:
+        calibration: What :func:`~lightning_ptq.calibration.calibrate` returned. Its module is tuned in place.
+        mode: ``"sequential"``: each unit gets the inputs it will get in the quantized model, in which the units before
+            it are tuned already. ``"parallel"``: each unit gets the float model's inputs, and is tuned at every
+            candidate.
+        granularity: ``"block"`` or ``"layer"``; see :func:`~lightning_ptq.units.find_units`.
+        blocks: Name patterns of the blocks, or a function of name and module, in place of the automatic search.
+        candidates: Bit widths for parallel mode, such as ``["w8a8", "w4a4"]``; by default the calibrated ones alone.
+        config: Steps, rates and what is learned.
+        memory_limit: For activations: what goes beyond is kept in memory-mapped files.
+        seed: Of all random choices; the global random state is neither used nor changed.
+        progress: Called with steps done, steps in all, and the unit's name.
+
+    Returns:
+        A row per unit, and in parallel mode the tuned states.
+
+    Raises:
+        QConfigError: If an argument does not fit.
+
+    Warns:
+        RolledBackWarning: Naming the units that tuning did not improve.
+
+    Example:
+        >>> from lightning_ptq import calibrate
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> calibration = calibrate(net, [torch.randn(64, 4)], "w4a4")
+        >>> result = adaquant(calibration, config=ReconstructionConfig(steps=10))
+        >>> [unit.name for unit in result.units]
+        ['0', '2']
+    """
+    check_arguments(mode, granularity, candidates)
+    with ActivationStore(memory_limit) as store, eval_mode(calibration.module):
+        units = find_units(calibration.module, calibration.trace, granularity, blocks)
+        run = _Run(calibration, units, store, mode, config or ReconstructionConfig(), seed, progress)
+        run.candidates = [LayerQConfig.parse(candidate) for candidate in candidates or ()]
+        for index in range(len(units)):
+            run.unit(index)
+        run.result.peak_activation_bytes = store.peak
+    back = [f"{row.name} ({row.bits})" for row in run.result.units if not row.accepted]
+    if back:
+        warnings.warn(
+            f"tuning did not improve these units on held-out samples, so they keep their initial quantization:"
+            f" {', '.join(back)}.",
+            RolledBackWarning,
+            stacklevel=2,
+        )
+    return run.result
+
+
+def check_arguments(mode: str, granularity: str, candidates: Sequence[str] | None) -> None:
+    """Raise :class:`QConfigError` where :func:`adaquant` would, before any work is done."""
+    if mode not in ("sequential", "parallel"):
+        raise QConfigError(f"mode must be 'sequential' or 'parallel', got {mode!r}.")
+    if granularity not in ("layer", "block"):
+        raise QConfigError(f"granularity must be 'layer' or 'block', got {granularity!r}.")
+    if candidates and mode == "sequential":
+        raise QConfigError(
+            "candidates need mode='parallel': sequential tuning is for one fixed width a layer. Leave candidates out,"
+            " or write mode='parallel'."
+        )
+    for candidate in candidates or ():
+        LayerQConfig.parse(candidate)
+
+
+@dataclass
+class _Run:
+    calibration: Calibration
+    units: list[Unit]
+    store: ActivationStore
+    mode: AdaQuantMode
+    config: ReconstructionConfig
+    seed: int
+    progress: Progress
+    candidates: list[LayerQConfig] = field(default_factory=list)
+    result: AdaQuantResult = field(default_factory=AdaQuantResult)
+
+    def __post_init__(self) -> None:
+        self.float_stream = Replay(self.calibration, self.units, self.store, "float")
+        self.quantized_stream = Replay(self.calibration, self.units, self.store, "quantized")
+        self.steps_done = 0
+
+    def unit(self, index: int) -> None:
+        """Capture, tune and, in sequential mode, hand the quantized outputs on."""
+        start = time.perf_counter()
+        unit = self.units[index]
+        self.progress(self.steps_done, self._steps(), unit.name)
+        data = self._capture(index)
+        captured = time.perf_counter()
+        if self.mode == "sequential":
+            self._tune(unit, data)
+        else:
+            self._tune_candidates(unit, data)
+        tuned = time.perf_counter()
+        if self.mode == "sequential":
+            data.drop_targets()
+            self.quantized_stream.finish(index, data.outputs(unit.module, len(self.calibration.batches), "quantized"))
+        self.result.seconds_tuning += tuned - captured
+        self.result.seconds_capture += time.perf_counter() - tuned + captured - start
+
+    def _steps(self) -> int:
+        return len(self.units) * max(1, len(self.candidates)) * self.config.steps
+
+    def _capture(self, index: int) -> UnitData:
+        unit = self.units[index]
+        batches = len(self.calibration.batches)
+        data = UnitData(self.float_stream.inputs(index), self.store)
+        outputs = data.outputs(unit.module, batches, "float")
+        targets = gather_targets(outputs)
+        self.float_stream.finish(index, outputs)
+        if self.mode == "sequential" and self.quantized_stream.needed[unit.name]:
+            del data, outputs  # before as much again is captured
+            data = UnitData(self.quantized_stream.inputs(index), self.store)
+        data.set_targets(targets, unit.module)
+        return data
+
+    def _tune(self, unit: Unit, data: UnitData) -> UnitResult:
+        generator = torch.Generator(self.calibration.device).manual_seed(self.seed)
+        before, total = self.steps_done, self._steps()
+
+        def on_step(step: int) -> None:
+            self.progress(before + step, total, unit.name)
+
+        row = reconstruct_unit(unit, data, self.config, generator, on_step)
+        self.steps_done = before + self.config.steps
+        self.result.units.append(row)
+        return row
+
+    def _tune_candidates(self, unit: Unit, data: UnitData) -> None:
+        """Tune at each candidate, from the float weights; the calibrated widths stay in place."""
+        own = {name: cast(LayerQConfig, layer.qconfig) for name, layer in unit.layers.items()}
+        kept: LayerStates | None = None
+        for candidate in self.candidates or [None]:
+            widths = {name: self._widths(pair, candidate, name) for name, pair in own.items()}
+            for name, pair in widths.items():
+                self.calibration.round_to_nearest(name, pair)
+            self._tune(unit, data)
+            states = {name: layer_state(layer) for name, layer in unit.layers.items()}
+            self.result.states.setdefault(str(candidate or self.calibration.prepared.qconfig.default), {}).update(states)
+            kept = states if widths == own else kept
+        for name, pair in own.items():
+            self.calibration.round_to_nearest(name, pair)
+            if kept is not None:
+                set_layer_state(unit.layers[name], kept[name])
+
+    def _widths(self, own: LayerQConfig, candidate: LayerQConfig | None, name: str) -> LayerQConfig:
+        if candidate is None:
+            return own
+        pair = own.with_bits_of(candidate)
+        least = self.calibration.prepared.qconfig.first_last_bits
+        order = self.calibration.trace.layer_order
+        return pair.at_least(least) if least and name in (order[0], order[-1]) else pair
+

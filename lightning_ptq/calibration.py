@@ -1,0 +1,324 @@
+"""The calibration pass: batches run once, observers watch, and at the end every layer has its scales."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_ptq.errors import (
+    CalibrationError,
+    FewSamplesWarning,
+    FunctionalOpWarning,
+    UnreachedLayerWarning,
+)
+from lightning_ptq.modules import FakeQuantize, QuantLayer
+from lightning_ptq.observers import MinMaxObserver, make_observer
+from lightning_ptq.qconfig import LayerQConfig, QConfig
+from lightning_ptq.surgery import Prepared, fold_batch_norms, prepare
+from lightning_ptq.trace import Trace, trace
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def default_forward(module: nn.Module, batch: Any) -> Any:
+    """``module`` on the inputs of ``batch``: the batch itself, the first of a tuple, or a dict as keywords."""
+    if isinstance(batch, (tuple, list)):
+        return module(batch[0])
+    if isinstance(batch, dict):
+        return module(**batch)
+    return module(batch)
+
+
+@dataclass
+class Calibration:
+    """A calibrated module with what later steps need to run it again.
+
+    Attributes:
+        prepared: The module with its quantized layers, and the undo.
+        forward: The calibration forward, called with the module and a batch.
+        batches: The calibration batches, on the CPU.
+        device: Where the module runs.
+        trace: A watched forward of the module, batch norms folded.
+        layers: The quantized layers by name, in execution order.
+        folded: The layer that each folded batch norm went into.
+        observers: What watched the input of each layer.
+        samples: How many samples the batches hold.
+    """
+
+    prepared: Prepared
+    forward: Forward
+    batches: list[Any]
+    device: torch.device
+    trace: Trace
+    layers: dict[str, QuantLayer]
+    folded: dict[str, str]
+    observers: dict[str, MinMaxObserver]
+    samples: int
+
+    @property
+    def module(self) -> nn.Module:
+        """The root module."""
+        return self.prepared.module
+
+    def run(self, index: int) -> Any:
+        """The calibration forward on batch ``index``, without gradients and in eval mode."""
+        return run_forward(self.module, self.forward, to_device(self.batches[index], self.device))
+
+    def round_to_nearest(self, name: str, qconfig: LayerQConfig) -> None:
+        """Give layer ``name`` its float weights back, and quantizers for ``qconfig`` with freshly chosen scales."""
+        layer = self.layers[name]
+        if layer.reference is not None and not layer.tied:
+            layer.set_weight(*layer.reference)
+        layer.attach(qconfig)
+        layer.choose_weight_scale()
+        if layer.input_fake_quant is not None:
+            _set_activation_scale(layer.input_fake_quant, self.observers[name])
+
+    def release(self) -> None:
+        """Drop the batches and the float reference weights: the run is over."""
+        self.batches.clear()
+        for layer in self.prepared.layers.values():
+            layer.reference = None
+
+
+class Calibrator:
+    """Takes calibration batches one by one, then chooses all scales.
+
+    Args:
+        prepared: What :func:`~lightning_ptq.surgery.prepare` returned.
+        forward: How a batch is run; see :func:`default_forward`.
+        num_samples: Enough samples; :attr:`done` is then true. None for all there are.
+    """
+
+    def __init__(
+        self, prepared: Prepared, forward: Forward = default_forward, num_samples: int | None = None
+    ) -> None:
+        if num_samples is not None and num_samples < 1:
+            raise CalibrationError(f"num_samples must be 1 or more, got {num_samples}.")
+        self.prepared = prepared
+        self.forward = forward
+        self.num_samples = num_samples
+        self.samples = 0
+        self.batches: list[Any] = []
+        self.device = next((p.device for p in prepared.module.parameters()), torch.device("cpu"))
+        self._observers: dict[str, MinMaxObserver] = {}
+
+    @property
+    def done(self) -> bool:
+        """True once ``num_samples`` were seen."""
+        return self.num_samples is not None and self.samples >= self.num_samples
+
+    def observe(self, batch: Any) -> Any:
+        """Run one batch, watch the inputs of all layers, and keep the batch.
+
+        Returns:
+            What the forward returned.
+
+        Raises:
+            CalibrationError: If a layer's input holds NaN or an infinity.
+        """
+        handles = [
+            layer.register_forward_pre_hook(self._watcher(name)) for name, layer in self.prepared.layers.items()
+        ]
+        try:
+            result = run_forward(self.prepared.module, self.forward, to_device(batch, self.device))
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.batches.append(tree_map(_to_cpu, batch))
+        self.samples += batch_size(batch)
+        return result
+
+    def _watcher(self, name: str) -> Callable[..., None]:
+        config = self.prepared.qconfig.for_layer(name) or self.prepared.qconfig.default
+        spec = config.activation
+
+        def watch(layer: nn.Module, args: Any) -> None:
+            if name not in self._observers:
+                observer = make_observer(spec) if spec else MinMaxObserver(config.weight)
+                self._observers[name] = observer.to(args[0].device)
+            try:
+                self._observers[name].update(args[0])
+            except ValueError:
+                raise CalibrationError(
+                    f"NaN or an infinity in the input of layer {name!r}, calibration batch {len(self.batches)}."
+                    " Check the samples of that batch, and the model's float output on them."
+                ) from None
+
+        return watch
+
+    def finish(self) -> Calibration:
+        """Fold batch norms, choose the scale of every weight and activation, and switch the layers to quantized.
+
+        Raises:
+            CalibrationError: If no batch was seen or no layer was reached.
+        """
+        if not self.batches:
+            raise CalibrationError("the calibration loader is empty: no batch was seen. Give it at least one sample.")
+        if self.num_samples is not None and not self.done:
+            warnings.warn(
+                f"the calibration loader ended after {self.samples} samples, {self.num_samples} were asked for."
+                " Calibrating with what there is.",
+                FewSamplesWarning,
+                stacklevel=2,
+            )
+        module = self.prepared.module
+
+        def run() -> Any:
+            return run_forward(module, self.forward, to_device(self.batches[0], self.device))
+
+        folded = fold_batch_norms(module, trace(module, run), run)
+        watched = trace(module, run)
+        layers = self._quantized_layers(watched)
+        _warn_of_float_parts(self.prepared, watched)
+        calibration = Calibration(
+            self.prepared, self.forward, self.batches, self.device, watched, layers, folded, self._observers, self.samples
+        )
+        first_last = (watched.layer_order[0], watched.layer_order[-1])
+        for name, layer in layers.items():
+            layer.reference = (layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
+            config = self.prepared.qconfig.for_layer(name, edge=name in first_last)
+            calibration.round_to_nearest(name, cast(LayerQConfig, config))
+        return calibration
+
+    def _quantized_layers(self, watched: Trace) -> dict[str, QuantLayer]:
+        all_layers, qconfig = self.prepared.layers, self.prepared.qconfig
+        order = [name for name in watched.layer_order if qconfig.for_layer(name) is not None]
+        if not order:
+            raise CalibrationError(
+                "the calibration forward reached no layer that is to be quantized. Check `exclude`, and that the"
+                " forward runs the module itself."
+            )
+        return {name: all_layers[name] for name in order}
+
+
+def _set_activation_scale(quantizer: FakeQuantize, observer: MinMaxObserver) -> None:
+    observer.spec = quantizer.spec  # the first and last layers' widths are known only now
+    scale, zero_point = observer.qparams()
+    quantizer.scale.copy_(scale)
+    quantizer.zero_point.copy_(zero_point)
+
+
+def calibrate(
+    module: nn.Module | Prepared,
+    batches: Iterable[Any],
+    qconfig: QConfig | str | None = None,
+    *,
+    forward: Forward = default_forward,
+    num_samples: int | None = None,
+) -> Calibration:
+    """Quantize a module to the nearest: prepare it, run the batches, fold batch norms, choose all scales.
+
+    On an exception the module is as it was before.
+
+    Args:
+        module: A float module (then with ``qconfig``), or what :func:`~lightning_ptq.surgery.prepare` returned.
+        batches: Calibration batches, for example a ``DataLoader``; labels are not needed.
+        qconfig: What to quantize, for example ``"w4a8"``.
+        forward: How a batch is run: a function of module and batch.
+        num_samples: Stop after the batch that completes so many samples.
+
+    Returns:
+        The calibrated module and what reconstruction needs.
+
+    Raises:
+        SurgeryError: If the module cannot be prepared.
+        QConfigError: If the config does not fit.
+        CalibrationError: If there are no batches, or NaN in one.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> calibration = calibrate(net, [torch.randn(16, 4)], "w4a8")
+        >>> [str(layer.qconfig) for layer in calibration.layers.values()]
+        ['w8a8', 'w8a8']
+    """
+    if isinstance(module, Prepared):
+        prepared = module
+    elif qconfig is None:
+        raise CalibrationError("qconfig is missing. Write for example calibrate(module, batches, 'w4a8').")
+    else:
+        prepared = prepare(module, qconfig)
+    try:
+        calibrator = Calibrator(prepared, forward, num_samples)
+        for batch in batches:
+            if calibrator.done:
+                break
+            calibrator.observe(batch)
+        return calibrator.finish()
+    except BaseException:
+        prepared.undo()
+        raise
+
+
+def run_forward(module: nn.Module, forward: Forward, batch: Any) -> Any:
+    """``forward(module, batch)`` in eval mode, in float32, without gradients; training flags are put back."""
+    device_type = next((leaf.device.type for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), "cpu")
+    with eval_mode(module), torch.no_grad(), torch.autocast(device_type, enabled=False):
+        return forward(module, batch)
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Every module below ``module`` is in eval mode inside the ``with`` block; each gets its own flag back."""
+    before = [(child, child.training) for child in module.modules()]
+    try:
+        for child, _ in before:
+            child.training = False
+        yield
+    finally:
+        for child, flag in before:
+            child.training = flag
+
+
+def batch_size(batch: Any) -> int:
+    """Samples in a batch: the length of its first tensor that has dimensions.
+
+    Raises:
+        CalibrationError: If there is no such tensor.
+    """
+    for leaf in _tensors(batch):
+        if leaf.dim():
+            return leaf.shape[0]
+    raise CalibrationError(
+        f"a calibration batch of type {type(batch).__name__} holds no tensor to count samples by."
+        " Return tensors (bare, or in tuples, lists or dicts) from the loader."
+    )
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif hasattr(leaf, "values"):  # mappings that are no dict, such as a tokenizer's BatchEncoding
+            yield from _tensors(list(leaf.values()))
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with everything that has a ``to`` method on ``device``."""
+    return tree_map(lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf, batch)
+
+
+def _to_cpu(leaf: Any) -> Any:
+    return leaf.to("cpu") if hasattr(leaf, "to") else leaf
+
+
+def _warn_of_float_parts(prepared: Prepared, watched: Trace) -> None:
+    unreached = [n for n in prepared.layers if n not in watched.layer_order and prepared.qconfig.for_layer(n)]
+    if unreached:
+        warnings.warn(
+            f"never called in the calibration forward, so they stay float: {', '.join(unreached)}.",
+            UnreachedLayerWarning,
+            stacklevel=3,
+        )
+    if watched.float_products:
+        listed = sorted(f"{op} in {scope or 'the module itself'}" for op, scope in watched.float_products)
+        warnings.warn(
+            f"computed outside any layer, so they stay float: {', '.join(listed)}.", FunctionalOpWarning, stacklevel=3
+        )

@@ -1,0 +1,6 @@
+"""The Lightning callbacks: the only part of the library that imports Lightning."""
+
+from lightning_ptq.callbacks.adaquant import AdaQuantLayerwise
+from lightning_ptq.callbacks.capture import CalibrationCapture
+
+__all__ = ["AdaQuantLayerwise", "CalibrationCapture"]

@@ -1,0 +1,128 @@
+"""AdaQuantLayerwise: tuning of the calibrated module inside ``trainer.fit``."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from lightning_ptq.adaquant import DEFAULT_MEMORY_LIMIT, AdaQuantMode, AdaQuantResult, adaquant, check_arguments
+from lightning_ptq.callbacks.base import PTQCallback, check_order, progress_task, ptq_callbacks
+from lightning_ptq.callbacks.capture import CalibrationCapture
+from lightning_ptq.reconstruct import ReconstructionConfig
+from lightning_ptq.units import BlockRule, Granularity
+
+log = logging.getLogger(__name__)
+
+_DEFAULTS = ReconstructionConfig()
+
+
+class AdaQuantLayerwise(PTQCallback):
+    """Tunes weights, biases and scales, unit by unit, so that each unit's output comes close to the float one's.
+
+    A shell around :func:`lightning_ptq.adaquant`; comes behind :class:`CalibrationCapture`. Needs no labels.
+
+    Args:
+        mode: ``"sequential"`` or ``"parallel"``.
+        granularity: ``"block"`` or ``"layer"``.
+        blocks: Name patterns of the blocks, or a function of name and module, in place of the automatic search.
+        candidates: Bit widths for parallel mode; by default the calibrated ones alone.
+        steps: Optimisation steps a unit.
+        batch_size: Samples a step.
+        learn: What is tuned; see :class:`~lightning_ptq.reconstruct.ReconstructionConfig`, as for the rest.
+        weight_lr: In steps of the weight grid.
+        bias_lr: Relative to the mean magnitude of the layer's biases.
+        scale_lr: Relative to the scale.
+        zero_point_lr: In steps of the activation grid.
+        rounding: ``"continuous"`` or ``"adaround"``.
+        drop: Probability that an activation keeps its float value in a step.
+        held_out: Share of the samples that tuning is judged on.
+        memory_limit: For activations; beyond it they go to memory-mapped files.
+        seed: Of all random choices.
+
+    Attributes:
+        result: The :class:`~lightning_ptq.adaquant.AdaQuantResult` of the last run.
+
+    Raises:
+        QConfigError: If an argument is out of its domain.
+
+    Example::
+
+        trainer = Trainer(max_epochs=1, callbacks=[CalibrationCapture("w4a4"), AdaQuantLayerwise()])
+        trainer.fit(module, calibration_loader)
+    """
+
+    def __init__(
+        self,
+        mode: AdaQuantMode = "sequential",
+        granularity: Granularity = "block",
+        blocks: BlockRule | None = None,
+        candidates: list[str] | None = None,
+        steps: int = _DEFAULTS.steps,
+        batch_size: int = _DEFAULTS.batch_size,
+        learn: list[str] | None = None,
+        weight_lr: float = _DEFAULTS.weight_lr,
+        bias_lr: float = _DEFAULTS.bias_lr,
+        scale_lr: float = _DEFAULTS.scale_lr,
+        zero_point_lr: float = _DEFAULTS.zero_point_lr,
+        rounding: str = _DEFAULTS.rounding,
+        drop: float = _DEFAULTS.drop,
+        held_out: float = _DEFAULTS.held_out,
+        memory_limit: str | int = DEFAULT_MEMORY_LIMIT,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.config = ReconstructionConfig(
+            steps=steps,
+            batch_size=batch_size,
+            learn=_DEFAULTS.learn if learn is None else tuple(learn),
+            weight_lr=weight_lr,
+            bias_lr=bias_lr,
+            scale_lr=scale_lr,
+            zero_point_lr=zero_point_lr,
+            rounding=rounding,  # type: ignore[arg-type]  # checked by ReconstructionConfig
+            drop=drop,
+            held_out=held_out,
+        )
+        check_arguments(mode, granularity, candidates)
+        self.mode = mode
+        self.granularity = granularity
+        self.blocks = blocks
+        self.candidates = candidates
+        self.memory_limit = memory_limit
+        self.seed = seed
+        self.result: AdaQuantResult | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Distinct for a parallel and a sequential instance in one list."""
+        return self._generate_state_key(mode=self.mode, granularity=self.granularity, seed=self.seed)
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Check the order of the callbacks."""
+        if stage == "fit":
+            check_order(trainer)
+            self.result = None
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Tune the calibrated module."""
+        capture = next(c for c in ptq_callbacks(trainer) if isinstance(c, CalibrationCapture))
+        if capture.calibration is None or self.result is not None:
+            return
+        with progress_task(trainer, f"AdaQuant {self.mode}") as progress:
+            self.result = adaquant(
+                capture.calibration,
+                mode=self.mode,
+                granularity=self.granularity,
+                blocks=self.blocks,
+                candidates=self.candidates,
+                config=self.config,
+                memory_limit=self.memory_limit,
+                seed=self.seed,
+                progress=progress,
+            )
+        accepted = sum(row.accepted for row in self.result.units)
+        log.info("tuned %d units, kept %d", len(self.result.units), accepted)
+        for logger in trainer.loggers:
+            for step, row in enumerate(self.result.units):
+                errors = {"ptq/error_before": row.error_before, "ptq/error_after": row.error_after}
+                logger.log_metrics({**errors, "ptq/accepted": float(row.accepted)}, step=step)

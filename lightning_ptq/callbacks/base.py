@@ -1,0 +1,108 @@
+"""What the callbacks share: their base class, the check of the Trainer, and the progress task."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from lightning_ptq.adaquant import Progress
+from lightning_ptq.errors import CallbackError
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback as LightningCallback
+    from pytorch_lightning.utilities.seed import isolate_rng
+else:
+    # A Trainer of either package takes its own Callback class, so the callbacks derive from each that is installed.
+    _packages = [p for p in ("pytorch_lightning", "lightning") if importlib.util.find_spec(p)]
+    _modules = [importlib.import_module("lightning.pytorch" if p == "lightning" else p) for p in _packages]
+    isolate_rng = importlib.import_module(f"{_modules[0].__name__}.utilities.seed").isolate_rng
+    LightningCallback = type("LightningCallback", tuple(m.Callback for m in _modules), {"__module__": __name__})
+
+ORDER = ("CalibrationCapture", "AdaQuantLayerwise", "BitAllocator", "AdaQuantLayerwise", "StatsTuning")
+_REFUSED_STRATEGIES = ("FSDP", "DeepSpeed", "ModelParallel", "XLA")
+
+
+class PTQCallback(LightningCallback):
+    """Base class of the library's callbacks."""
+
+
+def ptq_callbacks(trainer: Any) -> list[PTQCallback]:
+    """The library's callbacks of a trainer, in list order."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, PTQCallback)]
+
+
+def check_order(trainer: Any) -> None:
+    """Check that the callbacks start with one CalibrationCapture.
+
+    Raises:
+        CallbackError: Naming the right order.
+    """
+    names = [type(callback).__name__ for callback in ptq_callbacks(trainer)]
+    if names[:1] != ["CalibrationCapture"] or names.count("CalibrationCapture") != 1:
+        raise CallbackError(
+            f"the callbacks are in the order {names}. Put one CalibrationCapture before all others; the whole order is"
+            f" {list(ORDER)}, of which any but the first may be left out."
+        )
+
+
+def check_trainer(trainer: Any) -> None:
+    """Check that PTQ works under the trainer's strategy and precision.
+
+    Raises:
+        CallbackError: Saying what to use instead.
+    """
+    strategy = type(trainer.strategy).__name__
+    if any(part in strategy for part in _REFUSED_STRATEGIES):
+        raise CallbackError(
+            f"PTQ does not work under {strategy}, which shards the module. Use strategy='auto' on one device."
+        )
+    if trainer.world_size > 1:
+        raise CallbackError(
+            f"PTQ runs on one process for now, the Trainer has {trainer.world_size}. Use devices=1, num_nodes=1."
+        )
+    if str(trainer.precision).endswith("-true") and not str(trainer.precision).startswith("32"):
+        raise CallbackError(
+            f"PTQ needs the weights in float32, the Trainer has precision={trainer.precision!r}."
+            " Use precision='32-true' or a mixed one such as 'bf16-mixed'."
+        )
+
+
+@contextmanager
+def progress_task(trainer: Any, title: str) -> Iterator[Progress]:
+    """A task on the trainer's progress bar: rich, tqdm, or none if the bar is disabled."""
+    bar = trainer.progress_bar_callback
+    rich = getattr(bar, "progress", None)
+    if bar is None or not getattr(bar, "is_enabled", False):
+        yield lambda done, total, text: None
+    elif rich is not None:
+        task = rich.add_task(f"[white]{title}", total=1)
+
+        def update_rich(done: int, total: int, text: str) -> None:
+            rich.update(task, completed=done, total=total, description=f"[white]{title} {text}")
+            if done % 10 == 0:
+                rich.refresh()
+
+        try:
+            yield update_rich
+        finally:
+            rich.update(task, visible=False)
+            rich.refresh()
+    elif hasattr(bar, "init_train_tqdm"):
+        tqdm = bar.init_train_tqdm()
+        tqdm.set_description(title)
+
+        def update_tqdm(done: int, total: int, text: str) -> None:
+            tqdm.total = total
+            if tqdm.desc != f"{title} {text}: ":
+                tqdm.set_description(f"{title} {text}", refresh=False)
+            tqdm.update(done - tqdm.n)
+
+        try:
+            yield update_tqdm
+        finally:
+            tqdm.close()
+    else:
+        yield lambda done, total, text: None

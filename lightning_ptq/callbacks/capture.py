@@ -1,0 +1,165 @@
+"""CalibrationCapture: the calibration pass inside ``trainer.fit``, and what surrounds every PTQ run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from lightning_ptq.calibration import Calibration, Calibrator
+from lightning_ptq.callbacks.base import PTQCallback, check_order, check_trainer, isolate_rng
+from lightning_ptq.callbacks.muting import Step, calibration_forward, muted
+from lightning_ptq.errors import CalibrationError
+from lightning_ptq.qconfig import QConfig
+from lightning_ptq.surgery import Prepared, prepare
+
+log = logging.getLogger(__name__)
+
+
+class CalibrationCapture(PTQCallback):
+    """Turns ``trainer.fit`` into a PTQ run: one pass over the calibration set, then a module quantized to the nearest.
+
+    Comes first among the library's callbacks; those behind it go on from the calibrated module. The module's own
+    optimizers, schedulers and training hooks do not run. Calibration computes in float32 whatever the precision of
+    the Trainer. If anything fails, the float module is put back as it was.
+
+    Args:
+        qconfig: What to quantize: ``"w4a8"`` and the like, a :class:`~lightning_ptq.qconfig.QConfig`, or its
+            dictionary.
+        num_samples: Enough samples: the pass stops behind the batch that completes them. None for the whole loader.
+        step: The calibration forward: ``"training"`` (the module's ``training_step``), ``"predict"`` (its
+            ``predict_step``, or ``forward`` on the inputs if it has none), or a function of module and batch.
+        overrides: Bit widths by layer-name pattern, such as ``{"head.*": "w8a8"}``.
+        exclude: Patterns of layers that stay float.
+        first_last_bits: Least widths of the first and last layer in execution order; None for no exception.
+        symmetric_activations: True for a signed activation grid with zero point 0.
+        weight_observer: ``"mse"``, ``"minmax"`` or ``"percentile"``.
+        activation_observer: The same for activations.
+        percentile: For the percentile observers, the share of values to keep, in percent.
+        save_checkpoint: Whether to leave a checkpoint ``quantized.ckpt`` in the directory of the Trainer's
+            ``ModelCheckpoint``, which itself writes nothing when no optimizer steps.
+
+    Attributes:
+        calibration: The :class:`~lightning_ptq.calibration.Calibration`, from the end of the pass to the end of fit.
+
+    Raises:
+        QConfigError: If the config cannot be read.
+
+    Example::
+
+        trainer = Trainer(max_epochs=1, callbacks=[CalibrationCapture("w8a8", num_samples=512)])
+        trainer.fit(module, calibration_loader)
+    """
+
+    def __init__(
+        self,
+        qconfig: str | QConfig | dict[str, Any] = "w8a8",
+        num_samples: int | None = None,
+        step: Step = "training",
+        overrides: Mapping[str, str] | None = None,
+        exclude: list[str] | None = None,
+        first_last_bits: int | None = 8,
+        symmetric_activations: bool = False,
+        weight_observer: str = "mse",
+        activation_observer: str = "mse",
+        percentile: float = 99.99,
+        save_checkpoint: bool = True,
+    ) -> None:
+        super().__init__()
+        self.qconfig = QConfig.parse(
+            qconfig,
+            overrides=overrides,
+            exclude=exclude or (),
+            first_last_bits=first_last_bits,
+            symmetric_activations=symmetric_activations,
+            weight_observer=weight_observer,  # type: ignore[arg-type]  # checked by QuantSpec
+            activation_observer=activation_observer,  # type: ignore[arg-type]
+            percentile=percentile,
+        )
+        if num_samples is not None and num_samples < 1:
+            raise CalibrationError(f"num_samples must be 1 or more, got {num_samples}.")
+        self.num_samples = num_samples
+        self.step = step
+        self.save_checkpoint = save_checkpoint
+        self.calibration: Calibration | None = None
+        self._prepared: Prepared | None = None
+        self._calibrator: Calibrator | None = None
+        self._restore = ExitStack()
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Check the trainer, swap the layers, mute the training."""
+        if stage != "fit":
+            return
+        check_order(trainer)
+        check_trainer(trainer)
+        pl_module.configure_model()
+        self.calibration = self._calibrator = None
+        with ExitStack() as stack:
+            forward = calibration_forward(pl_module, self.step)
+            self._prepared = prepare(pl_module, self.qconfig)
+            stack.callback(self._undo_unless_finished)
+            stack.enter_context(isolate_rng())
+            stack.enter_context(muted(pl_module, self._observe, self._done))
+            self._forward = forward
+            self._restore = stack.pop_all()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """The module is on its device now."""
+        if self._prepared is not None:
+            self._calibrator = Calibrator(self._prepared, self._forward, self.num_samples)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Choose all scales; the callbacks behind this one go on from there."""
+        if self.calibration is not None or self._calibrator is None:
+            return
+        self.calibration = self._calibrator.finish()
+        self._calibrator = None
+        trainer.should_stop = True
+        log.info(
+            "calibrated %d layers on %d samples, folded %d batch norms",
+            len(self.calibration.layers), self.calibration.samples, len(self.calibration.folded),
+        )  # fmt: skip
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """The run is over: keep the quantized layers, leave a checkpoint."""
+        if self.calibration is None:
+            return
+        self.calibration.release()
+        self._prepared = None
+        if self.save_checkpoint:
+            for checkpoint in trainer.checkpoint_callbacks:
+                if getattr(checkpoint, "dirpath", None):
+                    path = str(Path(checkpoint.dirpath) / "quantized.ckpt")
+                    trainer.save_checkpoint(path)
+                    checkpoint.best_model_path = checkpoint.last_model_path = path
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Lightning skips the epoch of an empty loader without a word."""
+        if self._prepared is not None:
+            raise CalibrationError(
+                "no calibration batch was seen: the loader is empty, or max_epochs or limit_train_batches is 0."
+                " Give fit a loader with at least one sample, and max_epochs=1."
+            )
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Unmute the module."""
+        if stage == "fit":
+            self._restore.close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Unmute the module and put its float layers back."""
+        self._restore.close()
+
+    def _undo_unless_finished(self) -> None:
+        if self._prepared is not None:
+            self._prepared.undo()
+            self._prepared = self._calibrator = self.calibration = None
+
+    def _observe(self, batch: Any) -> None:
+        if self._calibrator is not None:
+            self._calibrator.observe(batch)
+
+    def _done(self) -> bool:
+        return self._calibrator is None or self._calibrator.done

@@ -1,0 +1,170 @@
+"""The inputs of each unit, unit by unit, without ever holding the activations of all layers.
+
+The calibration forward runs again up to the wanted unit. Units that are finished do not run: they hand out their
+stored output where the wanted unit, or a later one, still needs it (as :meth:`Trace.needed_outputs` tells), and
+zeros of the right shape where nobody does. So the capture of all units together costs about one forward a stream,
+and what is stored at a time is what crosses the boundary between finished and unfinished units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from lightning_ptq.calibration import Calibration
+from lightning_ptq.errors import CalibrationError
+from lightning_ptq.modules import layers_in_mode
+from lightning_ptq.patching import attributes
+from lightning_ptq.store import ActivationStore
+from lightning_ptq.units import Unit
+
+Stream = Literal["float", "quantized"]
+
+
+@dataclass
+class Call:
+    """One call of a module: a nested structure taken apart.
+
+    Attributes:
+        leaves: Tensors and other values.
+        spec: How to put them together again.
+    """
+
+    leaves: list[Any]
+    spec: TreeSpec
+
+    @classmethod
+    def of(cls, tree: Any, keep: Callable[[Tensor], Any] = lambda tensor: tensor) -> Call:
+        """Take ``tree`` apart; tensors pass through ``keep``."""
+        leaves, spec = tree_flatten(tree)
+        return cls([keep(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+
+    def tree(self) -> Any:
+        """The structure put together."""
+        return tree_unflatten(self.leaves, self.spec)
+
+
+class _Absent:
+    """Stands for a tensor that nobody needs any more; only its shape is kept."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
+
+    def zeros(self) -> Tensor:
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+
+
+class _Reached(BaseException):
+    """The wanted unit has been called as often as it is; not an Exception, so that no forward swallows it."""
+
+
+class Replay:
+    """Inputs of units in execution order, for one stream.
+
+    Args:
+        calibration: The calibrated module.
+        units: All units, in execution order.
+        store: Where tensors are kept.
+        stream: ``"float"``: every unit gets what it gets in the float model. ``"quantized"``: what it gets when all
+            units before it are quantized as they are now.
+    """
+
+    def __init__(self, calibration: Calibration, units: list[Unit], store: ActivationStore, stream: Stream) -> None:
+        self.calibration = calibration
+        self.units = units
+        self.store = store
+        self.stream = stream
+        self.needed = calibration.trace.needed_outputs(unit.name for unit in units)
+        self.done: dict[str, list[list[Call]]] = {}  # unit -> batch -> call -> outputs
+
+    def inputs(self, index: int) -> list[list[Call]]:
+        """(args, kwargs) of every call of unit ``index``, by batch; the units before it must be finished.
+
+        Raises:
+            CalibrationError: If the forward does not reach the unit as often as when it was watched.
+        """
+        unit = self.units[index]
+        replaced = [self._capture(unit, 0, replace=True)]
+        same = self._equal(replaced[0], self._capture(unit, 0, replace=False)) if self.done else True
+        batches = range(1, len(self.calibration.batches))
+        if not same:  # a value took a way that the trace does not show: run everything
+            replaced = [self._capture(unit, 0, replace=False)]
+        calls = replaced + [self._capture(unit, batch, replace=same) for batch in batches]
+        self._drop_unneeded(index)
+        return calls
+
+    def finish(self, index: int, outputs: list[list[Call]]) -> None:
+        """Take the outputs of unit ``index``; those that no later unit needs are dropped."""
+        self.done[self.units[index].name] = outputs
+        self._drop_unneeded(index)
+
+    def _drop_unneeded(self, index: int) -> None:
+        later = set().union(*(self.needed[unit.name] for unit in self.units[index + 1 :]))
+        for done in self.done:
+            if done not in later:
+                for call in (call for calls in self.done[done] for call in calls):
+                    call.leaves = [_Absent(leaf) if isinstance(leaf, Tensor) else leaf for leaf in call.leaves]
+
+    def _capture(self, unit: Unit, batch: int, replace: bool) -> list[Call]:
+        calls: list[Call] = []
+        own = type(unit.module).forward.__get__(unit.module)
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            calls.append(Call.of((args, kwargs), self.store.put))
+            if len(calls) == unit.calls:
+                raise _Reached
+            return own(*args, **kwargs)
+
+        forwards = {unit.module: record}
+        if replace:
+            for done in self.units:
+                if done.name in self.done:
+                    forwards[done.module] = self._hand_out(self.done[done.name][batch])
+        with ExitStack() as stack:
+            for module, forward in forwards.items():
+                stack.enter_context(attributes(module, {"forward": forward}))
+            stack.enter_context(layers_in_mode(self.calibration.module, self.stream))
+            try:
+                self.calibration.run(batch)
+            except _Reached:
+                return calls
+        raise CalibrationError(
+            f"unit {unit.name!r} ran {unit.calls} times in the first forward and {len(calls)} times on calibration"
+            f" batch {batch}. Choose granularity='layer' or other blocks, so that each unit runs on every batch."
+        )
+
+    @staticmethod
+    def _hand_out(calls: list[Call]) -> Any:
+        remaining = iter(calls)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            call = next(remaining)
+            leaves = [
+                leaf.zeros() if isinstance(leaf, _Absent) else leaf.clone() if isinstance(leaf, Tensor) else leaf
+                for leaf in call.leaves
+            ]
+            return tree_unflatten(leaves, call.spec)
+
+        return forward
+
+    @staticmethod
+    def _equal(left: list[Call], right: list[Call]) -> bool:
+        pairs = [p for a, b in zip(left, right, strict=True) for p in zip(a.leaves, b.leaves, strict=True)]
+        return all(_near(a, b) for a, b in pairs if isinstance(a, Tensor))
+
+
+def _near(left: Tensor, right: Tensor) -> bool:
+    if left.shape != right.shape:
+        return False
+    if not left.is_floating_point():
+        return bool(torch.equal(left, right))
+    # Batched kernels may round differently; a value out of place differs by far more.
+    difference = (left - right).float().square().mean()
+    return bool(difference <= 1e-4 * right.float().square().mean() + 1e-12)
+

@@ -1,0 +1,117 @@
+"""Where activations are kept: in memory up to a limit, beyond it in memory-mapped files."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ptq.errors import QConfigError
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes in a size such as ``"2GiB"``, ``"500MB"`` or a plain number.
+
+    Raises:
+        QConfigError: If the text is no size.
+
+    Example:
+        >>> parse_bytes("2GiB"), parse_bytes(1000)
+        (2147483648, 1000)
+    """
+    if isinstance(text, int) and text >= 0:
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", str(text).upper())
+    if match is None or (match[2] and match[2] not in _UNITS):
+        raise QConfigError(f"cannot read {text!r} as a size in bytes. Write for example '2GiB' or '500MB'.")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+class ActivationStore:
+    """Allocates tensors for activations and counts their bytes until they are garbage.
+
+    Args:
+        limit: Bytes to hold in memory; what comes on top goes to memory-mapped files.
+        directory: Where the files go; by default a temporary folder. It is removed by :meth:`close`.
+
+    Attributes:
+        in_memory: Bytes held in memory now.
+        on_disk: Bytes held in files now.
+        peak: Most bytes held in memory so far.
+
+    Example:
+        >>> with ActivationStore(limit=1000) as store:
+        ...     small, large = store.put(torch.zeros(10)), store.put(torch.zeros(1000))
+        ...     store.in_memory, store.on_disk
+        (40, 4000)
+    """
+
+    def __init__(self, limit: str | int, directory: str | None = None) -> None:
+        self.limit = parse_bytes(limit)
+        self.in_memory = self.on_disk = self.peak = 0
+        self._parent = directory
+        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._files = 0
+
+    def __enter__(self) -> ActivationStore:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the folder and the files in it."""
+        if self._directory is not None:
+            self._directory.cleanup()
+            self._directory = None
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised tensor, on ``device`` while the limit allows, else in a file."""
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if size == 0 or self.in_memory + size <= self.limit:
+            tensor = torch.empty(tuple(shape), dtype=dtype, device=device)
+            self.in_memory += size
+            self.peak = max(self.peak, self.in_memory)
+            weakref.finalize(tensor, self._released, size, None)
+            return tensor
+        if self._directory is None:
+            self._directory = tempfile.TemporaryDirectory(prefix="lightning_ptq_", dir=self._parent)
+        path = os.path.join(self._directory.name, f"{self._files}.bin")
+        self._files += 1
+        tensor = torch.from_file(path, shared=True, size=torch.Size(shape).numel(), dtype=dtype).view(tuple(shape))
+        self.on_disk += size
+        weakref.finalize(tensor, self._released, size, path)
+        return tensor
+
+    def put(self, tensor: Tensor) -> Tensor:
+        """A copy of ``tensor``, kept here."""
+        copy = self.empty(tensor.shape, tensor.dtype, tensor.device)
+        return copy.copy_(tensor.detach())
+
+    def stack(self, parts: list[Tensor]) -> Tensor:
+        """The parts behind one another along the first dimension; the list is emptied on the way."""
+        rows = sum(len(part) for part in parts)
+        whole = self.empty((rows, *parts[0].shape[1:]), parts[0].dtype, parts[0].device)
+        start = 0
+        parts.reverse()
+        while parts:
+            part = parts.pop()
+            whole[start : start + len(part)] = part
+            start += len(part)
+        return whole
+
+    def _released(self, size: int, path: str | None) -> None:
+        if path is None:
+            self.in_memory -= size
+            return
+        self.on_disk -= size
+        if os.path.exists(path):
+            os.unlink(path)

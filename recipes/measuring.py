@@ -1,0 +1,164 @@
+"""What the recipes share: a classifier as a user would write it, and the measurement of one PTQ run."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import resource
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_ptq import AdaQuantLayerwise, CalibrationCapture, save_packed
+from lightning_ptq.errors import PTQWarning
+
+console = Console()
+
+
+class Classifier(pl.LightningModule):
+    """An ordinary classifier; it knows nothing of quantization."""
+
+    def __init__(self, net: nn.Module, classes: int, lr: float = 0.1, epochs: int = 1) -> None:
+        super().__init__()
+        self.net, self.lr, self.epochs = net, lr, epochs
+        self.accuracy = MulticlassAccuracy(classes, average="micro")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        return F.cross_entropy(self(images), labels)
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        images, labels = batch
+        self.accuracy(self(images), labels)
+        self.log("top1", self.accuracy)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), self.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
+def quiet() -> None:
+    """Leave Lightning's advice out of the recipes' output; the library's own warnings stay."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("always", category=PTQWarning)
+
+
+def trainer(callbacks: list[Any] | None = None, **options: Any) -> pl.Trainer:
+    """A Trainer that writes nothing."""
+    settings: dict[str, Any] = {
+        "max_epochs": 1, "accelerator": "auto", "devices": 1, "logger": False, "enable_checkpointing": False,
+        "enable_model_summary": False, "enable_progress_bar": sys.stderr.isatty(), "callbacks": callbacks,
+    }  # fmt: skip
+    return pl.Trainer(**settings | options)
+
+
+def top1(module: Classifier, loader: DataLoader) -> float:
+    """Accuracy in percent."""
+    return 100 * trainer().validate(module, loader, verbose=False)[0]["top1"]
+
+
+def seconds_per_pass(module: Classifier, loader: DataLoader, batch_size: int = 32) -> float:
+    """Seconds of one forward and backward pass of the float model over the calibration set."""
+    module = copy.deepcopy(module).train()
+    images = [image for image, _ in DataLoader(loader.dataset, batch_size=batch_size)]
+    module(images[0]).square().mean().backward()
+    start = time.perf_counter()
+    for batch in images:
+        module.zero_grad()
+        module(batch).square().mean().backward()
+    return time.perf_counter() - start
+
+
+def peak_rss_mb() -> float:
+    """Most memory the process has held so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def packed_size(module: nn.Module) -> int:
+    """Bytes of the module's packed file."""
+    with tempfile.TemporaryDirectory() as folder:
+        return save_packed(module, Path(folder) / "packed.safetensors")
+
+
+def run(
+    float_module: Classifier,
+    calibration: DataLoader,
+    test: DataLoader,
+    *,
+    model: str,
+    qconfig: str,
+    mode: Literal["sequential", "parallel"],
+    granularity: Literal["layer", "block"],
+    steps: int,
+    seed: int,
+    file: Path | None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Quantize a copy of the module through ``trainer.fit`` and measure it; print a table and write the JSON."""
+    record: dict[str, Any] = {
+        "model": model, "qconfig": qconfig, "mode": mode, "granularity": granularity, "steps": steps, "seed": seed,
+    }  # fmt: skip
+    record["options"] = options
+    record["top1_float"] = top1(float_module, test)
+    record["seconds_per_pass"] = seconds_per_pass(float_module, calibration)
+    pl.seed_everything(seed, verbose=False)
+    nearest = copy.deepcopy(float_module)
+    trainer([CalibrationCapture(qconfig)]).fit(nearest, calibration)
+    record["top1_rtn"] = top1(nearest, test)
+    del nearest
+
+    module = copy.deepcopy(float_module)
+    tuning = AdaQuantLayerwise(mode, granularity, steps=steps, seed=seed, **options)
+    start = time.perf_counter()
+    trainer([CalibrationCapture(qconfig), tuning]).fit(module, calibration)
+    record["seconds"] = time.perf_counter() - start
+    assert tuning.result is not None
+    record["seconds_tuning"] = tuning.result.seconds_tuning
+    record["seconds_capture"] = tuning.result.seconds_capture
+    record["top1_quantized"] = top1(module, test)
+    record["peak_rss_mb"] = peak_rss_mb()
+    record["size_bytes"] = packed_size(module)
+    record["size_bytes_float"] = sum(t.numel() * t.element_size() for t in float_module.net.state_dict().values())
+    record["units"] = [
+        {"name": u.name, "bits": u.bits, "error_before": u.error_before, "error_after": u.error_after, "accepted": u.accepted}
+        for u in tuning.result.units
+    ]  # fmt: skip
+    _print(record)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(record, indent=1))
+    return record
+
+
+def _print(record: dict[str, Any]) -> None:
+    units = Table("unit", "bits", "error before", "error after", "kept", title=f"{record['model']} {record['qconfig']}")
+    for row in record["units"]:
+        kept = "yes" if row["accepted"] else "[red]no"
+        units.add_row(row["name"], row["bits"], f"{row['error_before']:.2e}", f"{row['error_after']:.2e}", kept)
+    console.print(units)
+    table = Table("float", "nearest", "AdaQuant", "drop", "seconds", "in passes", "peak MB", "packed KB", "float KB")
+    table.add_row(
+        f"{record['top1_float']:.2f}", f"{record['top1_rtn']:.2f}", f"{record['top1_quantized']:.2f}",
+        f"{record['top1_float'] - record['top1_quantized']:.2f}", f"{record['seconds']:.1f}",
+        f"{record['seconds'] / record['seconds_per_pass']:.1f}", f"{record['peak_rss_mb']:.0f}",
+        f"{record['size_bytes'] / 1e3:.1f}", f"{record['size_bytes_float'] / 1e3:.1f}",
+    )  # fmt: skip
+    console.print(table)
