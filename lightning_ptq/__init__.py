@@ -8,8 +8,9 @@ from lightning_ptq.adaquant import AdaQuantResult, adaquant
 from lightning_ptq.calibration import Calibration, Calibrator, calibrate
 from lightning_ptq.export.packed import load_packed, save_packed
 from lightning_ptq.qconfig import LayerQConfig, QConfig, QuantSpec
-from lightning_ptq.reconstruct import ReconstructionConfig, UnitResult
+from lightning_ptq.reconstruct import UnitResult
 from lightning_ptq.surgery import Prepared, prepare
+from lightning_ptq.tuners import ReconstructionConfig
 
 if TYPE_CHECKING:
     from lightning_ptq.callbacks import AdaQuantLayerwise, CalibrationCapture

@@ -11,12 +11,14 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from lightning_ptq.calibration import Calibration, eval_mode
+from lightning_ptq.calibration import Calibration
 from lightning_ptq.errors import QConfigError, RolledBackWarning
+from lightning_ptq.forward import eval_mode
 from lightning_ptq.qconfig import LayerQConfig
-from lightning_ptq.reconstruct import ReconstructionConfig, UnitResult, layer_state, reconstruct_unit, set_layer_state
+from lightning_ptq.reconstruct import UnitResult, reconstruct_unit
 from lightning_ptq.replay import Replay
 from lightning_ptq.store import ActivationStore
+from lightning_ptq.tuners import ReconstructionConfig, layer_state, set_layer_state
 from lightning_ptq.unit_data import UnitData, gather_targets
 from lightning_ptq.units import BlockRule, Granularity, Unit, find_units
 
@@ -83,10 +85,11 @@ def adaquant(
         RolledBackWarning: Naming the units that tuning did not improve.
 
     Example:
-        >>> from lightning_ptq import calibrate
+        >>> from lightning_ptq import QConfig, calibrate
+        >>> _ = torch.manual_seed(0)
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-        >>> calibration = calibrate(net, [torch.randn(64, 4)], "w4a4")
-        >>> result = adaquant(calibration, config=ReconstructionConfig(steps=10))
+        >>> calibration = calibrate(net, [torch.randn(64, 4)], QConfig.parse("w3a8", first_last_bits=None))
+        >>> result = adaquant(calibration, config=ReconstructionConfig(steps=50))
         >>> [unit.name for unit in result.units]
         ['0', '2']
     """
@@ -191,13 +194,16 @@ class _Run:
         """Tune at each candidate, from the float weights; the calibrated widths stay in place."""
         own = {name: cast(LayerQConfig, layer.qconfig) for name, layer in unit.layers.items()}
         kept: LayerStates | None = None
-        for candidate in self.candidates or [None]:
+        choices: list[LayerQConfig | None] = [*self.candidates] or [None]
+        for candidate in choices:
             widths = {name: self._widths(pair, candidate, name) for name, pair in own.items()}
             for name, pair in widths.items():
                 self.calibration.round_to_nearest(name, pair)
             self._tune(unit, data)
             states = {name: layer_state(layer) for name, layer in unit.layers.items()}
-            self.result.states.setdefault(str(candidate or self.calibration.prepared.qconfig.default), {}).update(states)
+            self.result.states.setdefault(str(candidate or self.calibration.prepared.qconfig.default), {}).update(
+                states
+            )
             kept = states if widths == own else kept
         for name, pair in own.items():
             self.calibration.round_to_nearest(name, pair)
@@ -211,4 +217,3 @@ class _Run:
         least = self.calibration.prepared.qconfig.first_last_bits
         order = self.calibration.trace.layer_order
         return pair.at_least(least) if least and name in (order[0], order[-1]) else pair
-

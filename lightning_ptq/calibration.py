@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import nn
 
 from lightning_ptq.errors import (
     CalibrationError,
@@ -18,22 +16,12 @@ from lightning_ptq.errors import (
     FunctionalOpWarning,
     UnreachedLayerWarning,
 )
+from lightning_ptq.forward import Forward, batch_size, default_forward, run_forward, to_device
 from lightning_ptq.modules import FakeQuantize, QuantLayer
 from lightning_ptq.observers import MinMaxObserver, make_observer
 from lightning_ptq.qconfig import LayerQConfig, QConfig
 from lightning_ptq.surgery import Prepared, fold_batch_norms, prepare
 from lightning_ptq.trace import Trace, trace
-
-Forward = Callable[[nn.Module, Any], Any]
-
-
-def default_forward(module: nn.Module, batch: Any) -> Any:
-    """``module`` on the inputs of ``batch``: the batch itself, the first of a tuple, or a dict as keywords."""
-    if isinstance(batch, (tuple, list)):
-        return module(batch[0])
-    if isinstance(batch, dict):
-        return module(**batch)
-    return module(batch)
 
 
 @dataclass
@@ -97,9 +85,7 @@ class Calibrator:
         num_samples: Enough samples; :attr:`done` is then true. None for all there are.
     """
 
-    def __init__(
-        self, prepared: Prepared, forward: Forward = default_forward, num_samples: int | None = None
-    ) -> None:
+    def __init__(self, prepared: Prepared, forward: Forward = default_forward, num_samples: int | None = None) -> None:
         if num_samples is not None and num_samples < 1:
             raise CalibrationError(f"num_samples must be 1 or more, got {num_samples}.")
         self.prepared = prepared
@@ -124,15 +110,13 @@ class Calibrator:
         Raises:
             CalibrationError: If a layer's input holds NaN or an infinity.
         """
-        handles = [
-            layer.register_forward_pre_hook(self._watcher(name)) for name, layer in self.prepared.layers.items()
-        ]
+        handles = [layer.register_forward_pre_hook(self._watcher(name)) for name, layer in self.prepared.layers.items()]
         try:
             result = run_forward(self.prepared.module, self.forward, to_device(batch, self.device))
         finally:
             for handle in handles:
                 handle.remove()
-        self.batches.append(tree_map(_to_cpu, batch))
+        self.batches.append(to_device(batch, torch.device("cpu")))
         self.samples += batch_size(batch)
         return result
 
@@ -179,7 +163,15 @@ class Calibrator:
         layers = self._quantized_layers(watched)
         _warn_of_float_parts(self.prepared, watched)
         calibration = Calibration(
-            self.prepared, self.forward, self.batches, self.device, watched, layers, folded, self._observers, self.samples
+            self.prepared,
+            self.forward,
+            self.batches,
+            self.device,
+            watched,
+            layers,
+            folded,
+            self._observers,
+            self.samples,
         )
         first_last = (watched.layer_order[0], watched.layer_order[-1])
         for name, layer in layers.items():
@@ -255,58 +247,6 @@ def calibrate(
     except BaseException:
         prepared.undo()
         raise
-
-
-def run_forward(module: nn.Module, forward: Forward, batch: Any) -> Any:
-    """``forward(module, batch)`` in eval mode, in float32, without gradients; training flags are put back."""
-    device_type = next((leaf.device.type for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), "cpu")
-    with eval_mode(module), torch.no_grad(), torch.autocast(device_type, enabled=False):
-        return forward(module, batch)
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Every module below ``module`` is in eval mode inside the ``with`` block; each gets its own flag back."""
-    before = [(child, child.training) for child in module.modules()]
-    try:
-        for child, _ in before:
-            child.training = False
-        yield
-    finally:
-        for child, flag in before:
-            child.training = flag
-
-
-def batch_size(batch: Any) -> int:
-    """Samples in a batch: the length of its first tensor that has dimensions.
-
-    Raises:
-        CalibrationError: If there is no such tensor.
-    """
-    for leaf in _tensors(batch):
-        if leaf.dim():
-            return leaf.shape[0]
-    raise CalibrationError(
-        f"a calibration batch of type {type(batch).__name__} holds no tensor to count samples by."
-        " Return tensors (bare, or in tuples, lists or dicts) from the loader."
-    )
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif hasattr(leaf, "values"):  # mappings that are no dict, such as a tokenizer's BatchEncoding
-            yield from _tensors(list(leaf.values()))
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with everything that has a ``to`` method on ``device``."""
-    return tree_map(lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf, batch)
-
-
-def _to_cpu(leaf: Any) -> Any:
-    return leaf.to("cpu") if hasattr(leaf, "to") else leaf
 
 
 def _warn_of_float_parts(prepared: Prepared, watched: Trace) -> None:

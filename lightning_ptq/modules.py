@@ -84,10 +84,12 @@ class FakeQuantize(nn.Module):
         return torch.where(dropped, x, y)
 
     def extra_repr(self) -> str:
-        return f"{self.spec.bits} bits, {'symmetric' if self.spec.symmetric else 'affine'}, scale {tuple(self.scale.shape)}"
+        """What ``print`` shows."""
+        kind = "symmetric" if self.spec.symmetric else "affine"
+        return f"{self.spec.bits} bits, {kind}, scale {tuple(self.scale.shape)}"
 
 
-class _Swapped:
+class _Swapped(nn.Module):
     """A class put in the place of a float layer's, on a copy that shares its parameters and attributes."""
 
     @classmethod
@@ -96,8 +98,11 @@ class _Swapped:
         swapped = cls.__new__(cls)
         for key, value in module.__dict__.items():
             swapped.__dict__[key] = value.copy() if isinstance(value, dict) else value
-        cast(Any, swapped)._init_swapped()
+        swapped._init_swapped()
         return swapped
+
+    def _init_swapped(self) -> None:
+        """Set up what the kin adds."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class of a user-derived layer is made at run time, so a pickle names the float class instead.
@@ -109,12 +114,13 @@ def _rebuild(float_class: type[nn.Module]) -> nn.Module:
     kin = swapped_class(float_class)
     if kin is None:
         raise TypeError(f"{float_class.__name__} has no quantized kin")
-    return kin.__new__(kin)
+    return cast(nn.Module, kin.__new__(kin))
 
 
 def _keep_slow_path(module: nn.Module, args: Any) -> None:
     """Does nothing, by being there: nn.TransformerEncoderLayer's fused path, which would compute with the float
-    weights behind the layer's back, is not taken for modules that have a hook."""
+    weights behind the layer's back, is not taken for modules that have a hook.
+    """
 
 
 class QuantLayer(_Swapped):
@@ -137,20 +143,20 @@ class QuantLayer(_Swapped):
     tied: bool
 
     def _init_swapped(self) -> None:
-        module = cast(nn.Module, self)
-        module.weight_fake_quant = None
-        module.input_fake_quant = None
+        self.weight_fake_quant = None
+        self.input_fake_quant = None
         self.mode = "quantized"
         self.reference = None
         self.tied = False
-        module.register_forward_pre_hook(_keep_slow_path)
+        self.register_forward_pre_hook(_keep_slow_path)
 
     @property
     def qconfig(self) -> LayerQConfig | None:
         """The pair of specs, None as long as the layer is float."""
         if self.weight_fake_quant is None:
             return None
-        return LayerQConfig(self.weight_fake_quant.spec, self.input_fake_quant and self.input_fake_quant.spec)
+        activation = None if self.input_fake_quant is None else self.input_fake_quant.spec
+        return LayerQConfig(self.weight_fake_quant.spec, activation)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The float layer's forward on the quantized input and weight."""
@@ -166,7 +172,7 @@ class QuantLayer(_Swapped):
         # An entry of the instance's own dictionary hides the registered parameter of that name for this call.
         self.__dict__.update(replaced)
         try:
-            return cast(Tensor, super().forward(input, *args, **kwargs))  # type: ignore[misc]  # the float class's
+            return cast(Tensor, super().forward(input, *args, **kwargs))
         finally:
             for name in replaced:
                 del self.__dict__[name]
@@ -183,14 +189,13 @@ class QuantLayer(_Swapped):
 
     def attach(self, qconfig: LayerQConfig) -> None:
         """Add quantizers for ``qconfig`` in place of any there are; their scales are not chosen yet."""
-        module = cast(nn.Module, self)
         shape, groups = self.channel_layout() if qconfig.weight.per_channel else ((), 1)
         device = self.weight.device
-        module.weight_fake_quant = FakeQuantize(qconfig.weight, shape, groups).to(device)
-        module.input_fake_quant = FakeQuantize(qconfig.activation).to(device) if qconfig.activation else None
+        self.weight_fake_quant = FakeQuantize(qconfig.weight, shape, groups).to(device)
+        self.input_fake_quant = FakeQuantize(qconfig.activation).to(device) if qconfig.activation else None
         record = {key: spec and _grid(spec) for key, spec in asdict(qconfig).items()}
         data = torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
-        module.register_buffer("qconfig_json", data.clone().to(device))
+        self.register_buffer("qconfig_json", data.clone().to(device))
 
     def choose_weight_scale(self) -> None:
         """Set the weight quantizer's scale and zero point from the weight."""
@@ -207,11 +212,10 @@ class QuantLayer(_Swapped):
 
     def set_weight(self, weight: Tensor, bias: Tensor | None) -> None:
         """Give the layer parameters of its own; the float layer's, shared until now, stay as they are."""
-        module = cast(nn.Module, self)
         for name, value in (("weight", weight), ("bias", bias)):
-            old = module._parameters.get(name)
+            old = self._parameters.get(name)
             new = None if value is None else nn.Parameter(value.detach().clone(), old is None or old.requires_grad)
-            module._parameters[name] = new
+            self._parameters[name] = new
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take the structure from the state dict: a layer saved quantized gets quantizers of the saved widths."""
@@ -222,7 +226,7 @@ class QuantLayer(_Swapped):
             self.attach(LayerQConfig(QuantSpec(**weight), activation and QuantSpec(**activation)))
             if prefix + "bias" in state_dict and self.bias is None:  # from a folded batch norm
                 self.set_weight(self.weight, torch.zeros_like(state_dict[prefix + "bias"], device=self.weight.device))
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]  # nn.Module's
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _grid(spec: dict[str, Any]) -> dict[str, Any]:
@@ -241,20 +245,19 @@ class FoldableBatchNorm(_Swapped):
 
     def forward(self, input: Tensor) -> Tensor:
         """The batch norm's forward, or the identity."""
-        return input if self.is_folded else cast(Tensor, super().forward(input))  # type: ignore[misc]  # the float class's
+        return input if self.is_folded else cast(Tensor, super().forward(input))
 
     def set_folded(self, folded: bool) -> None:
         """Switch between identity and batch norm."""
         self.is_folded = folded
-        module = cast(nn.Module, self)
-        module._buffers.pop("folded", None)
+        self._buffers.pop("folded", None)
         if folded:
-            module.register_buffer("folded", torch.tensor(True))
+            self.register_buffer("folded", torch.tensor(True))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if prefix + "running_mean" in state_dict:  # a partial state dict without this layer says nothing of it
             self.set_folded(prefix + "folded" in state_dict)
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]  # nn.Module's
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class QuantConv1d(QuantLayer, nn.Conv1d):
@@ -277,7 +280,7 @@ class QuantConvTranspose2d(QuantLayer, nn.ConvTranspose2d):
     """Fake-quantized :class:`torch.nn.ConvTranspose2d`."""
 
 
-class QuantLinear(QuantLayer, nn.Linear):
+class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]  # torch's stub has no None for its bias
     """Fake-quantized :class:`torch.nn.Linear`."""
 
 

@@ -9,8 +9,6 @@ take the function :func:`weight_qparams`.
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -140,12 +138,16 @@ class MSEObserver(HistogramObserver):
         return lows[best], highs[best]
 
 
-_BY_NAME = {"minmax": MinMaxObserver, "percentile": PercentileObserver, "mse": MSEObserver}
+_BY_NAME: dict[str, type[MinMaxObserver]] = {
+    "minmax": MinMaxObserver,
+    "percentile": PercentileObserver,
+    "mse": MSEObserver,
+}
 
 
 def make_observer(spec: QuantSpec) -> MinMaxObserver:
     """The observer that the spec asks for."""
-    return cast(MinMaxObserver, _BY_NAME[spec.observer](spec))
+    return _BY_NAME[spec.observer](spec)
 
 
 def weight_qparams(rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:

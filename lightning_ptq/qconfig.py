@@ -54,12 +54,12 @@ class QuantSpec:
     @property
     def quant_min(self) -> int:
         """The least integer of the grid."""
-        return -(2 ** (self.bits - 1)) if self.symmetric else 0
+        return -(1 << (self.bits - 1)) if self.symmetric else 0
 
     @property
     def quant_max(self) -> int:
         """The greatest integer of the grid."""
-        return self.quant_min + 2**self.bits - 1
+        return self.quant_min + (1 << self.bits) - 1
 
 
 @dataclass(frozen=True)

@@ -93,9 +93,7 @@ class _FakeQuantize(torch.autograd.Function):
     """Forward and the LSQ+ backward in a few in-place passes, which is what a tuning step spends its time on."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
         zero_point = zero_point.round()
         unclamped = (x * scale.reciprocal()).round_().add_(zero_point)
         q = unclamped.clamp(quant_min, quant_max)

@@ -167,4 +167,3 @@ def _near(left: Tensor, right: Tensor) -> bool:
     # Batched kernels may round differently; a value out of place differs by far more.
     difference = (left - right).float().square().mean()
     return bool(difference <= 1e-4 * right.float().square().mean() + 1e-12)
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 import tempfile
@@ -77,7 +78,11 @@ class ActivationStore:
         """An uninitialised tensor, on ``device`` while the limit allows, else in a file."""
         size = torch.Size(shape).numel() * dtype.itemsize
         if size == 0 or self.in_memory + size <= self.limit:
-            tensor = torch.empty(tuple(shape), dtype=dtype, device=device)
+            tensor = (
+                _map_memory(shape, dtype)
+                if device.type == "cpu" and size
+                else torch.empty(tuple(shape), dtype=dtype, device=device)
+            )
             self.in_memory += size
             self.peak = max(self.peak, self.in_memory)
             weakref.finalize(tensor, self._released, size, None)
@@ -115,3 +120,11 @@ class ActivationStore:
         self.on_disk -= size
         if os.path.exists(path):
             os.unlink(path)
+
+
+def _map_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A CPU tensor in a mapping of its own, which goes back to the system at once when the tensor is freed; the heap
+    would keep much of what many tensors of some megabytes each leave behind.
+    """
+    buffer = mmap.mmap(-1, torch.Size(shape).numel() * dtype.itemsize)
+    return torch.frombuffer(buffer, dtype=dtype).view(tuple(shape))

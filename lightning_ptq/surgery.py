@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -94,8 +94,8 @@ def prepare(module: nn.Module, qconfig: QConfig | str) -> Prepared:
     names = {id(child): name for name, child in module.named_modules()}
     for parent in list(module.modules()):
         for name, child in list(parent._modules.items()):
-            quantized_class = child is not None and swapped_class(type(child))
-            if not quantized_class:
+            quantized_class = None if child is None else swapped_class(type(child))
+            if child is None or quantized_class is None:
                 continue
             if not _is_plain(child):
                 skipped.append(names[id(child)])
@@ -177,7 +177,7 @@ def fold_batch_norms(module: nn.Module, trace: Trace, run: Callable[[], Any]) ->
         layer = modules.get(trace.batch_norm_after.get(name, ""))
         if not isinstance(layer, QuantLayer):
             refused[name] = "it does not directly follow a layer that runs once"
-        elif norm.running_mean is None:
+        elif cast(Any, norm).running_mean is None:
             refused[name] = "it has no running statistics"
         elif layer.tied:
             refused[name] = "the layer before it shares its weight"

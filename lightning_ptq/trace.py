@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -148,7 +147,7 @@ class _Recorder(TorchDispatchMode):
         if isinstance(module, QuantLayer) and name not in self.trace.layer_order:
             self.trace.layer_order.append(name)
         if isinstance(module, _BatchNorm) and args:
-            self.followed.update({name: layer for layer, output in self.outputs.items() if output is args[0]})
+            self.followed.update((name, layer) for layer, output in self.outputs.items() if output is args[0])
 
     def _exit(self, module: nn.Module, args: Any, output: Any) -> None:
         if id(module) not in self.names:

@@ -78,7 +78,7 @@ class UnitData:
         leaves: list[Any] = []
         for i, wise in enumerate(sample_wise):
             if wise:
-                parts = []
+                parts: list[Any] = []
                 for _, call in members:
                     parts.append(call.leaves[i])
                     call.leaves[i] = None
@@ -195,7 +195,7 @@ def _sample_wise(call: Call) -> list[bool]:
 def _signature(call: Call) -> Any:
     """Equal for calls whose rows can be stacked."""
     wise = _sample_wise(call)
-    parts = []
+    parts: list[Any] = []
     for leaf, is_wise in zip(call.leaves, wise, strict=True):
         if is_wise:
             parts.append(("rows", tuple(leaf.shape[1:]), leaf.dtype))

@@ -85,9 +85,9 @@ def _below(name: str, parent: str) -> bool:
 def _is_container(module: nn.Module) -> bool:
     """True for a container that runs its children as they are, or has no forward of its own."""
     kind = type(module)
-    return isinstance(module, _CONTAINERS) and (
-        kind.forward is nn.Sequential.forward or not isinstance(module, nn.Sequential) and "forward" not in vars(kind)
-    )
+    if isinstance(module, nn.Sequential):
+        return kind.forward is nn.Sequential.forward
+    return isinstance(module, _CONTAINERS) and "forward" not in vars(kind)
 
 
 class _Search:

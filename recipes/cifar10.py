@@ -55,6 +55,11 @@ def images(array: np.ndarray) -> Tensor:
     return (torch.from_numpy(array).float() / 255 - mean[:, None, None]) / deviation[:, None, None]
 
 
+def labelled(array: np.ndarray, labels: np.ndarray) -> TensorDataset:
+    """Normalised images with their labels."""
+    return TensorDataset(images(array), torch.from_numpy(labels).long())
+
+
 def main(
     data: Path,
     weights: Path,
@@ -87,12 +92,10 @@ def main(
     net = ResNet20()
     net.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
     order = np.random.default_rng(seed).permutation(len(arrays["calib_images"]))[:calibration]
-    sets = {
-        "calib": TensorDataset(images(arrays["calib_images"][order]), torch.from_numpy(arrays["calib_labels"][order]).long()),
-        "test": TensorDataset(images(arrays["test_images"]), torch.from_numpy(arrays["test_labels"]).long()),
-    }  # fmt: skip
+    calib_set = labelled(arrays["calib_images"][order], arrays["calib_labels"][order])
+    test_set = labelled(arrays["test_images"], arrays["test_labels"])
     run(
-        Classifier(net, 10), DataLoader(sets["calib"], 64), DataLoader(sets["test"], 250),
+        Classifier(net, 10), DataLoader(calib_set, 64), DataLoader(test_set, 250),
         model="resnet20", qconfig=qconfig, mode=mode, granularity=granularity, steps=steps, seed=seed, file=json,
         **options or {},
     )  # fmt: skip

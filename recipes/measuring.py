@@ -56,7 +56,8 @@ class Classifier(pl.LightningModule):
 
 def quiet() -> None:
     """Leave Lightning's advice out of the recipes' output; the library's own warnings stay."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    for name in ("pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     warnings.filterwarnings("always", category=PTQWarning)
 
@@ -137,10 +138,8 @@ def run(
     record["peak_rss_mb"] = peak_rss_mb()
     record["size_bytes"] = packed_size(module)
     record["size_bytes_float"] = sum(t.numel() * t.element_size() for t in float_module.net.state_dict().values())
-    record["units"] = [
-        {"name": u.name, "bits": u.bits, "error_before": u.error_before, "error_after": u.error_after, "accepted": u.accepted}
-        for u in tuning.result.units
-    ]  # fmt: skip
+    fields = ("name", "bits", "error_before", "error_after", "accepted")
+    record["units"] = [{name: getattr(unit, name) for name in fields} for unit in tuning.result.units]
     _print(record)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)

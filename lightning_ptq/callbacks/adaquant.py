@@ -8,7 +8,7 @@ from typing import Any
 from lightning_ptq.adaquant import DEFAULT_MEMORY_LIMIT, AdaQuantMode, AdaQuantResult, adaquant, check_arguments
 from lightning_ptq.callbacks.base import PTQCallback, check_order, progress_task, ptq_callbacks
 from lightning_ptq.callbacks.capture import CalibrationCapture
-from lightning_ptq.reconstruct import ReconstructionConfig
+from lightning_ptq.tuners import ReconstructionConfig
 from lightning_ptq.units import BlockRule, Granularity
 
 log = logging.getLogger(__name__)

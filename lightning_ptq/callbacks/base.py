@@ -13,7 +13,7 @@ from lightning_ptq.errors import CallbackError
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback as LightningCallback
-    from pytorch_lightning.utilities.seed import isolate_rng
+    from pytorch_lightning.utilities.seed import isolate_rng as isolate_rng
 else:
     # A Trainer of either package takes its own Callback class, so the callbacks derive from each that is installed.
     _packages = [p for p in ("pytorch_lightning", "lightning") if importlib.util.find_spec(p)]

@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torchmetrics import Metric
 
-from lightning_ptq.calibration import Forward, default_forward
 from lightning_ptq.errors import CalibrationError
+from lightning_ptq.forward import Forward, default_forward
 from lightning_ptq.patching import attributes
 
 Step = str | Callable[[Any, Any], Any]
@@ -128,7 +128,9 @@ def muted(module: Any, on_batch: Callable[[Any], None], done: Callable[[], bool]
     replaced |= {name: lambda *args, **kwargs: None for name in _TRAINING_HOOKS}
     with ExitStack() as stack:
         for metric in (child for child in module.modules() if isinstance(child, Metric)):
-            stack.callback(_restore_metric, metric, {name: copy.deepcopy(metric.__dict__[name]) for name in _states(metric)})
+            stack.callback(
+                _restore_metric, metric, {name: copy.deepcopy(metric.__dict__[name]) for name in _states(metric)}
+            )
         stack.enter_context(attributes(module, replaced))
         yield
 

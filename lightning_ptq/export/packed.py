@@ -63,7 +63,9 @@ def save_packed(module: nn.Module, path: str | os.PathLike[str]) -> int:
         raise SurgeryError(f"{type(module).__name__} is not quantized, so there is nothing to pack. Run PTQ first.")
     tensors: dict[str, Tensor] = {}
     header: dict[str, Any] = {"layers": {}, "folded": []}
-    folded = [name for name, child in module.named_modules() if isinstance(child, FoldableBatchNorm) and child.is_folded]
+    folded = [
+        name for name, child in module.named_modules() if isinstance(child, FoldableBatchNorm) and child.is_folded
+    ]
     header["folded"] = folded
     packed_keys: set[str] = set()
     for name, layer in layers.items():
@@ -180,7 +182,8 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
                     f"{os.fspath(path)} has format version {metadata['version']}, this lightning_ptq reads up to"
                     f" {FORMAT_VERSION}. Upgrade with: pip install -U lightning-ptq"
                 )
-            return json.loads(metadata["ptq"]), {key: file.get_tensor(key) for key in file.keys()}
+            keys = list(file.keys())
+            return json.loads(metadata["ptq"]), {key: file.get_tensor(key) for key in keys}
     except (SafetensorError, json.JSONDecodeError, KeyError, OSError) as error:
         raise PackedFileError(
             f"{os.fspath(path)} is damaged or no safetensors file ({error}). Copy or write it again."

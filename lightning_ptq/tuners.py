@@ -1,0 +1,223 @@
+"""What is learned of one layer, and how: the configuration, and the variables behind weights, bias and scales.
+
+Everything is tuned in units of what it is: weights in steps of their grid, scales relative to themselves. So one set
+of learning rates serves all widths from 2 to 8 bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from lightning_ptq.errors import QConfigError
+from lightning_ptq.modules import FakeQuantize, QuantLayer
+from lightning_ptq.units import Unit
+
+LEARNABLE = ("weight", "bias", "weight_scale", "activation_scale", "activation_zero_point")
+
+
+@dataclass(frozen=True)
+class ReconstructionConfig:
+    """How a unit is tuned.
+
+    Args:
+        steps: Optimisation steps a unit.
+        batch_size: Samples a step.
+        learn: What is tuned; any of ``"weight"``, ``"bias"``, ``"weight_scale"``, ``"activation_scale"``,
+            ``"activation_zero_point"``.
+        weight_lr: Adam's rate for weights, in steps of the layer's weight grid; for AdaRound, of its rounding variable.
+        bias_lr: For biases, relative to their mean magnitude in the layer.
+        scale_lr: For weight and activation scales, relative to the scale.
+        zero_point_lr: For activation zero points, in grid steps.
+        rounding: ``"continuous"``: a weight may move any number of grid steps (AdaQuant); ``"adaround"``: up or down
+            only, with a penalty that drives it to either (Nagel et al., 2020).
+        drop: Probability that an activation keeps its float value in a step (QDrop, Wei et al., 2022).
+        held_out: Share of the samples on which tuning is judged and which it does not see.
+
+    Raises:
+        QConfigError: If a value is out of its domain.
+    """
+
+    steps: int = 200
+    batch_size: int = 32
+    learn: tuple[str, ...] = ("weight", "bias", "weight_scale", "activation_scale")
+    weight_lr: float = 0.025
+    bias_lr: float = 0.01
+    scale_lr: float = 0.01
+    zero_point_lr: float = 0.05
+    rounding: Literal["continuous", "adaround"] = "continuous"
+    drop: float = 0.0
+    held_out: float = 0.125
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "learn", tuple(self.learn))
+        unknown = [name for name in self.learn if name not in LEARNABLE]
+        if unknown:
+            raise QConfigError(f"learn holds {unknown}, which cannot be learned. Choose from {list(LEARNABLE)}.")
+        if self.rounding not in ("continuous", "adaround"):
+            raise QConfigError(f"rounding must be 'continuous' or 'adaround', got {self.rounding!r}.")
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise QConfigError(f"{name} must be 1 or more, got {getattr(self, name)!r}.")
+        for name in ("drop", "held_out"):
+            if not 0 <= getattr(self, name) < 1:
+                raise QConfigError(f"{name} must lie in [0, 1), got {getattr(self, name)!r}.")
+
+
+class Tuner:
+    """The variables of one layer, and the tensors that they make of its parameters and quantizer buffers."""
+
+    def __init__(self, prefix: str, layer: QuantLayer, config: ReconstructionConfig) -> None:
+        self.prefix, self.layer, self.config = prefix, layer, config
+        self.quantizer = cast(FakeQuantize, layer.weight_fake_quant)
+        self.start = {name: tensor.detach().clone() for name, tensor in _tensors(layer).items()}
+        learn = set(config.learn) - ({"weight", "weight_scale"} if layer.tied else set())
+        self.variables: dict[str, tuple[Tensor, float]] = {}
+        for name, part, rate in (
+            ("weight", "weight", config.weight_lr),
+            ("bias", "bias", config.bias_lr),
+            ("weight_scale", "weight_fake_quant.scale", config.scale_lr),
+            ("activation_scale", "input_fake_quant.scale", config.scale_lr),
+            ("activation_zero_point", "input_fake_quant.zero_point", config.zero_point_lr),
+        ):
+            symmetric = part.endswith("zero_point") and layer.input_fake_quant and layer.input_fake_quant.spec.symmetric
+            if name in learn and part in self.start and not symmetric:
+                self.variables[part] = (self._variable(part), rate)
+
+    def _variable(self, part: str) -> Tensor:
+        return torch.zeros_like(self.start[part], dtype=torch.float32).requires_grad_()
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameter groups for the optimizer."""
+        return [{"params": [variable], "lr": rate} for variable, rate in self.variables.values()]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the module is to compute with, by name, differentiable in the variables."""
+        return {self.prefix + part: self._value(part, v) for part, (v, _) in self.variables.items()}
+
+    def _value(self, part: str, variable: Tensor) -> Tensor:
+        start = self.start[part]
+        if part == "weight":
+            return start + self.layer.scale_channels(variable, self._weight_step())
+        if part == "bias":
+            return start + variable * _magnitude(start)
+        if part.endswith("scale"):
+            return start * variable.exp()
+        return start + variable
+
+    def _weight_step(self) -> Tensor:
+        """The grid step of each output channel, as the tuning found it."""
+        step = self.start["weight_fake_quant.scale"].flatten()
+        shape, _ = self.layer.channel_layout()
+        return step if step.numel() > 1 else step.expand(torch.Size(shape).numel())
+
+    def penalty(self, progress: float) -> Tensor | float:
+        """What is added to the loss; ``progress`` runs from 0 to 1."""
+        return 0.0
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Put the tuned values into the layer, the weight on its grid."""
+        for part, (variable, _) in self.variables.items():
+            if part not in ("weight", "bias"):
+                buffer = _tensors(self.layer)[part]
+                value = self._value(part, variable)
+                buffer.copy_(self._whole(value) if part.endswith("zero_point") else value)
+        weight, bias = self.layer.weight, self.layer.bias
+        if "weight" in self.variables:
+            weight = self._final_weight(self.variables["weight"][0])
+        if bias is not None and "bias" in self.variables:
+            bias = self._value("bias", self.variables["bias"][0])
+        if not self.layer.tied:
+            weight = self.quantizer(weight)
+        elif "bias" not in self.variables:
+            return
+        _set_values(self.layer, weight, bias)
+
+    def _final_weight(self, variable: Tensor) -> Tensor:
+        return self._value("weight", variable)
+
+    def _whole(self, zero_point: Tensor) -> Tensor:
+        spec = cast(FakeQuantize, self.layer.input_fake_quant).spec
+        return zero_point.round().clamp(spec.quant_min, spec.quant_max)
+
+
+class AdaRoundTuner(Tuner):
+    """Weights are rounded down, or up, on a fixed grid: ``s · (⌊w / s⌋ + h(v))`` with a rectified sigmoid ``h``."""
+
+    def __init__(self, prefix: str, layer: QuantLayer, config: ReconstructionConfig) -> None:
+        super().__init__(prefix, layer, config)
+        self.variables.pop("weight_fake_quant.scale", None)
+
+    def _variable(self, part: str) -> Tensor:
+        if part != "weight":
+            return super()._variable(part)
+        step = self.layer.scale_channels(torch.ones_like(self.start["weight"]), self._weight_step())
+        ratio = self.start["weight"] / step
+        self.floor = ratio.floor()
+        share = ((ratio - self.floor + 0.1) / 1.2).clamp(0.01, 0.99)
+        return share.logit().requires_grad_()
+
+    def _up(self, variable: Tensor) -> Tensor:
+        return (variable.sigmoid() * 1.2 - 0.1).clamp(0, 1)
+
+    def _value(self, part: str, variable: Tensor) -> Tensor:
+        if part != "weight":
+            return super()._value(part, variable)
+        return self._on_grid(self.floor + self._up(variable))
+
+    def _on_grid(self, integers: Tensor) -> Tensor:
+        spec = self.quantizer.spec
+        return self.layer.scale_channels(integers.clamp(spec.quant_min, spec.quant_max), self._weight_step())
+
+    def _final_weight(self, variable: Tensor) -> Tensor:
+        return self._on_grid(self.floor + (self._up(variable) >= 0.5))
+
+    def penalty(self, progress: float) -> Tensor | float:
+        """Drives every weight to up or down, harder as time goes on (Nagel et al., 2020, eq. 24)."""
+        if "weight" not in self.variables or progress < 0.2:
+            return 0.0
+        sharpness = 2 + 18 * (1 - (progress - 0.2) / 0.8)
+        undecided = 1 - (2 * self._up(self.variables["weight"][0]) - 1).abs().pow(sharpness)
+        return 0.1 * undecided.mean()
+
+
+def make_tuner(unit: Unit, name: str, layer: QuantLayer, config: ReconstructionConfig) -> Tuner:
+    """The tuner of the unit's layer ``name`` for the configured rounding."""
+    inside = name.removeprefix(unit.name).removeprefix(".")
+    kind = AdaRoundTuner if config.rounding == "adaround" else Tuner
+    return kind(f"{inside}." if inside else "", layer, config)
+
+
+def _magnitude(bias: Tensor) -> Tensor:
+    """Mean magnitude of a bias; 1 where it is 0 throughout."""
+    mean = bias.abs().mean()
+    return torch.where(mean > 0, mean, torch.ones_like(mean))
+
+
+def _tensors(layer: QuantLayer) -> dict[str, Tensor]:
+    parameters = dict(layer.named_parameters(remove_duplicate=False))
+    buffers = {name: buffer for name, buffer in layer.named_buffers() if "fake_quant" in name}
+    return {**parameters, **buffers}
+
+
+def layer_state(layer: QuantLayer) -> dict[str, Tensor]:
+    """A copy of what tuning changes: weight, bias, scales and zero points."""
+    return {name: tensor.detach().clone() for name, tensor in _tensors(layer).items()}
+
+
+@torch.no_grad()
+def set_layer_state(layer: QuantLayer, state: dict[str, Tensor]) -> None:
+    """Put back what :func:`layer_state` copied; the layer must have the same widths."""
+    for name, tensor in _tensors(layer).items():
+        tensor.copy_(state[name])
+
+
+@torch.no_grad()
+def _set_values(layer: QuantLayer, weight: Tensor, bias: Tensor | None) -> None:
+    layer.weight.copy_(weight)
+    if bias is not None and layer.bias is not None:
+        layer.bias.copy_(bias)

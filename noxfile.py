@@ -1,0 +1,57 @@
+"""What can be done here: ``nox --list``. Every session sets itself up; uv is used where it is installed."""
+
+from __future__ import annotations
+
+import nox
+
+nox.needs_version = ">=2024.4.15"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["lint", "types", "tests"]
+
+CODE = ["lightning_ptq", "recipes", "tests", "noxfile.py"]
+
+
+@nox.session
+def quickstart(session: nox.Session) -> None:
+    """Train a small network, quantize it at three settings, print a table: nox -s quickstart"""
+    session.install(".[recipes]")
+    session.run("python", "recipes/quickstart.py", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Unit tests, doctests and two-process tests: nox -s tests [-- pytest arguments]"""
+    session.install("-e", ".[tests]")
+    session.run("pytest", *session.posargs, env={"OMP_NUM_THREADS": "2"})
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, format, and the order of the imports between the rooms."""
+    session.install("ruff==0.17.6", "import-linter>=2.1", "-e", ".")
+    session.run("ruff", "check", *CODE)
+    session.run("ruff", "format", "--check", *CODE)
+    session.run("lint-imports")
+
+
+@nox.session
+def format(session: nox.Session) -> None:
+    """Put the code into the house format."""
+    session.install("ruff==0.17.6")
+    session.run("ruff", "check", "--fix", *CODE)
+    session.run("ruff", "format", *CODE)
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Static types, strictly."""
+    session.install("mypy>=1.14", "nox", "-e", ".")
+    session.run("mypy")
+
+
+@nox.session
+def recipe(session: nox.Session) -> None:
+    """Run a recipe: nox -s recipe -- recipes/cifar10.py --data FILE.npz --weights FILE.th --qconfig w4a4"""
+    session.install(".[recipes]")
+    session.run("python", *session.posargs)

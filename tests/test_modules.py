@@ -1,0 +1,316 @@
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_ptq import prepare
+from lightning_ptq.modules import FakeQuantize, QuantLayer, layers_in_mode, swapped_class
+from lightning_ptq.qconfig import LayerQConfig, QuantSpec
+from tests.models import SamePadConv2d, randomize_norms
+
+# name -> how the layer is made, and an input's shape
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1, stride=2), (2, 4, 9)),
+    "conv1d_grouped": (lambda: nn.Conv1d(4, 6, 3, groups=2, bias=False), (2, 4, 9)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3, dilation=2), (2, 4, 7, 6)),
+    "conv2d_no_bias": (lambda: nn.Conv2d(4, 6, (3, 1), bias=False), (2, 4, 5, 4)),
+    "conv2d_grouped": (lambda: nn.Conv2d(4, 6, 3, padding="same", groups=2), (2, 4, 5, 4)),
+    "conv2d_depthwise": (lambda: nn.Conv2d(4, 8, 3, padding=1, groups=4), (2, 4, 5, 4)),
+    "conv2d_reflect": (lambda: nn.Conv2d(4, 6, 3, padding=(1, 2), padding_mode="reflect"), (2, 4, 5, 4)),
+    "conv2d_one_channel": (lambda: nn.Conv2d(4, 1, 3), (2, 4, 5, 4)),
+    "conv3d": (lambda: nn.Conv3d(3, 5, 2, padding=1), (2, 3, 3, 4, 3)),
+    "conv3d_depthwise": (lambda: nn.Conv3d(3, 3, 2, groups=3, bias=False), (2, 3, 3, 4, 3)),
+    "transpose1d": (lambda: nn.ConvTranspose1d(4, 6, 3, stride=2), (2, 4, 5)),
+    "transpose1d_grouped": (lambda: nn.ConvTranspose1d(4, 6, 3, groups=2, bias=False), (2, 4, 5)),
+    "transpose2d": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1), (2, 4, 3, 4)),
+    "transpose2d_no_bias": (lambda: nn.ConvTranspose2d(4, 6, 3, bias=False), (2, 4, 3, 4)),
+    "transpose2d_grouped": (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2, dilation=2), (2, 4, 3, 4)),
+    "transpose2d_depthwise": (lambda: nn.ConvTranspose2d(4, 4, 3, groups=4), (2, 4, 3, 4)),
+    "linear": (lambda: nn.Linear(5, 7), (3, 5)),
+    "linear_no_bias": (lambda: nn.Linear(5, 7, bias=False), (2, 3, 5)),
+}
+each_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+def make(name: str) -> tuple[nn.Module, Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        build, shape = LAYERS[name]
+        return build(), torch.randn(shape)
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    return isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d))
+
+
+def output_channels(layer: nn.Module) -> int:
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+
+
+def quantized(name: str, bits: str = "w3a4") -> tuple[nn.Module, Any, Tensor, Tensor]:
+    """The float layer, its kin with quantizers, the scale set for every output channel, and an input."""
+    layer, x = make(name)
+    kin = swapped_class(type(layer)).from_float(layer)
+    kin.attach(LayerQConfig.parse(bits))
+    scale = torch.linspace(0.02, 0.2, output_channels(layer))
+    kin.weight_fake_quant.scale.copy_(scale.view_as(kin.weight_fake_quant.scale))
+    if kin.input_fake_quant is not None:
+        kin.input_fake_quant.scale.fill_(0.3)
+        kin.input_fake_quant.zero_point.fill_(6)
+    return layer, kin, scale, x
+
+
+def functional(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What torch's functions compute for the layer's geometry."""
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight, bias)
+    dims = weight.dim() - 2
+    if is_transposed(layer):
+        function = [F.conv_transpose1d, F.conv_transpose2d][dims - 1]
+        geometry = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
+        return function(x, weight, bias, *geometry)
+    padding = layer.padding
+    if layer.padding_mode == "reflect":
+        x = F.pad(x, [p for p in reversed(padding) for _ in range(2)], mode="reflect")
+        padding = 0
+    function = [F.conv1d, F.conv2d, F.conv3d][dims - 1]
+    return function(x, weight, bias, layer.stride, padding, layer.dilation, layer.groups)
+
+
+def torch_quantized_weight(layer: Any, scale: Tensor, spec: QuantSpec) -> Tensor:
+    """By torch's own kernel; a grouped transposed weight group by group, for its channels lie in two dimensions."""
+    zero = torch.zeros_like(scale, dtype=torch.int32)
+    if not is_transposed(layer):
+        return torch.fake_quantize_per_channel_affine(layer.weight, scale, zero, 0, spec.quant_min, spec.quant_max)
+    parts = [
+        torch.fake_quantize_per_channel_affine(part, s, z, 1, spec.quant_min, spec.quant_max)
+        for part, s, z in zip(*(t.chunk(layer.groups) for t in (layer.weight, scale, zero)), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+@each_layer
+def test_without_quantizers_the_kin_is_the_float_layer(name: str) -> None:
+    layer, x = make(name)
+    kin = swapped_class(type(layer)).from_float(layer)
+    assert isinstance(kin, (QuantLayer, type(layer)))
+    assert torch.equal(kin(x), layer(x))
+    assert kin.weight is layer.weight
+    assert kin.qconfig is None
+    assert list(kin.state_dict()) == list(layer.state_dict())
+
+
+@each_layer
+@pytest.mark.parametrize("bits", ["w3a4", "w5"])
+def test_the_kin_computes_with_torch_quantized_input_and_weight(name: str, bits: str) -> None:
+    layer, kin, scale, x = quantized(name, bits)
+    expected_x = torch.fake_quantize_per_tensor_affine(x, 0.3, 6, 0, 15) if "a" in bits else x
+    weight = torch_quantized_weight(layer, scale, kin.qconfig.weight)
+    found = kin(x)
+    torch.testing.assert_close(found, functional(layer, expected_x, weight, layer.bias), rtol=1e-6, atol=1e-6)
+    assert (found - layer(x)).abs().max() > 0.01  # so the comparison says something
+    assert kin.weight is layer.weight
+
+
+@each_layer
+def test_rows_hold_the_weights_of_one_output_channel(name: str) -> None:
+    layer, kin, _, _ = quantized(name)
+    rows = kin.weight_fake_quant.rows(kin.weight)
+    if is_transposed(layer):
+        expected = torch.cat([group.transpose(0, 1).flatten(1) for group in layer.weight.chunk(layer.groups)])
+    else:
+        expected = layer.weight.flatten(1)
+    assert torch.equal(rows, expected)
+
+
+@each_layer
+def test_the_chosen_weight_scale_fits_each_channel(name: str) -> None:
+    layer, kin, _, _ = quantized(name)
+    kin.attach(LayerQConfig(QuantSpec(8, per_channel=True, observer="minmax"), None))
+    factor = torch.logspace(-3, 3, output_channels(layer))
+    kin.set_weight(kin.scale_channels(layer.weight, factor), layer.bias)
+    kin.choose_weight_scale()
+    found, expected = kin.weight_fake_quant(kin.weight), kin.weight
+    relative = kin.weight_fake_quant.rows((found - expected).abs()).amax(1) / kin.weight_fake_quant.rows(expected).abs().amax(1)
+    assert (relative < 1 / 127).all()
+
+
+@each_layer
+def test_scaled_channels_scale_the_output_channels(name: str) -> None:
+    layer, x = make(name)
+    kin = swapped_class(type(layer)).from_float(layer)
+    factor = torch.linspace(-1, 2, output_channels(layer))
+    scaled = kin.scale_channels(layer.weight, factor)
+    assert scaled.shape == layer.weight.shape
+    along = factor if isinstance(layer, nn.Linear) else factor.view(-1, *[1] * (layer.weight.dim() - 2))
+    torch.testing.assert_close(functional(layer, x, scaled, None), functional(layer, x, layer.weight, None) * along)
+
+
+def test_attached_quantizers_have_their_shape_from_the_start() -> None:
+    shapes = {name: tuple(quantized(name)[1].weight_fake_quant.scale.shape) for name in LAYERS if name[-1] != "s"}
+    assert shapes == {
+        "conv1d": (6, 1, 1),
+        "conv1d_grouped": (6, 1, 1),
+        "conv2d": (6, 1, 1, 1),
+        "conv2d_grouped": (6, 1, 1, 1),
+        "conv2d_depthwise": (8, 1, 1, 1),
+        "conv2d_reflect": (6, 1, 1, 1),
+        "conv2d_one_channel": (1, 1, 1, 1),
+        "conv3d": (5, 1, 1, 1, 1),
+        "conv3d_depthwise": (3, 1, 1, 1, 1),
+        "transpose1d": (1, 6, 1),
+        "transpose1d_grouped": (2, 1, 3, 1),
+        "transpose2d": (1, 6, 1, 1),
+        "transpose2d_grouped": (2, 1, 3, 1, 1),
+        "transpose2d_depthwise": (4, 1, 1, 1, 1),
+        "linear": (7, 1),
+    }
+
+
+def test_output_size_reaches_a_transposed_convolution() -> None:
+    _, kin, _, _ = quantized("transpose2d", "w8")
+    x = torch.randn(1, 4, 3, 4)
+    assert kin(x, output_size=(8, 9)).shape == (1, 6, 8, 9)
+    assert kin(x, [7, 9]).shape == (1, 6, 7, 9)
+
+
+def test_a_derived_class_keeps_its_forward() -> None:
+    layer, x = SamePadConv2d(3, 4, 3), torch.randn(2, 3, 5, 5)
+    kin = swapped_class(SamePadConv2d).from_float(layer)
+    assert isinstance(kin, SamePadConv2d)
+    assert torch.equal(kin(x), layer(x))
+    kin.attach(LayerQConfig.parse("w2"))
+    kin.choose_weight_scale()
+    scale = kin.weight_fake_quant.scale.flatten()
+    weight = torch_quantized_weight(layer, scale, kin.qconfig.weight)
+    expected = 2 * F.conv2d(F.pad(x, (1, 1, 1, 1), value=0.5), weight, layer.bias)
+    torch.testing.assert_close(kin(x), expected)
+
+
+class Adapter(nn.Linear):
+    """A layer that holds layers."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.down = nn.Linear(4, 2)
+        self.up = nn.Linear(2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.up(self.down(x))
+
+
+def test_layers_inside_a_layer_are_swapped_too() -> None:
+    net = nn.Sequential(Adapter(), nn.ReLU())
+    original = net[0]
+    prepared = prepare(net, "w4")
+    assert list(prepared.layers) == ["0", "0.down", "0.up"]
+    assert not isinstance(original.down, QuantLayer)
+    prepared.undo()
+    assert net[0] is original
+    assert [type(child) for child in net.modules()] == [nn.Sequential, Adapter, nn.Linear, nn.Linear, nn.ReLU]
+
+
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+@pytest.mark.parametrize("attached", [False, True], ids=["float", "quantized"])
+def test_copies_keep_outputs_and_are_independent(make_copy: Callable, attached: bool) -> None:
+    net = randomize_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), SamePadConv2d(4, 4, 3)))
+    layers = prepare(net, "w3a5").layers.values()
+    for layer in layers if attached else ():
+        layer.attach(LayerQConfig.parse("w3a5"))
+        layer.choose_weight_scale()
+    net[1].set_folded(attached)
+    x = torch.randn(1, 3, 6, 6)
+    expected = net(x)
+    twin = make_copy(net)
+    assert torch.equal(twin(x), expected)
+    assert list(twin.state_dict()) == list(net.state_dict())
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(1)
+    assert torch.equal(net(x), expected)
+    assert not torch.equal(twin(x), expected)
+
+
+def test_a_whole_module_goes_through_torch_save() -> None:
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(2, 3)
+    for layer in prepare(net, "w2").layers.values():
+        layer.attach(LayerQConfig.parse("w2"))
+        layer.choose_weight_scale()
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(x), net(x))
+
+
+def test_a_fused_transformer_layer_computes_with_quantized_weights() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    root = nn.ModuleDict({"layer": layer})
+    x, twin = torch.randn(2, 5, 8), copy.deepcopy(layer)
+    with torch.no_grad():
+        float_output = layer(x)
+        prepare(root, "w2")
+        torch.testing.assert_close(layer(x), float_output, rtol=1e-4, atol=1e-5)
+        for name in ("linear1", "linear2"):
+            kin = getattr(layer, name)
+            kin.attach(LayerQConfig.parse("w2"))
+            kin.choose_weight_scale()
+            getattr(twin, name).weight.copy_(kin.weight_fake_quant(kin.weight))
+        torch.testing.assert_close(layer(x), twin(x), rtol=1e-4, atol=1e-5)
+        assert (layer(x) - float_output).abs().max() > 0.05
+
+
+def test_float_mode_computes_with_the_reference_and_ends() -> None:
+    layer, kin, _, x = quantized("conv2d")
+    kin.reference = (layer.weight.detach().clone(), layer.bias.detach().clone())
+    kin.set_weight(layer.weight + 1, layer.bias + 1)
+    tuned = kin(x)
+
+    def run_and_fail() -> None:
+        with layers_in_mode(nn.ModuleList([kin]), "float"):
+            assert torch.equal(kin(x), layer(x))
+            raise KeyError
+
+    pytest.raises(KeyError, run_and_fail)
+    assert torch.equal(kin(x), tuned)
+    assert (tuned - layer(x)).abs().max() > 0.5
+
+
+def test_dropped_elements_keep_their_float_value() -> None:
+    quantizer, x = FakeQuantize(QuantSpec(4)), torch.rand(20_000)
+    rounded = quantizer(x)
+    quantizer.drop_probability, quantizer.generator = 0.25, torch.Generator().manual_seed(0)
+    mixed = quantizer(x)
+    dropped = mixed == x
+    assert torch.equal(mixed[~dropped], rounded[~dropped])
+    assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.015)
+
+
+def test_gradients_reach_weight_bias_and_input() -> None:
+    _, kin, _, x = quantized("conv2d", "w8a8")
+    kin(x.requires_grad_()).square().sum().backward()
+    for tensor in (x, kin.weight, kin.bias):
+        assert tensor.grad.abs().sum() > 0
+
+
+def test_a_per_tensor_weight_scale() -> None:
+    layer, x = make("transpose2d_grouped")
+    kin = swapped_class(type(layer)).from_float(layer)
+    kin.attach(LayerQConfig(QuantSpec(3, observer="minmax"), None))
+    kin.choose_weight_scale()
+    low, high = layer.weight.min().item(), layer.weight.max().item()
+    weight = torch.fake_quantize_per_tensor_affine(layer.weight, max(-low / 4, high / 3), 0, -4, 3)
+    torch.testing.assert_close(kin(x), functional(layer, x, weight, layer.bias), rtol=1e-5, atol=1e-5)
+
+
+def test_what_has_no_kin() -> None:
+    assert [swapped_class(kind) for kind in (nn.ReLU, nn.LayerNorm, nn.Embedding, nn.Sequential)] == [None] * 4
+    assert swapped_class(swapped_class(nn.Conv2d)) is None

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_ptq.qconfig import QuantSpec
+from lightning_ptq.quantize import choose_qparams, dequantize, fake_quantize, quantize
+
+quick = settings(max_examples=60, deadline=None, derandomize=True)
+
+specs = st.builds(QuantSpec, st.integers(2, 8), st.booleans())
+scales = st.floats(2**-10, 2**6, width=32)
+
+
+def floats(size: int) -> st.SearchStrategy[Tensor]:
+    """Vectors with plain values, and with values on grid points and half-way between them."""
+    plain = st.floats(-1000, 1000, width=32)
+    halves = st.integers(-600, 600).map(lambda n: n / 2)
+    return st.lists(plain | halves, min_size=size, max_size=size).map(torch.tensor)
+
+
+def zero_point(data: st.DataObject, spec: QuantSpec) -> int:
+    return 0 if spec.symmetric else data.draw(st.integers(spec.quant_min, spec.quant_max))
+
+
+def assert_same_as_torch(ours: Tensor, theirs: Tensor, x: Tensor, upstream: Tensor) -> None:
+    assert torch.equal(ours, theirs)
+    (ours_x,), (theirs_x,) = (torch.autograd.grad(y, x, upstream) for y in (ours, theirs))
+    assert torch.equal(ours_x, theirs_x)
+
+
+@quick
+@given(floats(24), scales, specs, st.data())
+def test_per_tensor_equals_torch_bit_for_bit(x: Tensor, step: float, spec: QuantSpec, data: st.DataObject) -> None:
+    x = x.requires_grad_()
+    scale, zero = torch.tensor(step), torch.tensor(zero_point(data, spec), dtype=torch.int32)
+    theirs = torch.fake_quantize_per_tensor_affine(x, scale, zero, spec.quant_min, spec.quant_max)
+    ours = fake_quantize(x, scale, zero, spec.quant_min, spec.quant_max)
+    with torch.no_grad():
+        assert torch.equal(fake_quantize(x, scale, zero, spec.quant_min, spec.quant_max), ours)
+    assert_same_as_torch(ours, theirs, x, torch.linspace(-1, 1, x.numel()))
+
+
+@quick
+@given(floats(24), st.lists(scales, min_size=3, max_size=3), specs, st.sampled_from([0, 1, 2]), st.data())
+def test_per_channel_equals_torch_bit_for_bit(
+    x: Tensor, steps: list[float], spec: QuantSpec, axis: int, data: st.DataObject
+) -> None:
+    x = x.view(3, 4, 2).movedim(0, axis).contiguous().requires_grad_()
+    scale = torch.tensor(steps)
+    zero = torch.tensor([zero_point(data, spec) for _ in steps], dtype=torch.int32)
+    shape = [3 if dim == axis else 1 for dim in range(3)]
+    theirs = torch.fake_quantize_per_channel_affine(x, scale, zero, axis, spec.quant_min, spec.quant_max)
+    ours = fake_quantize(x, scale.view(shape), zero.view(shape), spec.quant_min, spec.quant_max)
+    assert_same_as_torch(ours, theirs, x, torch.linspace(-1, 1, x.numel()).view_as(x))
+
+
+def straight_through(x: Tensor, scale: Tensor, zero: Tensor, low: int, high: int) -> Tensor:
+    def round_through(value: Tensor) -> Tensor:
+        return value.round().detach() + (value - value.detach())  # the second term is exactly 0
+
+    q = round_through(x / scale) + round_through(zero)
+    q = torch.where(q < low, low, torch.where(q > high, high, q))  # unlike clamp, passes the gradient on the bounds
+    return (q - round_through(zero)) * scale
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("shape", [(), (1, 1, 1, 1), (6, 1, 1, 1), (1, 4, 1, 1), (6, 1, 5, 1)], ids=str)
+@pytest.mark.parametrize("spec", [QuantSpec(2), QuantSpec(4, symmetric=False), QuantSpec(8)], ids=lambda s: str(s.bits))
+def test_gradients_of_scale_and_zero_point_are_those_of_lsq_plus(
+    spec: QuantSpec, shape: tuple[int, ...], dtype: torch.dtype, tolerance: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, upstream = (torch.randn(6, 4, 5, 3, generator=generator) for _ in range(2))
+    scale = torch.rand(shape, generator=generator) + 1.5  # a good part of the values is clamped
+    scale = scale * 2 / (spec.quant_max - spec.quant_min)
+    zero = torch.rand(shape, generator=generator) * 2 + (spec.quant_min + spec.quant_max) / 2
+    leaves = [t.to(dtype).requires_grad_() for t in (x, scale, zero)]
+    copies = [t.detach().double().requires_grad_() for t in leaves]
+    ours = torch.autograd.grad(
+        fake_quantize(*leaves, spec.quant_min, spec.quant_max), leaves, upstream.to(dtype)
+    )
+    theirs = torch.autograd.grad(
+        straight_through(*copies, spec.quant_min, spec.quant_max), copies, upstream.double()
+    )
+    for found, expected in zip(ours, theirs, strict=True):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(), (4, 1)], ids=str)
+def test_the_input_dtype_is_kept(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x = torch.linspace(-2, 2, 36).view(4, 9).to(dtype)
+    scale, zero = torch.full(shape, 0.137), torch.full(shape, 7, dtype=torch.int32)
+    with torch.no_grad():
+        found = fake_quantize(x, scale, zero, 0, 15)
+    expected = fake_quantize(x.float(), scale, zero, 0, 15)
+    with_graph = fake_quantize(x.requires_grad_(), scale, zero, 0, 15)
+    assert found.dtype == with_graph.dtype == dtype
+    assert torch.equal(found, with_graph)
+    torch.testing.assert_close(found, expected.to(dtype), rtol=1e-6, atol=0)
+    assert torch.autograd.grad(with_graph.sum(), x)[0].dtype == dtype
+
+
+@quick
+@given(st.floats(-1e4, 1e4, width=32), st.floats(-1e4, 1e4, width=32), specs)
+def test_the_grid_covers_the_range_and_holds_zero(a: float, b: float, spec: QuantSpec) -> None:
+    low, high = sorted((a, b))
+    scale, zero = choose_qparams(torch.tensor(low), torch.tensor(high), spec)
+    step, offset = scale.item(), zero.item()
+    assert zero.dtype == torch.int32
+    assert spec.quant_min <= offset <= spec.quant_max
+    assert fake_quantize(torch.tensor(0.0), scale, zero, spec.quant_min, spec.quant_max).item() == 0
+
+    least, greatest = (spec.quant_min - offset) * step, (spec.quant_max - offset) * step
+    slack = 1e-5 * step if spec.symmetric else 0.501 * step  # an affine grid is shifted by up to half a step to hold 0
+    assert least <= low + slack
+    assert greatest >= high - slack
+    low, high = min(low, 0), max(high, 0)
+    needed = max(low / spec.quant_min, high / spec.quant_max) if spec.symmetric else (high - low) / spec.quant_max
+    assert step == pytest.approx(needed, rel=1e-5, abs=1e-30)
+
+
+@quick
+@given(specs, st.floats(2**-20, 2**20, width=32), st.data())
+def test_dequantized_integers_quantize_to_themselves(spec: QuantSpec, step: float, data: st.DataObject) -> None:
+    scale, zero = torch.tensor(step), torch.tensor(zero_point(data, spec))
+    integers = torch.arange(spec.quant_min, spec.quant_max + 1).float()
+    values = dequantize(integers, scale, zero)
+    assert torch.equal(quantize(values, scale, zero, spec.quant_min, spec.quant_max), integers)
+    assert torch.equal(fake_quantize(values, scale, zero, spec.quant_min, spec.quant_max), values)
+    assert values.unique().numel() == 2**spec.bits
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_snapped_weights_requantize_to_themselves(bits: int) -> None:
+    spec = QuantSpec(bits, per_channel=True)
+    weight = torch.randn(8, 40, generator=torch.Generator().manual_seed(bits))
+    scale, zero = choose_qparams(*weight.aminmax(dim=1, keepdim=True), spec)
+    integers = quantize(weight, scale, zero, spec.quant_min, spec.quant_max)
+    snapped = dequantize(integers, scale, zero)
+    assert torch.equal(quantize(snapped, scale, zero, spec.quant_min, spec.quant_max), integers)
+    assert ((snapped - weight).abs() <= 0.501 * scale).all()
