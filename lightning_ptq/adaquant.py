@@ -88,7 +88,8 @@ def adaquant(
         >>> from lightning_ptq import QConfig, calibrate
         >>> _ = torch.manual_seed(0)
         >>> net = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
-        >>> calibration = calibrate(net, [torch.randn(256, 4) @ torch.randn(4, 16)], QConfig.parse("w3a8", first_last_bits=None))
+        >>> samples = torch.randn(256, 4) @ torch.randn(4, 16)
+        >>> calibration = calibrate(net, [samples], QConfig.parse("w3a8", first_last_bits=None))
         >>> result = adaquant(calibration, config=ReconstructionConfig(steps=50))
         >>> [unit.name for unit in result.units]
         ['0', '2']

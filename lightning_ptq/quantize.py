@@ -85,7 +85,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, 
     if torch.is_grad_enabled():
         result: Tensor = _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max)
     else:
-        result = dequantize(quantize(x, scale, zero_point, quant_min, quant_max), scale, zero_point)
+        result = quantize(x, scale, zero_point, quant_min, quant_max).sub_(zero_point.round()).mul_(scale)
     return result.to(dtype)
 
 
@@ -95,10 +95,9 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
         zero_point = zero_point.round()
-        unclamped = (x * scale.reciprocal()).round_().add_(zero_point)
-        q = unclamped.clamp(quant_min, quant_max)
-        inside = q.eq(unclamped)
-        result = q.sub_(zero_point).mul_(scale)
+        q = (x * scale.reciprocal()).round_().add_(zero_point)
+        inside = q.ge(quant_min).logical_and_(q.le(quant_max))
+        result = q.clamp_(quant_min, quant_max).sub_(zero_point).mul_(scale)
         ctx.save_for_backward(x, scale, zero_point, inside, result)
         return result
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_ptq.modules import FakeQuantize
 from lightning_ptq.tuners import ReconstructionConfig, Tuner, layer_state, make_tuner, set_layer_state
-from lightning_ptq.unit_data import Minibatch, UnitData, float_leaves, run_unit
+from lightning_ptq.unit_data import Group, Minibatch, UnitData, float_leaves, run_unit
 from lightning_ptq.units import Unit
 
 
@@ -69,7 +69,7 @@ def reconstruct_unit(
     """
     start = time.perf_counter()
     tune, held_out = data.split(config.held_out, generator)
-    judged = data.batches(held_out, 2 * config.batch_size)
+    judged = [(group, part) for group, rows in data.batches(held_out, 64) for part, _ in data.chunks(rows)]
     before = held_out_error(unit.module, judged)
     tuners = [make_tuner(unit, name, layer, config) for name, layer in unit.layers.items()]
     saved = [layer_state(layer) for layer in unit.layers.values()]
@@ -117,27 +117,36 @@ def _optimise(
     for step in range(config.steps):
         queue = queue or data.batches(samples, config.batch_size, generator)
         group, rows = queue.pop()
-        state = {name: tensor for tuner in tuners for name, tensor in tuner.tensors().items()}
-        args, kwargs = group.arguments(rows)
-        outputs = float_leaves(functional_call(module, state, args, kwargs))
-        loss = torch.stack(
-            [(o - t[rows]).square().mean() / p for o, t, p in zip(outputs, group.targets or [], power, strict=True)]
-        ).sum()
-        if step % max(1, config.steps // 50) == 0:
-            curve.append((step, loss.item()))
-        for tuner in tuners:
-            loss = loss + tuner.penalty(step / config.steps)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        total = 0.0
+        for part, share in data.chunks(rows):
+            error = share * _relative_error(module, tuners, group, part, power)
+            penalty = share * torch.stack([tuner.penalty(step / config.steps) for tuner in tuners]).sum()
+            (error + penalty).backward()
+            total += error.item()
+        if step % max(1, config.steps // 50) == 0:
+            curve.append((step, total))
         optimizer.step()
         schedule.step()
         on_step(step + 1)
     return curve
 
 
+def _relative_error(
+    module: nn.Module, tuners: list[Tuner], group: Group, rows: Tensor | slice, power: list[float]
+) -> Tensor:
+    """Mean squared error of some rows over the targets' mean square, differentiable in the tuners' variables."""
+    state = {name: tensor for tuner in tuners for name, tensor in tuner.tensors().items()}
+    args, kwargs = group.arguments(rows)
+    outputs = float_leaves(functional_call(module, state, args, kwargs))
+    triples = zip(outputs, group.targets or [], power, strict=True)
+    return torch.stack([(output - target[rows]).square().mean() / p for output, target, p in triples]).sum()
+
+
 def _power(data: UnitData) -> list[float]:
+    """Mean square of each target of the first group; a norm, for it copies nothing."""
     targets = data.groups[0].targets or []
-    return [max(target.float().square().mean().item(), 1e-20) for target in targets]
+    return [max(torch.linalg.vector_norm(t).item() ** 2 / t.numel(), 1e-20) for t in targets]
 
 
 @contextmanager

@@ -49,7 +49,7 @@ class ReconstructionConfig:
     scale_lr: float = 0.01
     zero_point_lr: float = 0.05
     rounding: Literal["continuous", "adaround"] = "continuous"
-    drop: float = 0.0
+    drop: float = 0.5
     held_out: float = 0.125
 
     def __post_init__(self) -> None:
@@ -114,9 +114,9 @@ class Tuner:
         shape, _ = self.layer.channel_layout()
         return step if step.numel() > 1 else step.expand(torch.Size(shape).numel())
 
-    def penalty(self, progress: float) -> Tensor | float:
+    def penalty(self, progress: float) -> Tensor:
         """What is added to the loss; ``progress`` runs from 0 to 1."""
-        return 0.0
+        return torch.zeros((), device=self.layer.weight.device)
 
     @torch.no_grad()
     def write(self) -> None:
@@ -176,10 +176,10 @@ class AdaRoundTuner(Tuner):
     def _final_weight(self, variable: Tensor) -> Tensor:
         return self._on_grid(self.floor + (self._up(variable) >= 0.5))
 
-    def penalty(self, progress: float) -> Tensor | float:
+    def penalty(self, progress: float) -> Tensor:
         """Drives every weight to up or down, harder as time goes on (Nagel et al., 2020, eq. 24)."""
         if "weight" not in self.variables or progress < 0.2:
-            return 0.0
+            return super().penalty(progress)
         sharpness = 2 + 18 * (1 - (progress - 0.2) / 0.8)
         undecided = 1 - (2 * self._up(self.variables["weight"][0]) - 1).abs().pow(sharpness)
         return 0.1 * undecided.mean()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,7 @@ class UnitData:
         self.store = store
         self.groups: list[Group] = []
         self.separable = True
+        self.row_bytes = 1  # of the largest activation inside the unit
         gathered: dict[Any, list[tuple[tuple[int, int], Call]]] = {}
         for batch, of_batch in enumerate(calls):
             for index, call in enumerate(of_batch):
@@ -116,7 +118,9 @@ class UnitData:
             if size < 2:
                 continue
             part = slice(rows.start + size // 2, rows.stop)
-            whole = float_leaves(run_unit(unit, *group.arguments(rows), mode="float"))
+            with _largest_output(unit) as largest:
+                whole = float_leaves(run_unit(unit, *group.arguments(rows), mode="float"))
+            self.row_bytes = max(self.row_bytes, largest[0] // size)
             try:
                 half = float_leaves(run_unit(unit, *group.arguments(part), mode="float"))
             except RuntimeError:  # shapes that fit the whole call only
@@ -139,6 +143,17 @@ class UnitData:
             held += [(index, row) for row in order[:cut]]
             tune += [(index, row) for row in order[cut:]]
         return tune, held or tune
+
+    def chunks(self, rows: Tensor | slice) -> list[tuple[Tensor | slice, float]]:
+        """The rows of a mini-batch in parts whose activations stay small, each with its share of the whole.
+
+        Gradients add up to those of the mini-batch. On the CPU small parts are several times faster: activations
+        beyond some 32 MB are mapped afresh by the allocator each time, page by page.
+        """
+        if isinstance(rows, slice) or rows.device.type != "cpu":
+            return [(rows, 1.0)]
+        size = max(1, _CHUNK_BYTES // self.row_bytes)
+        return [(part, len(part) / len(rows)) for part in rows.split(size)]
 
     def batches(self, samples: list[Sample], size: int, generator: torch.Generator | None = None) -> list[Minibatch]:
         """The samples in mini-batches of one group each, shuffled if a generator is given."""
@@ -166,6 +181,25 @@ Targets = dict[tuple[int, int], list[Tensor]]
 def gather_targets(outputs: list[list[Call]]) -> Targets:
     """The floating-point tensors among a unit's outputs, by (batch, call); they are not copied."""
     return {(b, i): float_leaves(call.leaves) for b, calls in enumerate(outputs) for i, call in enumerate(calls)}
+
+
+_CHUNK_BYTES = 2**24
+
+
+@contextmanager
+def _largest_output(module: nn.Module) -> Iterator[list[int]]:
+    """The bytes of the largest tensor that any module below ``module`` puts out inside the ``with`` block."""
+    largest = [1]
+
+    def watch(child: nn.Module, args: Any, output: Any) -> None:
+        largest[0] = max([largest[0], *(leaf.numel() * leaf.element_size() for leaf in float_leaves(output))])
+
+    handles = [child.register_forward_hook(watch) for child in module.modules()]
+    try:
+        yield largest
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def run_unit(unit: nn.Module, args: Any, kwargs: Any, mode: Mode) -> Any:
