@@ -17,7 +17,7 @@ from lightning_ptq.forward import eval_mode
 from lightning_ptq.qconfig import LayerQConfig
 from lightning_ptq.reconstruct import UnitResult, reconstruct_unit
 from lightning_ptq.replay import Replay
-from lightning_ptq.store import ActivationStore
+from lightning_ptq.store import ActivationStore, parse_bytes
 from lightning_ptq.tuners import ReconstructionConfig, layer_state, set_layer_state
 from lightning_ptq.unit_data import UnitData, gather_targets
 from lightning_ptq.units import BlockRule, Granularity, Unit, find_units
@@ -94,11 +94,11 @@ def adaquant(
         >>> [unit.name for unit in result.units]
         ['0', '2']
     """
-    check_arguments(mode, granularity, candidates)
+    check_arguments(mode, granularity, candidates, memory_limit)
     with ActivationStore(memory_limit) as store, eval_mode(calibration.module):
         units = find_units(calibration.module, calibration.trace, granularity, blocks)
-        run = _Run(calibration, units, store, mode, config or ReconstructionConfig(), seed, progress)
-        run.candidates = [LayerQConfig.parse(candidate) for candidate in candidates or ()]
+        widths = [LayerQConfig.parse(candidate) for candidate in candidates or ()]
+        run = _Run(calibration, units, store, mode, config or ReconstructionConfig(), seed, progress, widths)
         for index in range(len(units)):
             run.unit(index)
         run.result.peak_activation_bytes = store.peak
@@ -113,7 +113,7 @@ def adaquant(
     return run.result
 
 
-def check_arguments(mode: str, granularity: str, candidates: Sequence[str] | None) -> None:
+def check_arguments(mode: str, granularity: str, candidates: Sequence[str] | None, memory_limit: str | int) -> None:
     """Raise :class:`QConfigError` where :func:`adaquant` would, before any work is done."""
     if mode not in ("sequential", "parallel"):
         raise QConfigError(f"mode must be 'sequential' or 'parallel', got {mode!r}.")
@@ -126,6 +126,7 @@ def check_arguments(mode: str, granularity: str, candidates: Sequence[str] | Non
         )
     for candidate in candidates or ():
         LayerQConfig.parse(candidate)
+    parse_bytes(memory_limit)
 
 
 @dataclass
@@ -144,12 +145,13 @@ class _Run:
         self.float_stream = Replay(self.calibration, self.units, self.store, "float")
         self.quantized_stream = Replay(self.calibration, self.units, self.store, "quantized")
         self.steps_done = 0
+        self.steps = sum(self.config.steps_for(pairs) for unit in self.units for pairs in self._choices(unit))
 
     def unit(self, index: int) -> None:
         """Capture, tune and, in sequential mode, hand the quantized outputs on."""
         start = time.perf_counter()
         unit = self.units[index]
-        self.progress(self.steps_done, self._steps(), unit.name)
+        self.progress(self.steps_done, self.steps, unit.name)
         data = self._capture(index)
         captured = time.perf_counter()
         if self.mode == "sequential":
@@ -162,9 +164,6 @@ class _Run:
             self.quantized_stream.finish(index, data.outputs(unit.module, len(self.calibration.batches), "quantized"))
         self.result.seconds_tuning += tuned - captured
         self.result.seconds_capture += time.perf_counter() - tuned + captured - start
-
-    def _steps(self) -> int:
-        return len(self.units) * max(1, len(self.candidates)) * self.config.steps
 
     def _capture(self, index: int) -> UnitData:
         unit = self.units[index]
@@ -181,40 +180,51 @@ class _Run:
 
     def _tune(self, unit: Unit, data: UnitData) -> UnitResult:
         generator = torch.Generator(self.calibration.device).manual_seed(self.seed)
-        before, total = self.steps_done, self._steps()
+        before = self.steps_done
 
         def on_step(step: int) -> None:
-            self.progress(before + step, total, unit.name)
+            self.progress(before + step, self.steps, unit.name)
 
         row = reconstruct_unit(unit, data, self.config, generator, on_step)
-        self.steps_done = before + self.config.steps
+        self.steps_done = before + row.steps
         self.result.units.append(row)
         return row
 
     def _tune_candidates(self, unit: Unit, data: UnitData) -> None:
         """Tune at each candidate, from the float weights; the calibrated widths stay in place."""
-        own = {name: cast(LayerQConfig, layer.qconfig) for name, layer in unit.layers.items()}
-        kept: LayerStates | None = None
-        choices: list[LayerQConfig | None] = [*self.candidates] or [None]
-        for candidate in choices:
-            widths = {name: self._widths(pair, candidate, name) for name, pair in own.items()}
-            for name, pair in widths.items():
-                self.calibration.round_to_nearest(name, pair)
+        own = _qconfigs(unit)
+        names: list[LayerQConfig] = self.candidates or [self.calibration.prepared.qconfig.default]
+        kept: LayerStates = {}
+        for name, pairs in zip(names, self._choices(unit), strict=True):
+            self._round_to_nearest(unit, pairs)
             self._tune(unit, data)
-            states = {name: layer_state(layer) for name, layer in unit.layers.items()}
-            self.result.states.setdefault(str(candidate or self.calibration.prepared.qconfig.default), {}).update(
-                states
-            )
-            kept = states if widths == own else kept
-        for name, pair in own.items():
-            self.calibration.round_to_nearest(name, pair)
-            if kept is not None:
-                set_layer_state(unit.layers[name], kept[name])
+            states = {layer_name: layer_state(layer) for layer_name, layer in unit.layers.items()}
+            self.result.states.setdefault(str(name), {}).update(states)
+            kept = states if pairs == own else kept
+        self._round_to_nearest(unit, own)
+        for layer_name, state in kept.items():
+            set_layer_state(unit.layers[layer_name], state)
 
-    def _widths(self, own: LayerQConfig, candidate: LayerQConfig | None, name: str) -> LayerQConfig:
-        if candidate is None:
-            return own
+    def _round_to_nearest(self, unit: Unit, pairs: list[LayerQConfig]) -> None:
+        for name, pair in zip(unit.layers, pairs, strict=True):
+            self.calibration.round_to_nearest(name, pair)
+
+    def _choices(self, unit: Unit) -> list[list[LayerQConfig]]:
+        """The widths of the unit's layers at each candidate; the calibrated ones if there are no candidates."""
+        own = _qconfigs(unit)
+        if not self.candidates:
+            return [own]
+        return [
+            [self._widths(pair, candidate, name) for name, pair in zip(unit.layers, own, strict=True)]
+            for candidate in self.candidates
+        ]
+
+    def _widths(self, own: LayerQConfig, candidate: LayerQConfig, name: str) -> LayerQConfig:
         pair = own.with_bits_of(candidate)
         least = self.calibration.prepared.qconfig.first_last_bits
         order = self.calibration.trace.layer_order
         return pair.at_least(least) if least and name in (order[0], order[-1]) else pair
+
+
+def _qconfigs(unit: Unit) -> list[LayerQConfig]:
+    return [cast(LayerQConfig, layer.qconfig) for layer in unit.layers.values()]

@@ -21,7 +21,7 @@ from lightning_ptq.modules import FakeQuantize, QuantLayer
 from lightning_ptq.observers import MinMaxObserver, make_observer
 from lightning_ptq.qconfig import LayerQConfig, QConfig
 from lightning_ptq.surgery import Prepared, fold_batch_norms, prepare
-from lightning_ptq.trace import Trace, trace
+from lightning_ptq.trace import Trace, first_argument, trace
 
 
 @dataclass
@@ -110,7 +110,10 @@ class Calibrator:
         Raises:
             CalibrationError: If a layer's input holds NaN or an infinity.
         """
-        handles = [layer.register_forward_pre_hook(self._watcher(name)) for name, layer in self.prepared.layers.items()]
+        handles = [
+            layer.register_forward_pre_hook(self._watcher(name), with_kwargs=True)
+            for name, layer in self.prepared.layers.items()
+        ]
         try:
             result = run_forward(self.prepared.module, self.forward, to_device(batch, self.device))
         finally:
@@ -124,12 +127,13 @@ class Calibrator:
         config = self.prepared.qconfig.for_layer(name) or self.prepared.qconfig.default
         spec = config.activation
 
-        def watch(layer: nn.Module, args: Any) -> None:
+        def watch(layer: nn.Module, args: Any, kwargs: Any) -> None:
+            x = first_argument(args, kwargs)
             if name not in self._observers:
                 observer = make_observer(spec) if spec else MinMaxObserver(config.weight)
-                self._observers[name] = observer.to(args[0].device)
+                self._observers[name] = observer.to(x.device)
             try:
-                self._observers[name].update(args[0])
+                self._observers[name].update(x)
             except ValueError:
                 raise CalibrationError(
                     f"NaN or an infinity in the input of layer {name!r}, calibration batch {len(self.batches)}."

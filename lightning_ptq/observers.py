@@ -9,6 +9,8 @@ take the function :func:`weight_qparams`.
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -78,7 +80,7 @@ class HistogramObserver(MinMaxObserver):
     def update(self, x: Tensor) -> None:
         """Watch a tensor of any shape; see :meth:`MinMaxObserver.update`."""
         super().update(x)
-        bits = x.detach().float().contiguous().view(torch.int16).reshape(-1)[1::2]  # the upper halves, little-endian
+        bits = x.detach().float().reshape(-1).contiguous().view(torch.int16)[1::2]  # the upper halves, little-endian
         self.counts += torch.bincount(bits.int() + _BINS // 2, minlength=_BINS)
 
     def histogram(self) -> tuple[Tensor, Tensor]:
@@ -166,13 +168,15 @@ def weight_qparams(rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         return choose_qparams(rows.quantile(tail, dim=1), rows.quantile(1 - tail, dim=1), spec)
     if spec.observer == "minmax":
         return choose_qparams(*rows.aminmax(dim=1), spec)
-    span = rows.abs().amax(1)
-    low = -span if spec.symmetric else rows.amin(1)
-    high = span if spec.symmetric else rows.amax(1)
-    best_error = torch.full_like(span, float("inf"))
-    best = choose_qparams(low, high, spec)
-    for shrink in torch.linspace(0.2, 1.2, _SHRINKS).tolist():
-        scale, zero_point = choose_qparams(low * shrink, high * shrink, spec)
+    low, high = rows.aminmax(dim=1)
+    best = choose_qparams(low, high, spec)  # so that no row is worse off than with the full range
+    best_error = torch.full_like(low, float("inf"))
+    if spec.symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    shrinks = [*torch.linspace(0.02, 0.18, 17).tolist(), *torch.linspace(0.2, 1.2, _SHRINKS).tolist()]
+    ranges = ((low * shrink, high * shrink) for shrink in shrinks)
+    for scale, zero_point in chain([best], (choose_qparams(*ends, spec) for ends in ranges)):
         grid = fake_quantize(rows, scale[:, None], zero_point[:, None], spec.quant_min, spec.quant_max)
         error = (grid - rows).square_().sum(1)
         better = error < best_error

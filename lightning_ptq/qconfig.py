@@ -210,6 +210,9 @@ class QConfig:
             QConfigError: If a key is missing or unknown.
         """
         try:
+            unknown = data.keys() - cls.__dataclass_fields__.keys()
+            if unknown:
+                raise KeyError(f"unknown: {sorted(unknown)}")
             default, overrides = _layer_from_dict(data["default"]), data.get("overrides", ())
             return cls(
                 default,
@@ -217,7 +220,7 @@ class QConfig:
                 tuple(data.get("exclude", ())),
                 data.get("first_last_bits", 8),
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise QConfigError(
                 f"cannot read {dict(data)!r} as a QConfig ({error}). Write what QConfig.to_dict() returns,"
                 " or a text such as 'w4a8'."

@@ -85,6 +85,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, 
     if torch.is_grad_enabled():
         result: Tensor = _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max)
     else:
+        zero_point = zero_point.to(x.dtype)
         result = quantize(x, scale, zero_point, quant_min, quant_max).sub_(zero_point.round()).mul_(scale)
     return result.to(dtype)
 
@@ -94,19 +95,19 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
-        zero_point = zero_point.round()
+        zero_point = zero_point.to(x.dtype).round()
         q = (x * scale.reciprocal()).round_().add_(zero_point)
-        inside = q.ge(quant_min).logical_and_(q.le(quant_max))
-        result = q.clamp_(quant_min, quant_max).sub_(zero_point).mul_(scale)
-        ctx.save_for_backward(x, scale, zero_point, inside, result)
+        result = q.clamp(quant_min, quant_max).sub_(zero_point).mul_(scale)
+        ctx.save_for_backward(x, scale, zero_point, q, result)
+        ctx.bounds = (quant_min - 0.5, quant_max + 0.5)
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, zero_point, inside, result = ctx.saved_tensors
+        x, scale, zero_point, q, result = ctx.saved_tensors
         (grad,) = grads
-        grad_x = grad * inside
+        grad_x = torch.ops.aten.hardtanh_backward(grad, q, *ctx.bounds)  # one pass: the gradient where q is in bounds
         grad_scale = grad_zero_point = None
         if ctx.needs_input_grad[1]:  # d x̂ / d s is q - z - x / s inside the clamp and q - z outside
             if scale.numel() == 1:

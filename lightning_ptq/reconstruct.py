@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_ptq.modules import FakeQuantize
+from lightning_ptq.qconfig import LayerQConfig
 from lightning_ptq.tuners import ReconstructionConfig, Tuner, layer_state, make_tuner, set_layer_state
-from lightning_ptq.unit_data import Group, Minibatch, UnitData, float_leaves, run_unit
+from lightning_ptq.unit_data import Group, Minibatch, Sample, UnitData, float_leaves, run_unit
 from lightning_ptq.units import Unit
 
 
@@ -33,6 +34,7 @@ class UnitResult:
             squared float output.
         error_after: The same after tuning.
         accepted: False if tuning did not lower the error and the unit keeps its initial quantization.
+        steps: Optimisation steps.
         seconds: Time of the tuning.
         curve: (step, training loss) at some fifty steps.
     """
@@ -42,6 +44,7 @@ class UnitResult:
     error_before: float
     error_after: float
     accepted: bool
+    steps: int
     seconds: float
     curve: tuple[tuple[int, float], ...] = field(default=(), repr=False)
 
@@ -71,10 +74,12 @@ def reconstruct_unit(
     tune, held_out = data.split(config.held_out, generator)
     judged = [(group, part) for group, rows in data.batches(held_out, 64) for part, _ in data.chunks(rows)]
     before = held_out_error(unit.module, judged)
+    steps = config.steps_for(cast(LayerQConfig, layer.qconfig) for layer in unit.layers.values())
     tuners = [make_tuner(unit, name, layer, config) for name, layer in unit.layers.items()]
     saved = [layer_state(layer) for layer in unit.layers.values()]
     with _tuning(unit, config, generator):
-        curve = _optimise(unit.module, tuners, data, tune, config, generator, on_step)
+        batches = _shuffled(data, tune, config.batch_size, steps, generator)
+        curve = _optimise(unit.module, tuners, data, batches, steps, on_step)
     for tuner in tuners:
         tuner.write()
     after = held_out_error(unit.module, judged)
@@ -83,7 +88,7 @@ def reconstruct_unit(
         for layer, state in zip(unit.layers.values(), saved, strict=True):
             set_layer_state(layer, state)
     bits = "/".join(sorted({str(layer.qconfig) for layer in unit.layers.values()}))
-    return UnitResult(unit.name, bits, before, after, accepted, time.perf_counter() - start, tuple(curve))
+    return UnitResult(unit.name, bits, before, after, accepted, steps, time.perf_counter() - start, tuple(curve))
 
 
 def held_out_error(module: nn.Module, batches: list[Minibatch]) -> float:
@@ -101,35 +106,41 @@ def _optimise(
     module: nn.Module,
     tuners: list[Tuner],
     data: UnitData,
-    samples: list[tuple[int, int]],
-    config: ReconstructionConfig,
-    generator: torch.Generator,
+    batches: Iterator[Minibatch],
+    steps: int,
     on_step: Callable[[int], None],
 ) -> list[tuple[int, float]]:
     groups = [group for tuner in tuners for group in tuner.groups()]
     if not groups:
         return []
     optimizer = torch.optim.Adam(groups)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     power = _power(data)
     curve: list[tuple[int, float]] = []
-    queue: list[Minibatch] = []
-    for step in range(config.steps):
-        queue = queue or data.batches(samples, config.batch_size, generator)
-        group, rows = queue.pop()
+    for step, (group, rows) in enumerate(batches):
         optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for part, share in data.chunks(rows):
             error = share * _relative_error(module, tuners, group, part, power)
-            penalty = share * torch.stack([tuner.penalty(step / config.steps) for tuner in tuners]).sum()
+            penalty = share * torch.stack([tuner.penalty(step / steps) for tuner in tuners]).sum()
             (error + penalty).backward()
             total += error.item()
-        if step % max(1, config.steps // 50) == 0:
+        if step % max(1, steps // 50) == 0:
             curve.append((step, total))
         optimizer.step()
         schedule.step()
         on_step(step + 1)
     return curve
+
+
+def _shuffled(
+    data: UnitData, samples: list[Sample], size: int, steps: int, generator: torch.Generator
+) -> Iterator[Minibatch]:
+    """So many mini-batches, epoch after epoch, each epoch in a new order."""
+    queue: list[Minibatch] = []
+    for _ in range(steps):
+        queue = queue or data.batches(samples, size, generator)
+        yield queue.pop()
 
 
 def _relative_error(

@@ -20,7 +20,7 @@ from lightning_ptq.errors import (
 )
 from lightning_ptq.modules import FoldableBatchNorm, QuantLayer, swapped_class
 from lightning_ptq.qconfig import QConfig
-from lightning_ptq.trace import Trace
+from lightning_ptq.trace import Trace, first_argument
 
 
 @dataclass
@@ -53,9 +53,9 @@ def quant_layers(module: nn.Module) -> dict[str, QuantLayer]:
     return {name: child for name, child in module.named_modules() if isinstance(child, QuantLayer)}
 
 
-def is_quantized(module: nn.Module) -> bool:
-    """True if any layer below ``module`` has quantizers."""
-    return any(layer.qconfig is not None for layer in quant_layers(module).values())
+def is_prepared(module: nn.Module) -> bool:
+    """True if any layer below ``module`` has been swapped already."""
+    return any(isinstance(child, (QuantLayer, FoldableBatchNorm)) for child in module.modules())
 
 
 def prepare(module: nn.Module, qconfig: QConfig | str) -> Prepared:
@@ -83,7 +83,7 @@ def prepare(module: nn.Module, qconfig: QConfig | str) -> Prepared:
         'Linear'
     """
     qconfig = QConfig.parse(qconfig)
-    if any(isinstance(child, (QuantLayer, FoldableBatchNorm)) for child in module.modules()):
+    if is_prepared(module):
         raise SurgeryError(
             f"{type(module).__name__} has quantized layers already. Quantize the float module again instead: load its"
             " float weights into a new instance (or call undo() on what prepare() returned)."
@@ -92,7 +92,7 @@ def prepare(module: nn.Module, qconfig: QConfig | str) -> Prepared:
     kin: dict[int, nn.Module] = {}
     skipped = []
     names = {id(child): name for name, child in module.named_modules()}
-    for parent in list(module.modules()):
+    for parent in reversed(list(module.modules())):  # inner ones first: a layer's kin takes over its children
         for name, child in list(parent._modules.items()):
             quantized_class = None if child is None else swapped_class(type(child))
             if child is None or quantized_class is None:
@@ -104,26 +104,29 @@ def prepare(module: nn.Module, qconfig: QConfig | str) -> Prepared:
                 kin[id(child)] = quantized_class.from_float(child)
             prepared._originals.append((parent, name, child))
             parent._modules[name] = kin[id(child)]
-    if not prepared.layers:
-        prepared.undo()
-        raise SurgeryError(
-            f"{type(module).__name__} has nothing to quantize: no convolution and no linear layer"
-            f" with a weight of its own among its {len(names)} modules."
-        )
     try:
-        qconfig.check_patterns(prepared.layers)
-    except Exception:
+        _check(prepared, len(names))
+        if skipped:
+            warnings.warn(
+                f"{', '.join(skipped)}: the weight is lazy or re-parametrized, so the layer stays float. Run one"
+                " forward first, or call torch.nn.utils.parametrize.remove_parametrizations on it.",
+                UnsupportedLayerWarning,
+                stacklevel=2,
+            )
+        _mark_tied(module)
+    except BaseException:  # a warning may be an error, too
         prepared.undo()
         raise
-    if skipped:
-        warnings.warn(
-            f"{', '.join(skipped)}: the weight is lazy or re-parametrized, so the layer stays float. Run one forward"
-            " first, or call torch.nn.utils.parametrize.remove_parametrizations on it.",
-            UnsupportedLayerWarning,
-            stacklevel=2,
-        )
-    _mark_tied(module)
     return prepared
+
+
+def _check(prepared: Prepared, modules: int) -> None:
+    if not prepared.layers:
+        raise SurgeryError(
+            f"{type(prepared.module).__name__} has nothing to quantize: no convolution and no linear layer"
+            f" with a weight of its own among its {modules} modules."
+        )
+    prepared.qconfig.check_patterns(prepared.layers)
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -186,7 +189,7 @@ def fold_batch_norms(module: nn.Module, trace: Trace, run: Callable[[], Any]) ->
     expected = _fingerprint(module, run)
     undo = {name: _fold(modules[layer], modules[name]) for name, layer in pairs.items()}
     if pairs and not _close(_fingerprint(module, run), expected):
-        for name in pairs:
+        for name in reversed(pairs):  # two batch norms may have gone into one layer
             undo[name]()
         kept = {}
         for name, layer in pairs.items():  # one at a time, keeping those that hold
@@ -225,11 +228,12 @@ def _fingerprint(module: nn.Module, run: Callable[[], Any]) -> list[Tensor]:
     """Sum and absolute sum of every layer's input, and the result itself."""
     sums: list[Tensor] = []
 
-    def record(layer: nn.Module, args: Any) -> None:
-        x = args[0].detach().double()
+    def record(layer: nn.Module, args: Any, kwargs: Any) -> None:
+        x = first_argument(args, kwargs).detach().double()
         sums.append(torch.stack([x.sum(), x.abs().sum()]) / x.numel())
 
-    handles = [layer.register_forward_pre_hook(record) for layer in module.modules() if isinstance(layer, QuantLayer)]
+    layers = [layer for layer in module.modules() if isinstance(layer, QuantLayer)]
+    handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
     try:
         result = run()
     finally:

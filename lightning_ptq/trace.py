@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -20,10 +19,13 @@ from lightning_ptq.modules import QuantLayer
 
 _ADDS = ("aten::add.Tensor", "aten::add_.Tensor")
 _PRODUCTS = (
-    "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "aten::convolution", "aten::einsum",
+    "aten::mm", "aten::addmm", "aten::mv", "aten::addmv", "aten::dot",
+    "aten::_trilinear", "aten::bmm", "aten::baddbmm", "aten::linear", "aten::convolution", "aten::einsum",
     "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_attention_math",
-    "aten::_scaled_dot_product_fused_attention_overrideable", "aten::_native_multi_head_attention",
+    "aten::_scaled_dot_product_fused_attention_overrideable",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::mkldnn_rnn_layer", "aten::_cudnn_rnn", "aten::miopen_rnn", "aten::_native_multi_head_attention",
 )  # fmt: skip
 
 
@@ -108,6 +110,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.trace = Trace()
         self.stack: list[str] = []
+        self.modules = list(module.modules())
         self.names = {id(child): name for name, child in module.named_modules()}
         self.layer_names = {name for name, child in module.named_modules() if isinstance(child, QuantLayer)}
         self.outputs: dict[str, Tensor] = {}  # of quantizable layers; the reference keeps the storage from reuse
@@ -115,7 +118,9 @@ class _Recorder(TorchDispatchMode):
         self.handles: list[Any] = []
 
     def __enter__(self) -> Any:
-        self.handles = [register_module_forward_pre_hook(self._enter), register_module_forward_hook(self._exit)]
+        for child in self.modules:  # hooks of their own, for global ones are not shown keyword arguments
+            self.handles.append(child.register_forward_pre_hook(self._enter, with_kwargs=True))
+            self.handles.append(child.register_forward_hook(self._exit))
         return super().__enter__()
 
     def __exit__(self, *args: Any) -> None:
@@ -137,21 +142,18 @@ class _Recorder(TorchDispatchMode):
     def _record(self, kind: Any, name: str, reads: tuple[int, ...], writes: tuple[int, ...]) -> None:
         self.trace.events.append(Event(kind, name, tuple(self.stack), reads, writes))
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        name = self.names.get(id(module))
-        if name is None:
-            return
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        name = self.names[id(module)]
         self.stack.append(name)
         self.trace.calls[name] = self.trace.calls.get(name, 0) + 1
-        self._record("enter", name, storages(args), ())
+        self._record("enter", name, storages((args, kwargs)), ())
         if isinstance(module, QuantLayer) and name not in self.trace.layer_order:
             self.trace.layer_order.append(name)
-        if isinstance(module, _BatchNorm) and args:
-            self.followed.update((name, layer) for layer, output in self.outputs.items() if output is args[0])
+        if isinstance(module, _BatchNorm):
+            x = first_argument(args, kwargs)
+            self.followed.update((name, layer) for layer, output in self.outputs.items() if output is x)
 
     def _exit(self, module: nn.Module, args: Any, output: Any) -> None:
-        if id(module) not in self.names:
-            return
         name = self.stack.pop()
         self._record("exit", name, storages(args), storages(output))
         if isinstance(module, QuantLayer):
@@ -163,6 +165,11 @@ class _Recorder(TorchDispatchMode):
             norm: layer for norm, layer in self.followed.items() if calls[norm] == 1 and calls[layer] == 1
         }
         self.outputs.clear()
+
+
+def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The first argument of a call, given by position or by keyword; None if there is none."""
+    return next(iter((*args, *kwargs.values())), None)
 
 
 def storages(tree: Any) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ of learning rates serves all widths from 2 to 8 bits.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -14,9 +15,14 @@ from torch import Tensor
 
 from lightning_ptq.errors import QConfigError
 from lightning_ptq.modules import FakeQuantize, QuantLayer
+from lightning_ptq.qconfig import LayerQConfig
 from lightning_ptq.units import Unit
 
 LEARNABLE = ("weight", "bias", "weight_scale", "activation_scale", "activation_zero_point")
+
+
+DEFAULT_STEPS = {2: 300, 3: 200, 4: 100, 5: 60, 6: 60, 7: 40, 8: 40}
+"""Steps by bit width: the coarser the grid, the more there is to gain, and the longer it takes."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class ReconstructionConfig:
     """How a unit is tuned.
 
     Args:
-        steps: Optimisation steps a unit.
+        steps: Optimisation steps a unit; None to go by the least width in the unit (:data:`DEFAULT_STEPS`).
         batch_size: Samples a step.
         learn: What is tuned; any of ``"weight"``, ``"bias"``, ``"weight_scale"``, ``"activation_scale"``,
             ``"activation_zero_point"``.
@@ -41,7 +47,7 @@ class ReconstructionConfig:
         QConfigError: If a value is out of its domain.
     """
 
-    steps: int = 200
+    steps: int | None = None
     batch_size: int = 32
     learn: tuple[str, ...] = ("weight", "bias", "weight_scale", "activation_scale")
     weight_lr: float = 0.025
@@ -60,11 +66,19 @@ class ReconstructionConfig:
         if self.rounding not in ("continuous", "adaround"):
             raise QConfigError(f"rounding must be 'continuous' or 'adaround', got {self.rounding!r}.")
         for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise QConfigError(f"{name} must be 1 or more, got {getattr(self, name)!r}.")
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value >= 1) and (name, value) != ("steps", None):
+                raise QConfigError(f"{name} must be 1 or more, got {value!r}. Write a whole number.")
         for name in ("drop", "held_out"):
             if not 0 <= getattr(self, name) < 1:
                 raise QConfigError(f"{name} must lie in [0, 1), got {getattr(self, name)!r}.")
+
+    def steps_for(self, qconfigs: Iterable[LayerQConfig]) -> int:
+        """Steps for a unit whose layers have these widths."""
+        if self.steps is not None:
+            return self.steps
+        specs = [spec for pair in qconfigs for spec in (pair.weight, pair.activation) if spec is not None]
+        return DEFAULT_STEPS[min(spec.bits for spec in specs)]
 
 
 class Tuner:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -67,10 +67,10 @@ def main(
     calibration: int = 1024,
     mode: Literal["sequential", "parallel"] = "sequential",
     granularity: Literal["layer", "block"] = "block",
-    steps: int = 200,
+    steps: int | None = None,
     seed: int = 0,
     json: Path | None = None,
-    options: dict[str, float | str | list[str]] | None = None,
+    options: dict[str, Any] | None = None,
 ) -> None:
     """Quantize and measure.
 
@@ -81,7 +81,7 @@ def main(
         calibration: Number of calibration images.
         mode: Order of the tuning.
         granularity: What is tuned together.
-        steps: Steps a unit.
+        steps: Steps a unit; by default they go by the bit widths.
         seed: Of all random choices, and of the choice of calibration images if there are more.
         json: Where to write the measurements.
         options: Further arguments of AdaQuantLayerwise.

@@ -66,10 +66,10 @@ def main(
     calibration: int = 250,
     mode: Literal["sequential", "parallel"] = "sequential",
     granularity: Literal["layer", "block"] = "block",
-    steps: int = 200,
+    steps: int | None = None,
     seed: int = 0,
     json: Path | None = None,
-    options: dict[str, float | str | list[str]] | None = None,
+    options: dict[str, Any] | None = None,
 ) -> None:
     """Quantize and measure.
 
@@ -82,7 +82,7 @@ def main(
         calibration: Number of calibration images.
         mode: Order of the tuning.
         granularity: What is tuned together.
-        steps: Steps a unit.
+        steps: Steps a unit; by default they go by the bit widths.
         seed: Of all random choices.
         json: Where to write the measurements.
         options: Further arguments of AdaQuantLayerwise.

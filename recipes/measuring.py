@@ -108,7 +108,7 @@ def run(
     qconfig: str,
     mode: Literal["sequential", "parallel"],
     granularity: Literal["layer", "block"],
-    steps: int,
+    steps: int | None,
     seed: int,
     file: Path | None,
     **options: Any,
@@ -138,7 +138,7 @@ def run(
     record["peak_rss_mb"] = peak_rss_mb()
     record["size_bytes"] = packed_size(module)
     record["size_bytes_float"] = sum(t.numel() * t.element_size() for t in float_module.net.state_dict().values())
-    fields = ("name", "bits", "error_before", "error_after", "accepted")
+    fields = ("name", "bits", "steps", "error_before", "error_after", "accepted")
     record["units"] = [{name: getattr(unit, name) for name in fields} for unit in tuning.result.units]
     _print(record)
     if file is not None:

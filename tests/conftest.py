@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+pytest.register_assert_rewrite("helpers")
 torch.set_num_threads(1)
 
 

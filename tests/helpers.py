@@ -10,6 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric
 
 from lightning_ptq.modules import FoldableBatchNorm, QuantLayer
 
@@ -89,7 +91,7 @@ class EncoderLayer(nn.Module):
 class Transformer(nn.Module):
     """Token embeddings, two encoder layers that take their mask by keyword, a head on the mean of what is seen."""
 
-    def __init__(self, width: int = 8, by_keyword: bool = False) -> None:
+    def __init__(self, width: int = 16, by_keyword: bool = False) -> None:
         super().__init__()
         self.by_keyword = by_keyword
         self.embed = nn.Embedding(11, width)
@@ -130,6 +132,9 @@ def same_state(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
+_LIGHTNING = ("_hparams", "_trainer", "_device", "_current_fx_name")  # which every Trainer sets on a LightningModule
+
+
 class Snapshot:
     """All of a float module that an undo has to bring back."""
 
@@ -145,11 +150,13 @@ class Snapshot:
         return modules | {f"parameter {name}": id(p) for name, p in self.module.named_parameters()}
 
     def _flags(self) -> dict[str, Any]:
-        """Training flags, requires_grad, and the attributes that each module has of its own."""
+        """The attributes that each module has of its own, with the values of the plain ones; hooks; requires_grad."""
         found: dict[str, Any] = {}
         for name, child in self.module.named_modules():
+            attributes = {key: value for key, value in vars(child).items() if key not in _LIGHTNING}
+            plain = {k: v for k, v in attributes.items() if v is None or isinstance(v, (bool, int, float, str))}
             hooks = (child._forward_hooks, child._forward_pre_hooks, child._backward_hooks)
-            found[name] = (child.training, sorted(vars(child)), [list(hook) for hook in hooks])
+            found[name] = (sorted(attributes), plain, [list(hook) for hook in hooks])
         return found | {f"{n} grad": p.requires_grad for n, p in self.module.named_parameters()}
 
     def assert_unchanged(self) -> None:
@@ -164,3 +171,71 @@ def rng_state() -> tuple[Any, ...]:
     """The global random states of torch, numpy and Python, comparable."""
     name, keys, *rest = np.random.get_state()
     return bytes(torch.get_rng_state().tolist()), name, keys.tobytes(), *rest, random.getstate()
+
+
+class SmallNet(nn.Sequential):
+    """conv-bn-relu-conv-relu-linear-linear with dropout; images of 5 x 5 pixels, three classes."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True),
+            nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2), nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, 3),
+        )  # fmt: skip
+
+
+IMAGES, LABELS = seeded(50, 40, 1, 5, 5), torch.arange(40) % 3
+
+
+def classifier_class(pl: Any) -> Any:
+    """An ordinary LightningModule class of the given package."""
+
+    class Classifier(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = SmallNet()
+            self.seen = MeanMetric()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+        def loss(self, batch: Any) -> Tensor:
+            x, y = batch
+            return F.cross_entropy(self(x), y)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = self.loss(batch)
+            self.seen.update(loss.detach())
+            self.log("train_loss", loss)
+            self.log("seen", self.seen)
+            return loss
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val_loss", self.loss(batch))
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+    return Classifier
+
+
+def classifier(pl: Any, change: Any = lambda base: base) -> Any:
+    """A classifier with reproducible weights; ``change`` derives another class from the ordinary one."""
+    return build(change(classifier_class(pl)))
+
+
+def loader(batch_size: int = 8, **kwargs: Any) -> DataLoader[Any]:
+    """Five batches of (image, label)."""
+    return DataLoader(TensorDataset(IMAGES, LABELS), batch_size, **kwargs)
+
+
+def trainer(pl: Any, root: Any, *callbacks: Any, **kwargs: Any) -> Any:
+    """A quiet Trainer on the CPU."""
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    options = {"max_epochs": 1, "accelerator": "cpu", "devices": 1, "default_root_dir": str(root), **quiet, **kwargs}
+    return pl.Trainer(callbacks=list(callbacks), **options)

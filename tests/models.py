@@ -52,10 +52,23 @@ class ResidualBlock(nn.Module):
 
 
 class SamePadConv2d(nn.Conv2d):
-    """A user's convolution with a forward of its own."""
+    """A user's convolution with a forward and a parameter of its own."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.gain = nn.Parameter(torch.rand(()) + 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(F.pad(x, (1, 1, 1, 1), value=0.5))
+        return self.gain * super().forward(F.pad(x, (1, 1, 1, 1), value=0.5))
+
+
+class LayerScale(nn.Module):
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(features) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
 
 
 class Zoo(nn.Module):
@@ -74,6 +87,7 @@ class Zoo(nn.Module):
         self.hidden = nn.Linear(48, 17, bias=False)
         self.embedding = nn.Embedding(4, 17)
         self.layer_norm = nn.LayerNorm(17)
+        self.layer_scale = LayerScale(17)
         self.free_norm = nn.BatchNorm1d(17)
         self.gate = nn.Linear(17, 17)
         self.head = nn.Linear(17, 5)
@@ -82,6 +96,6 @@ class Zoo(nn.Module):
         x = self.block(F.relu(self.stem_norm(self.stem(x - self.mean))))
         x = self.depthwise(F.relu(self.up_norm(self.up(x))))
         x = self.hidden(self.pool(x).flatten(1))
-        x = self.layer_norm(x + self.embedding.weight.sum(0))
+        x = self.layer_scale(self.layer_norm(x + self.embedding.weight.sum(0)))
         x = self.free_norm(x * self.gate(x).sigmoid())
         return self.head(x)

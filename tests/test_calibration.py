@@ -19,11 +19,11 @@ from lightning_ptq.quantize import choose_qparams
 
 
 class OutOfOrder(nn.Module):
-    """Registers d, c, b, a and runs a, b, c, d."""
+    """Registers b, d, a, c and runs a, b, c, d."""
 
     def __init__(self):
         super().__init__()
-        self.d, self.c, self.b, self.a = (nn.Linear(4, 4) for _ in range(4))
+        self.b, self.d, self.a, self.c = (nn.Linear(4, 4) for _ in range(4))
 
     def forward(self, x):
         return self.d(self.c(F.relu(self.b(F.relu(self.a(x))))))
@@ -145,7 +145,7 @@ def test_widths_follow_execution_order_overrides_and_exclusions(options, expecte
 def test_a_pattern_without_a_match_is_an_error_that_shows_the_names():
     module = build(OutOfOrder)
     before = Snapshot(module)
-    with pytest.raises(QConfigError, match=r"no layer matches 'head\.\*'.*d, c, b, a"):
+    with pytest.raises(QConfigError, match=r"no layer matches 'head\.\*'.*b, d, a, c"):
         calibrate(module, X, QConfig.parse("w4a4", overrides={"head.*": "w8a8"}))
     before.assert_unchanged()
 
@@ -154,7 +154,7 @@ def test_a_layer_that_never_runs_is_named_and_stays_float():
     def forward(module, x):
         return module.d(module.a(x))
 
-    with pytest.warns(UnreachedLayerWarning, match="stay float: c, b"):
+    with pytest.warns(UnreachedLayerWarning, match="stay float: b, c"):
         calibration = calibrate(build(OutOfOrder), X, "w4a4", forward=forward)
     assert widths(calibration) == {"a": "w8a8", "d": "w8a8"}
     assert torch.equal(calibration.module.b(X[0]), build(OutOfOrder).b(X[0]))

@@ -77,7 +77,8 @@ def test_mse_search_against_brute_force(name: str, bits: int) -> None:
     found = grid_error(x, *watched(spec, *x.chunk(2)).compute(), spec)
     low, high = x.min(), x.max()
     tiny = 1e-9 * x.square().sum().item()
-    assert found <= 1.002 * grid_error(x, low, high, spec) + tiny
+    # The histogram knows the values to within half a bin, and the errors of the ranges accordingly.
+    assert found <= 1.02 * grid_error(x, low, high, spec) + tiny
 
     steps = torch.linspace(0.02, 1, 50)
     both = low < 0 < high

@@ -38,7 +38,9 @@ def test_a_candidate_of_a_bad_width_names_it(text: str) -> None:
         QConfig.parse(text)
 
 
-@pytest.mark.parametrize("text", ["", "4", "w", "a8", "w4a", "w4a8 ", "W4A8", "w4b8", "w-4a8", "w4.5", "w4a8w4", 4, None])
+@pytest.mark.parametrize(
+    "text", ["", "4", "w", "a8", "w4a", "w4a8 ", "W4A8", "w4b8", "w-4a8", "w4.5", "w4a8w4", 4, None]
+)
 def test_what_is_no_candidate_is_shown_in_the_error(text: object) -> None:
     with pytest.raises(QConfigError) as caught:
         QConfig.parse(text)  # type: ignore[arg-type]
@@ -90,7 +92,8 @@ def test_what_holds_for_a_layer(name: str, edge: bool, found: str | None) -> Non
 
 
 @pytest.mark.parametrize(
-    ("text", "bits", "found"), [("w4a6", 6, "w6a6"), ("w4a8", 6, "w6a8"), ("w3", 8, "w8"), ("w4a6", None, "w4a6")]
+    ("text", "bits", "found"),
+    [("w4a6", 6, "w6a6"), ("w4a8", 6, "w6a8"), ("w8a4", 6, "w8a6"), ("w3", 8, "w8"), ("w4a6", None, "w4a6")],
 )
 def test_first_last_bits_only_raise(text: str, bits: int | None, found: str) -> None:
     assert str(QConfig.parse(text, first_last_bits=bits).for_layer("stem", edge=True)) == found
@@ -98,7 +101,9 @@ def test_first_last_bits_only_raise(text: str, bits: int | None, found: str) -> 
 
 @pytest.mark.parametrize(("other", "found"), [("w3a2", "w3a2"), ("w3", "w3")])
 def test_with_bits_of_keeps_all_but_the_widths(other: str, found: str) -> None:
-    config = QConfig.parse("w8a8", symmetric_activations=True, weight_observer="minmax", activation_observer="percentile")
+    config = QConfig.parse(
+        "w8a8", symmetric_activations=True, weight_observer="minmax", activation_observer="percentile"
+    )
     pair = config.default.with_bits_of(LayerQConfig.parse(other))
     assert str(pair) == found
     assert pair.weight.observer == "minmax"

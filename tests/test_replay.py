@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from torch import nn
 
 from lightning_ptq import QConfig, calibrate
 from lightning_ptq.errors import CalibrationError
-from lightning_ptq.modules import layers_in_mode
+from lightning_ptq.modules import QuantLayer, layers_in_mode
 from lightning_ptq.replay import Call, Replay
 from lightning_ptq.store import ActivationStore
 from lightning_ptq.unit_data import UnitData, gather_targets
@@ -45,8 +47,8 @@ def long_skip(m, x):
 
 def in_place(m, x):
     a = m.a(x)
-    b = m.b(F.relu_(a))  # a is changed before and, in view of the skip, after it is read
-    return m.d(m.c(b.mul_(2)) + a.add_(1))
+    b = m.b(F.relu_(a).add_(1))  # a is changed in place, read, and read again as a skip
+    return m.d(m.c(b.mul_(2)) + a)
 
 
 def branch_on_finished(m, x):
@@ -146,6 +148,24 @@ def test_inputs_of_every_unit_are_those_of_a_full_run(name, granularity):
                         layer.weight_fake_quant.scale *= 1.5
                 replay.finish(index, data.outputs(unit.module, len(calibration.batches), stream))
     assert not [module for module in calibration.module.modules() if "forward" in vars(module)]
+
+
+TRACED = ["chain", "long skip", "in place", "layer called twice", "residual", "transformer with masks"]
+
+
+@pytest.mark.parametrize("name", [*TRACED, "transformer, all by keyword"])
+def test_finished_units_run_again_for_one_batch_only(monkeypatch, name):
+    make, batches = NETS[name]
+    calibration = calibrated(make(), batches)
+    units = find_units(calibration.module, calibration.trace, "layer")
+    runs, own = Counter(), QuantLayer.forward
+    monkeypatch.setattr(QuantLayer, "forward", lambda layer, *args: (runs.update([id(layer)]), own(layer, *args))[1])
+    with ActivationStore("1MB") as store:
+        list(walk(calibration, store, ["float"]))
+    for index, unit in enumerate(units):
+        # Its outputs on every batch, and the first batch in a full forward for each unit behind it.
+        expected = len(batches) + len(units) - 1 - index
+        assert runs[id(unit.module)] <= expected * unit.calls + (unit.calls - 1) * (len(batches) + (index > 0))
 
 
 def walk(calibration, store, streams=("float", "quantized")):

@@ -26,7 +26,7 @@ class AdaQuantLayerwise(PTQCallback):
         granularity: ``"block"`` or ``"layer"``.
         blocks: Name patterns of the blocks, or a function of name and module, in place of the automatic search.
         candidates: Bit widths for parallel mode; by default the calibrated ones alone.
-        steps: Optimisation steps a unit.
+        steps: Optimisation steps a unit; None to go by the widths.
         batch_size: Samples a step.
         learn: What is tuned; see :class:`~lightning_ptq.reconstruct.ReconstructionConfig`, as for the rest.
         weight_lr: In steps of the weight grid.
@@ -57,7 +57,7 @@ class AdaQuantLayerwise(PTQCallback):
         granularity: Granularity = "block",
         blocks: BlockRule | None = None,
         candidates: list[str] | None = None,
-        steps: int = _DEFAULTS.steps,
+        steps: int | None = _DEFAULTS.steps,
         batch_size: int = _DEFAULTS.batch_size,
         learn: list[str] | None = None,
         weight_lr: float = _DEFAULTS.weight_lr,
@@ -83,7 +83,7 @@ class AdaQuantLayerwise(PTQCallback):
             drop=drop,
             held_out=held_out,
         )
-        check_arguments(mode, granularity, candidates)
+        check_arguments(mode, granularity, candidates, memory_limit)
         self.mode = mode
         self.granularity = granularity
         self.blocks = blocks

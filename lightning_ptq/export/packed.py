@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,11 +17,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_ptq.errors import PackedFileError, SurgeryError
-from lightning_ptq.modules import FakeQuantize, FoldableBatchNorm, QuantLayer
+from lightning_ptq.modules import FakeQuantize, FoldableBatchNorm, QuantLayer, quantizable_types
 from lightning_ptq.qconfig import LayerQConfig, QConfig, QuantSpec
-from lightning_ptq.surgery import prepare, quant_layers
+from lightning_ptq.surgery import is_prepared, prepare, quant_layers
 
 FORMAT = "lightning_ptq"
 FORMAT_VERSION = 1
@@ -61,21 +62,13 @@ def save_packed(module: nn.Module, path: str | os.PathLike[str]) -> int:
     layers = {name: layer for name, layer in quant_layers(module).items() if layer.qconfig is not None}
     if not layers:
         raise SurgeryError(f"{type(module).__name__} is not quantized, so there is nothing to pack. Run PTQ first.")
-    tensors: dict[str, Tensor] = {}
-    header: dict[str, Any] = {"layers": {}, "folded": []}
     folded = [
         name for name, child in module.named_modules() if isinstance(child, FoldableBatchNorm) and child.is_folded
     ]
-    header["folded"] = folded
-    packed_keys: set[str] = set()
-    for name, layer in layers.items():
-        header["layers"][name] = _pack_layer(name, layer, tensors)
-        packed_keys.update(_key(name, key) for key in cast(nn.Module, layer).state_dict() if key != "bias")
-    packed_keys.update(_key(name, key) for name in folded for key in module.get_submodule(name).state_dict())
-    for key, value in module.state_dict().items():
-        if key not in packed_keys and isinstance(value, Tensor):
-            tensors[key] = value.detach().cpu().contiguous().clone()
-    header["shapes"] = {name: list(layer.weight.shape) for name, layer in layers.items()}
+    tensors: dict[str, Tensor] = {}
+    header = {"layers": {name: _pack_layer(name, layer, tensors) for name, layer in layers.items()}, "folded": folded}
+    for key in _float_keys(module, layers, folded):
+        tensors[key] = module.state_dict()[key].detach().cpu().contiguous().clone()
     metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "ptq": json.dumps(header, separators=(",", ":"))}
     temporary = Path(f"{os.fspath(path)}.part")
     save_file(tensors, temporary, metadata)
@@ -100,43 +93,78 @@ def load_packed(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         SurgeryError: If the module is quantized already.
     """
     header, tensors = _read(path)
-    layers = header["layers"]
-    modules = dict(module.named_modules())
-    _check_fits(path, header, tensors, modules)
-    first = next(iter(layers.values()))
-    prepared = prepare(module, QConfig(_layer_qconfig(first)))
-    try:
-        for name in header["folded"]:
-            cast(Any, module.get_submodule(name)).set_folded(True)
-        for name, layer in prepared.layers.items():
-            if name in layers:
-                _unpack_layer(name, layer, layers[name], tensors)
-        plain = {key: value for key, value in tensors.items() if not key.endswith((_PACKED, _SCALE))}
-        state = module.state_dict()
-        missing = [key for key in plain if key not in state or state[key].shape != plain[key].shape]
-        if missing:
-            raise PackedFileError(f"{os.fspath(path)} is of another model: {missing[:4]} do not fit this one.")
-        module.load_state_dict(plain, strict=False)
-    except BaseException:
-        prepared.undo()
-        raise
+    if is_prepared(module):
+        raise SurgeryError(f"{type(module).__name__} has quantized layers already. Load into a new float instance.")
+    layers = {name: _Entry.of(entry) for name, entry in header["layers"].items()}
+    _check_fits(os.fspath(path), layers, header["folded"], tensors, module)
+    prepared = prepare(module, QConfig(next(iter(layers.values())).qconfig))
+    for name in header["folded"]:
+        cast(FoldableBatchNorm, module.get_submodule(name)).set_folded(True)
+    for name, entry in layers.items():
+        _unpack_layer(name, prepared.layers[name], entry, tensors)
+    ours = {_key(name, part) for name in layers for part in _PARTS}
+    module.load_state_dict({key: value for key, value in tensors.items() if key not in ours}, strict=False)
     return module
 
 
-_PACKED = ".packed"
-_SCALE = ".scale"
+_PACKED, _SCALE, _ZERO_POINT = "weight.packed", "weight.scale", "weight.zero_point"
+_PARTS = (_PACKED, _SCALE, _ZERO_POINT)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A layer as the header tells of it."""
+
+    kind: str
+    shape: tuple[int, ...]
+    qconfig: LayerQConfig
+    scale: float | None
+    zero_point: int | None
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> _Entry:
+        activation = data.get("activation")
+        qconfig = LayerQConfig(QuantSpec(**data["weight"]), activation and QuantSpec(**activation))
+        return cls(data["kind"], tuple(data["shape"]), qconfig, data.get("scale"), data.get("zero_point"))
 
 
 def _key(name: str, key: str) -> str:
     return f"{name}.{key}" if name else key
 
 
+def _float_keys(module: nn.Module, layers: Iterable[str], folded: Iterable[str]) -> list[str]:
+    """Keys of the state dict, of a float or a quantized module, that are kept as they are: neither quantized weights
+    and their grids, nor folded batch norms, nor the second places of a shared layer.
+    """
+    first = {id(child): name for name, child in module.named_modules()}
+    weights, norms = set(layers), set(folded)
+    left_out: set[str] = set()
+    for alias, child in module.named_modules(remove_duplicate=False):
+        name = first[id(child)]
+        if name in norms or (name in weights and name != alias):
+            left_out.update(_key(alias, key) for key in child.state_dict())
+        elif name in weights:
+            own = ("weight", "qconfig_json", *(f"{q}_fake_quant.{b}" for q in ("weight", "input") for b in _BUFFERS))
+            left_out.update(_key(alias, key) for key in own)
+    return [key for key, value in module.state_dict().items() if key not in left_out and isinstance(value, Tensor)]
+
+
+_BUFFERS = ("scale", "zero_point")
+
+
+def _kind(layer: nn.Module) -> str:
+    return next((kind.__name__ for kind in quantizable_types() if isinstance(layer, kind)), type(layer).__name__)
+
+
 def _pack_layer(name: str, layer: QuantLayer, tensors: dict[str, Tensor]) -> dict[str, Any]:
     quantizer = cast(FakeQuantize, layer.weight_fake_quant)
-    integers = quantizer.integers(layer.weight.detach()) - quantizer.spec.quant_min
-    tensors[_key(name, "weight") + _PACKED] = pack_bits(integers, quantizer.spec.bits)
-    tensors[_key(name, "weight") + _SCALE] = quantizer.scale.detach().float().flatten().cpu()
-    entry: dict[str, Any] = {"weight": _short(quantizer.spec)}
+    spec = quantizer.spec
+    integers = quantizer.integers(layer.weight.detach()) - spec.quant_min
+    tensors[_key(name, _PACKED)] = pack_bits(integers, spec.bits)
+    tensors[_key(name, _SCALE)] = quantizer.scale.detach().float().flatten().cpu()
+    if not spec.symmetric:
+        tensors[_key(name, _ZERO_POINT)] = quantizer.zero_point.detach().flatten().cpu()
+    entry: dict[str, Any] = {"kind": _kind(layer), "shape": list(layer.weight.shape), "weight": _short(spec)}
     if layer.input_fake_quant is not None:
         activation = layer.input_fake_quant
         entry["activation"] = _short(activation.spec)
@@ -144,32 +172,30 @@ def _pack_layer(name: str, layer: QuantLayer, tensors: dict[str, Tensor]) -> dic
     return entry
 
 
-def _unpack_layer(name: str, layer: QuantLayer, entry: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
-    qconfig = _layer_qconfig(entry)
+def _unpack_layer(name: str, layer: QuantLayer, entry: _Entry, tensors: dict[str, Tensor]) -> None:
+    spec, weight = entry.qconfig.weight, layer.weight
     bias = tensors.get(_key(name, "bias"), layer.bias)
-    stream, count = tensors[_key(name, "weight") + _PACKED], layer.weight.numel()
-    spec = qconfig.weight
-    integers = unpack_bits(stream, spec.bits, count).view(layer.weight.shape).float() + spec.quant_min
-    device = layer.weight.device
-    layer.attach(qconfig)
+    stream = tensors[_key(name, _PACKED)]
+    integers = unpack_bits(stream, spec.bits, weight.numel()).view(weight.shape).float() + spec.quant_min
+    layer.attach(entry.qconfig)
     quantizer = cast(FakeQuantize, layer.weight_fake_quant)
-    quantizer.scale.copy_(tensors[_key(name, "weight") + _SCALE].view_as(quantizer.scale))
-    layer.set_weight(quantizer.values(integers.to(device)), None if bias is None else bias.to(device))
+    quantizer.scale.copy_(tensors[_key(name, _SCALE)].view_as(quantizer.scale))
+    if not spec.symmetric:
+        quantizer.zero_point.copy_(tensors[_key(name, _ZERO_POINT)].view_as(quantizer.zero_point))
+    values = quantizer.values(integers.to(weight.device))
+    # A weight that was shared is this layer's own from here on: each may have another grid.
+    layer.set_weight(values, None if bias is None else bias.to(weight.device))
     if layer.input_fake_quant is not None:
-        layer.input_fake_quant.scale.fill_(entry["scale"])
-        layer.input_fake_quant.zero_point.fill_(entry["zero_point"])
+        layer.input_fake_quant.scale.fill_(cast(float, entry.scale))
+        layer.input_fake_quant.zero_point.fill_(cast(int, entry.zero_point))
 
 
 def _short(spec: QuantSpec) -> dict[str, Any]:
     return {key: value for key, value in asdict(spec).items() if key in ("bits", "symmetric", "per_channel")}
 
 
-def _layer_qconfig(entry: Mapping[str, Any]) -> LayerQConfig:
-    activation = entry.get("activation")
-    return LayerQConfig(QuantSpec(**entry["weight"]), activation and QuantSpec(**activation))
-
-
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a file whose header is whole."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {os.fspath(path)}. Write one with save_packed(module, path).")
     try:
@@ -183,29 +209,54 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
                     f" {FORMAT_VERSION}. Upgrade with: pip install -U lightning-ptq"
                 )
             keys = list(file.keys())
-            return json.loads(metadata["ptq"]), {key: file.get_tensor(key) for key in keys}
-    except (SafetensorError, json.JSONDecodeError, KeyError, OSError) as error:
+            header, tensors = json.loads(metadata["ptq"]), {key: file.get_tensor(key) for key in keys}
+        if not header["layers"] or not isinstance(header["folded"], list):
+            raise KeyError("layers")
+        for entry in header["layers"].values():
+            _Entry.of(entry)
+    except PackedFileError:
+        raise
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         raise PackedFileError(
             f"{os.fspath(path)} is damaged or no safetensors file ({error}). Copy or write it again."
         ) from error
+    return header, tensors
 
 
 def _check_fits(
-    path: str | os.PathLike[str],
-    header: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    modules: Mapping[str, nn.Module],
+    path: str, layers: Mapping[str, _Entry], folded: list[str], tensors: Mapping[str, Tensor], module: nn.Module
 ) -> None:
-    for name, shape in header["shapes"].items():
+    """Raise unless the file tells all that the module holds, no more, and in the right shapes."""
+
+    def other(what: str) -> PackedFileError:
+        return PackedFileError(f"{path} is of another model: {what}. Build the model as it was when it was packed.")
+
+    modules = dict(module.named_modules())
+    for name, entry in layers.items():
         weight = getattr(modules.get(name), "weight", None)
-        found = None if weight is None else list(weight.shape)
-        if found != shape:
-            raise PackedFileError(
-                f"{os.fspath(path)} is of another model: its layer {name!r} has a weight of shape {shape}, here it is"
-                f" {found}. Build the model as it was when it was packed."
-            )
-        if _key(name, "weight") + _PACKED not in tensors:
-            raise PackedFileError(f"{os.fspath(path)} is damaged: the weight of layer {name!r} is missing.")
-    for name in header["folded"]:
-        if name not in modules:
-            raise PackedFileError(f"{os.fspath(path)} is of another model: there is no batch norm {name!r} here.")
+        found = None if weight is None else (_kind(modules[name]), tuple(weight.shape))
+        if found != (entry.kind, entry.shape):
+            raise other(f"its layer {name!r} is a {entry.kind} with a weight of {entry.shape}, here it is {found}")
+        _check_whole(path, name, entry, tensors, cast(Tensor, weight).numel())
+    for name in folded:
+        if not isinstance(modules.get(name), _BatchNorm):
+            raise other(f"there is no batch norm {name!r} here")
+    ours = {_key(name, part) for name in layers for part in _PARTS}
+    state = module.state_dict()
+    expected = set(_float_keys(module, layers, folded))
+    given = set(tensors) - ours
+    biases = {_key(name, "bias") for name in layers} if folded else set()
+    if wrong := sorted((expected - given) | (given - expected - biases)):
+        raise other(f"{wrong[:4]} are in one and not in the other")
+    if wrong := sorted(key for key in given & set(state) if state[key].shape != tensors[key].shape):
+        raise other(f"{wrong[:4]} have other shapes")
+
+
+def _check_whole(path: str, name: str, entry: _Entry, tensors: Mapping[str, Tensor], count: int) -> None:
+    spec = entry.qconfig.weight
+    parts = (_PACKED, _SCALE) if spec.symmetric else _PARTS
+    if missing := [part for part in parts if _key(name, part) not in tensors]:
+        raise PackedFileError(f"{path} is damaged: the weight of layer {name!r} is missing ({missing}).")
+    size, channels = tensors[_key(name, _PACKED)].numel(), tensors[_key(name, _SCALE)].numel()
+    if size != -(-count * spec.bits // 8) or (channels == 1) < (not spec.per_channel) or count % channels:
+        raise PackedFileError(f"{path} is damaged: the weight of layer {name!r} has {size} bytes, {channels} scales.")

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import csv
+import inspect
+from typing import Any
+
+import pytest
+from helpers import IMAGES, Snapshot, classifier, loader, same_state, state, trainer
+
+from lightning_ptq import AdaQuantLayerwise, CalibrationCapture, ReconstructionConfig, adaquant, calibrate
+from lightning_ptq.errors import CallbackError, QConfigError, RolledBackWarning
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+    pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`"),
+    pytest.mark.filterwarnings("ignore::lightning_ptq.errors.RolledBackWarning"),
+]
+
+SHORT = {"steps": 4, "batch_size": 16}
+
+
+def summary(result):
+    """The rows of a result without the times."""
+    return [(row.name, row.bits, row.error_before, row.error_after, row.accepted, row.curve) for row in result.units]
+
+
+def reference(pl, qconfig="w3a4", batches=None, config=None, **options):
+    """What the functions do with the classifier: result and state."""
+    net = classifier(pl)
+    calibration = calibrate(net, IMAGES.split(8) if batches is None else batches, qconfig)
+    return adaquant(calibration, config=config or ReconstructionConfig(**SHORT), **options), state(net)
+
+
+OPTIONS = {
+    "default": {},
+    "layers": {"granularity": "layer", "seed": 3},
+    "parallel": {"mode": "parallel", "candidates": ["w8a8", "w3a4"]},
+    "blocks": {"blocks": ["net"]},
+    "little memory": {"memory_limit": "1KB"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_the_callback_does_what_the_function_does(pl, tmp_path, options):
+    module = classifier(pl)
+    tuner = AdaQuantLayerwise(**SHORT, **options)
+    trainer(pl, tmp_path, CalibrationCapture("w3a4"), tuner).fit(module, loader())
+    result, expected = reference(pl, **options)
+    assert summary(tuner.result) == summary(result)
+    assert same_state(state(module), expected)
+    assert tuner.result.states.keys() == result.states.keys()
+    for candidate, states in result.states.items():
+        for name, tuned in states.items():
+            assert same_state(tuner.result.states[candidate][name], tuned)
+
+
+CONFIGS = {
+    "rates": {"weight_lr": 0.1, "bias_lr": 0.02, "scale_lr": 0.03, "held_out": 0.25, "drop": 0.3},
+    "zero point": {"learn": ["bias", "activation_zero_point"], "zero_point_lr": 0.7},
+    "adaround": {"rounding": "adaround", "weight_lr": 0.2},
+}
+
+
+@pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
+def test_every_entry_of_the_configuration_arrives(tmp_path, options):
+    callback = AdaQuantLayerwise(**SHORT, **options)
+    assert callback.config == ReconstructionConfig(**SHORT, **options)
+    for name, parameter in inspect.signature(ReconstructionConfig).parameters.items():
+        default = inspect.signature(AdaQuantLayerwise).parameters[name].default
+        assert default == (None if name == "learn" else parameter.default)
+
+
+@pytest.mark.parametrize(
+    ("bar", "options"),
+    [
+        ("none", {"log": True, "precision": "bf16-mixed"}),
+        ("none", {"max_epochs": 3, "min_epochs": 2}),
+        ("TQDMProgressBar", {}),
+        ("TQDMProgressBar", {"log": True}),
+        ("RichProgressBar", {"log": True}),
+        ("RichProgressBar", {"precision": "bf16-mixed", "max_epochs": 3}),
+    ],
+    ids=str,
+)
+def test_precision_loggers_and_progress_bars_do_not_matter(pl, tmp_path, bar, options):
+    options = dict(options)
+    logger = pl.loggers.CSVLogger(tmp_path) if options.pop("log", False) else False
+    extra = [] if bar == "none" else [getattr(pl.callbacks, bar)()]
+    run = trainer(
+        pl, tmp_path, CalibrationCapture("w3a4"), AdaQuantLayerwise(**SHORT), *extra,
+        logger=logger, enable_progress_bar=bar != "none", **options,
+    )  # fmt: skip
+    module = classifier(pl)
+    run.fit(module, loader())
+    assert same_state(state(module), reference(pl)[1])
+
+
+def test_the_logger_gets_the_errors_of_each_unit_and_nothing_of_the_training(pl, tmp_path):
+    tuner, logger = AdaQuantLayerwise(**SHORT), pl.loggers.CSVLogger(tmp_path)
+    run = trainer(pl, tmp_path, CalibrationCapture("w3a4"), tuner, logger=logger, log_every_n_steps=1)
+    run.fit(classifier(pl), loader(), loader())
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert not {"train_loss", "seen"} & rows[0].keys()
+    units = [row for row in rows if row["ptq/error_before"]]
+    assert [int(row["step"]) for row in units] == list(range(len(tuner.result.units)))
+    for row, unit in zip(units, tuner.result.units, strict=True):
+        assert float(row["ptq/error_before"]) == pytest.approx(unit.error_before)
+        assert float(row["ptq/error_after"]) == pytest.approx(unit.error_after)
+        assert float(row["ptq/accepted"]) == unit.accepted
+
+
+def test_the_rich_bar_shows_the_steps_and_hides_them_in_the_end(pl, tmp_path, monkeypatch):
+    shown: list[Any] = []
+
+    class Bar(pl.callbacks.RichProgressBar):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            shown.extend((t.description, t.completed, t.total, t.visible) for t in self.progress.tasks)
+            super().on_train_end(trainer, pl_module)
+
+    run = trainer(pl, tmp_path, CalibrationCapture("w3a4"), AdaQuantLayerwise(**SHORT), Bar(), enable_progress_bar=True)
+    run.fit(classifier(pl), loader())
+    (task,) = [task for task in shown if "AdaQuant" in task[0]]
+    assert task == ("[white]AdaQuant sequential net.9", 16, 16, False)
+
+
+def test_the_tqdm_bar_shows_the_steps(pl, tmp_path, capsys):
+    bar = pl.callbacks.TQDMProgressBar()
+    run = trainer(pl, tmp_path, CalibrationCapture("w3a4"), AdaQuantLayerwise(**SHORT), bar, enable_progress_bar=True)
+    run.fit(classifier(pl), loader())
+    captured = capsys.readouterr()
+    last = [line for line in (captured.out + captured.err).replace("\n", "\r").split("\r") if "AdaQuant" in line][-1]
+    assert "AdaQuant sequential net.9" in last
+    assert "16/16" in last
+
+
+def test_units_that_are_rolled_back_are_named(pl, tmp_path):
+    run = trainer(pl, tmp_path, CalibrationCapture("w3a4"), AdaQuantLayerwise(steps=2, weight_lr=1e4, bias_lr=1e4))
+    with pytest.warns(RolledBackWarning, match=r"net\.0 \(w8a8\), net\.3 \(w3a4\), net\.7 \(w3a4\), net\.9 \(w8a8\)"):
+        run.fit(classifier(pl), loader())
+
+
+def test_parallel_and_sequential_tuning_follow_one_another(pl, tmp_path):
+    module = classifier(pl)
+    tuners = [AdaQuantLayerwise(mode="parallel", **SHORT), AdaQuantLayerwise(**SHORT, seed=1)]
+    assert tuners[0].state_key != tuners[1].state_key
+    trainer(pl, tmp_path, CalibrationCapture("w3a4"), *tuners).fit(module, loader())
+    net = classifier(pl)
+    calibration = calibrate(net, IMAGES.split(8), "w3a4")
+    config = ReconstructionConfig(**SHORT)
+    results = [adaquant(calibration, mode="parallel", config=config), adaquant(calibration, config=config, seed=1)]
+    assert [summary(tuner.result) for tuner in tuners] == [summary(result) for result in results]
+    assert same_state(state(module), state(net))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: [AdaQuantLayerwise()],
+        lambda: [AdaQuantLayerwise(), CalibrationCapture()],
+        lambda: [CalibrationCapture(), CalibrationCapture()],
+        lambda: [CalibrationCapture(), AdaQuantLayerwise(), CalibrationCapture()],
+    ],
+    ids=["alone", "behind", "two", "again"],
+)
+def test_a_wrong_order_is_refused_with_the_right_one(pl, tmp_path, make):
+    module = classifier(pl)
+    before = Snapshot(module)
+    with pytest.raises(
+        CallbackError, match=r"Put one CalibrationCapture before all others.*'CalibrationCapture', 'AdaQ"
+    ):
+        trainer(pl, tmp_path, *make()).fit(module, loader())
+    before.assert_unchanged()
+
+
+BAD = [
+    ({"steps": 0}, "steps must be.*got 0"),
+    ({"batch_size": 0}, "batch_size must be.*got 0"),
+    ({"mode": "sequentiel"}, "mode must be 'sequential' or 'parallel', got 'sequentiel'"),
+    ({"granularity": "stage"}, "granularity must be 'layer' or 'block', got 'stage'"),
+    ({"candidates": ["w4a4"]}, "candidates need mode='parallel'"),
+    ({"mode": "parallel", "candidates": ["w4a16"]}, "bits must be a whole number from 2 to 8, got 16"),
+    ({"learn": ["weights"]}, r"learn holds \['weights'\]"),
+    ({"rounding": "nearest"}, "rounding must be"),
+    ({"drop": 1.5}, r"drop must lie in \[0, 1\), got 1.5"),
+    ({"held_out": -1}, "held_out must lie"),
+    ({"memory_limit": "lots"}, "cannot read 'lots' as a size"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD)
+def test_bad_arguments_are_refused_at_construction(options, message):
+    with pytest.raises(QConfigError, match=message):
+        AdaQuantLayerwise(**options)

@@ -1,0 +1,312 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import build, relative_error, seeded
+from torch import nn
+
+from lightning_ptq import QConfig, ReconstructionConfig, calibrate
+from lightning_ptq.errors import QConfigError, TiedWeightWarning
+from lightning_ptq.reconstruct import reconstruct_unit
+from lightning_ptq.replay import Call
+from lightning_ptq.store import ActivationStore
+from lightning_ptq.unit_data import UnitData, gather_targets
+from lightning_ptq.units import find_units
+
+
+class SameConv(nn.Conv2d):
+    """A derived layer with a forward of its own."""
+
+    def forward(self, x):
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(48, 12), (48,)),
+    "linear, three dimensions": (lambda: nn.Linear(24, 12), (3, 24)),
+    "conv1d": (lambda: nn.Conv1d(12, 8, 3), (12, 6)),
+    "conv2d": (lambda: nn.Conv2d(8, 8, 3, padding=1), (8, 4, 4)),
+    "grouped": (lambda: nn.Conv2d(16, 8, 2, groups=2, bias=False), (16, 3, 3)),
+    "depthwise": (lambda: nn.Conv2d(8, 8, 3, groups=8), (8, 4, 4)),
+    "conv3d": (lambda: nn.Conv3d(4, 6, 2), (4, 3, 3, 3)),
+    "transposed 1d": (lambda: nn.ConvTranspose1d(12, 8, 3, stride=2), (12, 4)),
+    "transposed 2d": (lambda: nn.ConvTranspose2d(32, 8, 2, groups=2), (32, 2, 2)),
+    "derived": (lambda: SameConv(8, 8, 2), (8, 4, 4)),
+}
+SAMPLES = 128
+
+
+def inputs(shape, seed):
+    """Samples that lie near a few directions, so that rounding errors of weights can make up for one another."""
+    size = torch.Size(shape).numel()
+    directions = seeded(seed, SAMPLES, 4) @ seeded(99, 4, size) / 2
+    return F.relu(directions + 0.2 * seeded(seed + 1, SAMPLES, size) + 0.5).view(SAMPLES, *shape)
+
+
+class Case:
+    """One unit of a calibrated net with its data: what :func:`reconstruct_unit` takes."""
+
+    def __init__(self, make, shape, bits="w3a8", shift=0.0, **options):
+        self.x = inputs(shape, 0) + shift
+        self.float_net = build(lambda: nn.Sequential(make())).eval()
+        config = QConfig.parse(bits, first_last_bits=None, **options)
+        parts = self.x.split(50)
+        self.calibration = calibrate(build(lambda: nn.Sequential(make())).eval(), parts, config)
+        (self.unit,) = find_units(self.calibration.module, self.calibration.trace, blocks=["0"])
+        self.layer = next(iter(self.unit.layers.values()))
+        store = ActivationStore("1MB")
+        self.data = UnitData([[Call.of(((x,), {}), store.put)] for x in parts], store)
+        self.data.set_targets(
+            gather_targets(self.data.outputs(self.unit.module, len(parts), "float")), self.unit.module
+        )
+
+    def tune(self, seed=0, on_step=lambda step: None, **options):
+        config = ReconstructionConfig(**{"steps": 60, "weight_lr": 0.05, "drop": 0.0, **options})
+        return reconstruct_unit(self.unit, self.data, config, torch.Generator().manual_seed(seed), on_step)
+
+    def effective(self):
+        """What the layer computes with, by the names that ``learn`` uses."""
+        activation = self.layer.input_fake_quant
+        found = {
+            "weight": self.layer.weight_fake_quant(self.layer.weight),
+            "weight_scale": self.layer.weight_fake_quant.scale,
+            "activation_scale": activation.scale,
+            "activation_zero_point": activation.zero_point,
+        }
+        found |= {} if self.layer.bias is None else {"bias": self.layer.bias}
+        return {name: tensor.detach().clone() for name, tensor in found.items()}
+
+    def raw(self):
+        """All tensors of the unit."""
+        return {name: tensor.clone() for name, tensor in self.unit.module.state_dict().items()}
+
+
+def equal(left, right):
+    return {name for name in left if torch.equal(left[name], right[name])}
+
+
+@pytest.mark.parametrize("rounding", ["continuous", "adaround"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_tuning_lowers_the_error_of_every_layer_type_also_on_fresh_samples(name, rounding):
+    case, fresh = Case(*LAYERS[name]), inputs(LAYERS[name][1], 7)
+    expected = case.float_net(fresh)
+    before = relative_error(case.calibration.module(fresh), expected)
+    result = case.tune(rounding=rounding, weight_lr=0.1 if rounding == "adaround" else 0.05)
+    assert result.accepted
+    assert (result.name, result.bits) == ("0", "w3a8")
+    assert result.error_after < 0.95 * result.error_before
+    assert relative_error(case.calibration.module(fresh), expected) < 0.95 * before
+
+
+@pytest.mark.parametrize(("bits", "factor"), [("w2a8", 0.3), ("w2a2", 0.6), ("w2", 0.4), ("w4", 0.6), ("w8", 0.9)])
+def test_one_set_of_rates_serves_all_widths(bits, factor):
+    case = Case(*LAYERS["linear"], bits=bits)
+    result = case.tune(steps=100, weight_lr=ReconstructionConfig().weight_lr)
+    assert result.accepted
+    assert result.error_after < factor * result.error_before
+
+
+def test_the_errors_are_those_of_the_quantized_unit_on_the_held_out_samples():
+    case = Case(*LAYERS["linear"])
+    _, held = case.data.split(0.25, torch.Generator().manual_seed(5))
+    x = case.x[[row for _, row in held]]
+    assert len(x) == SAMPLES // 4
+    before = relative_error(case.calibration.module(x), case.float_net(x))
+    result = case.tune(seed=5, held_out=0.25)
+    assert result.error_before == pytest.approx(before, rel=1e-5)
+    assert result.error_after == pytest.approx(relative_error(case.calibration.module(x), case.float_net(x)), rel=1e-5)
+
+
+DISTURBED = {  # each leaves something to find
+    "weight": lambda layer: None,
+    "bias": lambda layer: layer.bias.data.add_(0.3),
+    "weight_scale": lambda layer: layer.weight_fake_quant.scale.mul_(1.2),
+    "activation_scale": lambda layer: layer.input_fake_quant.scale.mul_(0.5),
+    "activation_zero_point": lambda layer: layer.input_fake_quant.zero_point.add_(2),
+}
+
+
+@pytest.mark.parametrize("rounding", ["continuous", "adaround"])
+@pytest.mark.parametrize("learn", DISTURBED)
+def test_each_thing_to_learn_changes_alone(learn, rounding):
+    case = Case(*LAYERS["conv2d"], bits="w8a3" if learn.startswith("activation") else "w3a8")
+    DISTURBED[learn](case.layer)
+    before = case.effective()
+    if (learn, rounding) == ("weight_scale", "adaround"):  # which keeps the grid
+        names, changed = ("weight", "weight_scale"), {"weight"}
+    else:
+        names, changed = (learn,), {learn, "weight"} if learn == "weight_scale" else {learn}
+    result = case.tune(learn=names, rounding=rounding, weight_lr=0.1, bias_lr=0.1, scale_lr=0.02, zero_point_lr=0.5)
+    assert result.accepted
+    assert equal(before, case.effective()) == before.keys() - changed
+
+
+def test_a_symmetric_grid_keeps_its_zero_point():
+    case = Case(*LAYERS["linear"], symmetric_activations=True)
+    result = case.tune(learn=("weight", "activation_zero_point"), zero_point_lr=1.0)
+    assert result.accepted
+    assert case.layer.input_fake_quant.zero_point == 0
+
+
+def test_zero_points_stay_integers_on_the_grid():
+    case = Case(*LAYERS["linear"], bits="w8a4", shift=6.0)  # a grid without 0 would suit these inputs better
+    quantizer = case.layer.input_fake_quant
+    quantizer.zero_point.fill_(3)
+    result = case.tune(learn=("activation_zero_point",), zero_point_lr=0.5)
+    assert result.accepted
+    assert quantizer.zero_point.dtype == torch.int32
+    assert quantizer.zero_point == 0
+
+
+@pytest.mark.parametrize("rounding", ["continuous", "adaround"])
+@pytest.mark.parametrize("name", ["linear", "transposed 2d"])
+def test_accepted_weights_lie_on_the_grid(name, rounding):
+    case = Case(*LAYERS[name])
+    result = case.tune(rounding=rounding, weight_lr=0.1 if rounding == "adaround" else 0.05)
+    quantizer, weight = case.layer.weight_fake_quant, case.layer.weight.detach()
+    assert result.accepted
+    assert torch.equal(quantizer(weight), weight)
+    integers = quantizer.integers(weight)
+    assert torch.equal(integers, integers.round())
+    assert integers.min() >= -4
+    assert integers.max() <= 3
+
+
+def test_adaround_goes_up_or_down_and_adaquant_as_far_as_it_likes():
+    moved = {}
+    for rounding in ("adaround", "continuous"):
+        case = Case(*LAYERS["linear"], bits="w4a8")
+        scale, weight = case.layer.weight_fake_quant.scale.clone(), case.float_net[0].weight.detach()
+        floor = (weight / scale).floor().clamp(-8, 7)
+        assert case.tune(rounding=rounding, learn=("weight",), weight_lr=0.2).accepted
+        moved[rounding] = (case.layer.weight.detach() / scale).round() - floor
+        assert not torch.equal(moved[rounding], (weight / scale).round() - floor)  # not just to the nearest
+    assert set(moved["adaround"].flatten().tolist()) == {0.0, 1.0}
+    assert not set(moved["continuous"].flatten().tolist()) <= {0.0, 1.0}
+
+
+ABSURD = [{"weight_lr": 1e4}, {"scale_lr": 50.0}, {"bias_lr": 1e5}]
+
+
+@pytest.mark.parametrize("options", ABSURD, ids=str)
+def test_what_makes_it_worse_is_rolled_back_bit_for_bit(options):
+    case = Case(*LAYERS["conv2d"])
+    before = case.raw()
+    result = case.tune(learn=("weight", "bias", "weight_scale", "activation_scale", "activation_zero_point"), **options)
+    assert not result.accepted
+    assert not result.error_after < result.error_before
+    assert equal(before, case.raw()) == before.keys()
+    assert torch.equal(case.layer.weight, case.float_net[0].weight)  # not even put on the grid
+
+
+def test_a_seed_gives_the_same_and_another_seed_another_result():
+    cases = [Case(*LAYERS["conv2d"]) for _ in range(3)]
+    results = [case.tune(seed=seed, drop=0.5) for case, seed in zip(cases, (3, 3, 4), strict=True)]
+    assert equal(cases[0].raw(), cases[1].raw()) == cases[0].raw().keys()
+    assert results[0].curve == results[1].curve
+    assert (results[0].error_before, results[0].error_after) == (results[1].error_before, results[1].error_after)
+    assert not torch.equal(cases[0].layer.weight, cases[2].layer.weight)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("rounding", ["continuous", "adaround"])
+def test_flags_gradients_and_quantizers_are_as_before(rounding, fails):
+    class Stop(Exception):
+        pass
+
+    def on_step(step):
+        seen.append(step)
+        if fails and step == 5:
+            raise Stop
+
+    case, seen = Case(*LAYERS["linear"]), []
+    case.layer.bias.requires_grad_(False)
+    case.layer.weight.grad = torch.ones_like(case.layer.weight)
+    before = case.raw()
+    if fails:
+        with pytest.raises(Stop):
+            case.tune(rounding=rounding, on_step=on_step, drop=0.5)
+        assert equal(before, case.raw()) == before.keys()
+    else:
+        case.tune(rounding=rounding, on_step=on_step, drop=0.5, weight_lr=0.1)
+        assert seen == list(range(1, 61))
+    assert [p.requires_grad for p in (case.layer.weight, case.layer.bias)] == [True, False]
+    assert torch.equal(case.layer.weight.grad, torch.ones_like(case.layer.weight))
+    assert case.layer.bias.grad is None
+    for quantizer in (case.layer.weight_fake_quant, case.layer.input_fake_quant):
+        assert (quantizer.enabled, quantizer.drop_probability, quantizer.generator) == (True, 0.0, None)
+    assert torch.is_grad_enabled()
+
+
+def test_dropping_lets_activations_pass_as_floats():
+    losses = [Case(*LAYERS["linear"], bits="w8a2").tune(steps=1, drop=drop).curve[0][1] for drop in (0.0, 0.5, 0.99)]
+    assert losses[0] > 1.2 * losses[1]
+    assert losses[1] > 5 * losses[2]
+
+
+class InPlaceMixer(nn.Module):
+    """Rows depend on one another, so whole calls are taken, and the input is changed in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x):
+        x.mul_(2)
+        return self.layer(x) * x.sum()
+
+
+def test_a_unit_that_works_in_place_is_tuned_on_its_true_inputs():
+    case = Case(InPlaceMixer, (6,))
+    assert not case.data.separable
+    case.tune(steps=5)
+    assert torch.equal(case.data.groups[0].inputs[0], case.x)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.b(F.relu(self.a(x)))
+
+
+@pytest.mark.parametrize("rounding", ["continuous", "adaround"])
+def test_tied_weights_are_not_tuned_but_biases_and_activation_scales_are(rounding):
+    with pytest.warns(TiedWeightWarning, match=r"0\.a, 0\.b"):
+        case = Case(Tied, (6,), bits="w2a2")
+    before = case.raw()
+    result = case.tune(rounding=rounding, bias_lr=0.05, scale_lr=0.05)
+    assert result.accepted
+    assert case.unit.module.a.weight is case.unit.module.b.weight
+    kept = {f"{layer}.{part}" for layer in "ab" for part in ("weight", "weight_fake_quant.scale")}
+    changed = {f"{layer}.{part}" for layer in "ab" for part in ("bias", "input_fake_quant.scale")}
+    assert kept <= equal(before, case.raw())
+    assert not changed & equal(before, case.raw())
+
+
+BAD = [
+    ({"steps": 0}, "steps must be.*got 0"),
+    ({"batch_size": -1}, "batch_size must be.*got -1"),
+    ({"drop": 1.0}, r"drop must lie in \[0, 1\), got 1.0"),
+    ({"drop": -0.1}, "drop must lie"),
+    ({"held_out": 1}, "held_out must lie"),
+    ({"held_out": float("nan")}, "held_out must lie"),
+    ({"learn": ("weights",)}, r"\['weights'\].*Choose from \['weight', 'bias'"),
+    ({"rounding": "nearest"}, "rounding must be 'continuous' or 'adaround', got 'nearest'"),
+    ({"weight_lr": -0.1}, "weight_lr"),
+    ({"scale_lr": float("nan")}, "scale_lr"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD, ids=str)
+def test_values_out_of_their_domain_are_refused(options, message):
+    with pytest.raises(QConfigError, match=message):
+        ReconstructionConfig(**options)
+
+
+def test_what_is_learned_may_be_a_list():
+    assert ReconstructionConfig(learn=["bias"]) == ReconstructionConfig(learn=("bias",))
