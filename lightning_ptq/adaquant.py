@@ -172,7 +172,7 @@ class _Run:
         outputs = data.outputs(unit.module, batches, "float")
         targets = gather_targets(outputs)
         self.float_stream.finish(index, outputs)
-        if self.mode == "sequential" and self.quantized_stream.needed[unit.name]:
+        if self.mode == "sequential" and self.quantized_stream.needs_others(index):
             del data, outputs  # before as much again is captured
             data = UnitData(self.quantized_stream.inputs(index), self.store)
         data.set_targets(targets, unit.module)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -33,7 +34,7 @@ class Calibration:
         forward: The calibration forward, called with the module and a batch.
         batches: The calibration batches, on the CPU.
         device: Where the module runs.
-        trace: A watched forward of the module, batch norms folded.
+        traces: What the forward did on each batch; batches on which it did the same share one.
         layers: The quantized layers by name, in execution order.
         folded: The layer that each folded batch norm went into.
         observers: What watched the input of each layer.
@@ -44,11 +45,16 @@ class Calibration:
     forward: Forward
     batches: list[Any]
     device: torch.device
-    trace: Trace
+    traces: list[Trace]
     layers: dict[str, QuantLayer]
     folded: dict[str, str]
     observers: dict[str, MinMaxObserver]
     samples: int
+
+    @property
+    def trace(self) -> Trace:
+        """What the forward did on the first batch."""
+        return self.traces[0]
 
     @property
     def module(self) -> nn.Module:
@@ -62,8 +68,8 @@ class Calibration:
     def round_to_nearest(self, name: str, qconfig: LayerQConfig) -> None:
         """Give layer ``name`` its float weights back, and quantizers for ``qconfig`` with freshly chosen scales."""
         layer = self.layers[name]
-        if layer.reference is not None and not layer.tied:
-            layer.set_weight(*layer.reference)
+        if layer.reference is not None:
+            layer.set_weight(*layer.reference, keep_weight=layer.tied)
         layer.attach(qconfig)
         layer.choose_weight_scale()
         if layer.input_fake_quant is not None:
@@ -95,6 +101,7 @@ class Calibrator:
         self.batches: list[Any] = []
         self.device = next((p.device for p in prepared.module.parameters()), torch.device("cpu"))
         self._observers: dict[str, MinMaxObserver] = {}
+        self._traces: list[Trace] = []
 
     @property
     def done(self) -> bool:
@@ -110,21 +117,25 @@ class Calibrator:
         Raises:
             CalibrationError: If a layer's input holds NaN or an infinity.
         """
-        handles = [
-            layer.register_forward_pre_hook(self._watcher(name), with_kwargs=True)
-            for name, layer in self.prepared.layers.items()
-        ]
-        try:
-            result = run_forward(self.prepared.module, self.forward, to_device(batch, self.device))
-        finally:
-            for handle in handles:
-                handle.remove()
+        result: list[Any] = []
+
+        def run() -> None:
+            # Registered behind the hooks of the trace, so that what observers compute counts as the layer's own.
+            with ExitStack() as hooks:
+                for name, layer in self.prepared.layers.items():
+                    config = self.prepared.qconfig.for_layer(name)
+                    if config is not None:
+                        watch = self._watcher(name, config)
+                        hooks.callback(layer.register_forward_pre_hook(watch, with_kwargs=True).remove)
+                result.append(run_forward(self.prepared.module, self.forward, to_device(batch, self.device)))
+
+        watched = trace(self.prepared.module, run)
+        self._traces.append(next((known for known in self._traces if known.alike(watched)), watched))
         self.batches.append(to_device(batch, torch.device("cpu")))
         self.samples += batch_size(batch)
-        return result
+        return result[0]
 
-    def _watcher(self, name: str) -> Callable[..., None]:
-        config = self.prepared.qconfig.for_layer(name) or self.prepared.qconfig.default
+    def _watcher(self, name: str, config: LayerQConfig) -> Callable[..., None]:
         spec = config.activation
 
         def watch(layer: nn.Module, args: Any, kwargs: Any) -> None:
@@ -162,8 +173,8 @@ class Calibrator:
         def run() -> Any:
             return run_forward(module, self.forward, to_device(self.batches[0], self.device))
 
-        folded = fold_batch_norms(module, trace(module, run), run)
-        watched = trace(module, run)
+        watched = self._traces[0]
+        folded = fold_batch_norms(module, watched, run)
         layers = self._quantized_layers(watched)
         _warn_of_float_parts(self.prepared, watched)
         calibration = Calibration(
@@ -171,7 +182,7 @@ class Calibrator:
             self.forward,
             self.batches,
             self.device,
-            watched,
+            self._traces,
             layers,
             folded,
             self._observers,
@@ -179,7 +190,7 @@ class Calibrator:
         )
         first_last = (watched.layer_order[0], watched.layer_order[-1])
         for name, layer in layers.items():
-            layer.reference = (layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
+            layer.reference = (layer.weight.detach(), None if layer.bias is None else layer.bias.detach().clone())
             config = self.prepared.qconfig.for_layer(name, edge=name in first_last)
             calibration.round_to_nearest(name, cast(LayerQConfig, config))
         return calibration
@@ -196,8 +207,7 @@ class Calibrator:
 
 
 def _set_activation_scale(quantizer: FakeQuantize, observer: MinMaxObserver) -> None:
-    observer.spec = quantizer.spec  # the first and last layers' widths are known only now
-    scale, zero_point = observer.qparams()
+    scale, zero_point = observer.qparams(quantizer.spec)
     quantizer.scale.copy_(scale)
     quantizer.zero_point.copy_(zero_point)
 

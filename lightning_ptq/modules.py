@@ -210,9 +210,12 @@ class QuantLayer(_Swapped):
         split = tensor.unflatten(0, (groups, -1)) if groups > 1 else tensor
         return (split * factor.view(shape)).view_as(tensor)
 
-    def set_weight(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Give the layer parameters of its own; the float layer's, shared until now, stay as they are."""
-        for name, value in (("weight", weight), ("bias", bias)):
+    def set_weight(self, weight: Tensor, bias: Tensor | None, keep_weight: bool = False) -> None:
+        """Give the layer parameters of its own; the float layer's, shared until now, stay as they are.
+
+        With ``keep_weight`` only the bias is replaced: a tied weight stays the parameter that others share.
+        """
+        for name, value in (("bias", bias),) if keep_weight else (("weight", weight), ("bias", bias)):
             old = self._parameters.get(name)
             new = None if value is None else nn.Parameter(value.detach().clone(), old is None or old.requires_grad)
             self._parameters[name] = new

@@ -60,12 +60,17 @@ class MinMaxObserver(Metric):
         self.maximum = torch.maximum(self.maximum, high)
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """The range to quantize: scalar tensors (minimum, maximum)."""
+        """The range to quantize at the observer's own spec: scalar tensors (minimum, maximum)."""
+        return self.range_for(self.spec)
+
+    def range_for(self, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+        """The range to quantize at ``spec``; unlike :meth:`compute` it is worked out anew each time."""
         return self.minimum, self.maximum
 
-    def qparams(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero point for the range."""
-        return choose_qparams(*self.compute(), self.spec)
+    def qparams(self, spec: QuantSpec | None = None) -> tuple[Tensor, Tensor]:
+        """Scale and zero point for the range, at the observer's own spec or another."""
+        spec = spec or self.spec
+        return choose_qparams(*self.range_for(spec), spec)
 
 
 class HistogramObserver(MinMaxObserver):
@@ -96,13 +101,13 @@ class HistogramObserver(MinMaxObserver):
 class PercentileObserver(HistogramObserver):
     """The range that leaves the outermost values out, ``100 - percentile`` per cent of them on each side."""
 
-    def compute(self) -> tuple[Tensor, Tensor]:
+    def range_for(self, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         """The range to quantize: scalar tensors (minimum, maximum)."""
         centres, counts = self.histogram()
         if centres.numel() == 0:
             return self.minimum, self.maximum
         share = counts.cumsum(0).double() / counts.sum()
-        tail = 1 - self.spec.percentile / 100
+        tail = 1 - spec.percentile / 100
         low = centres[int((share > tail).nonzero()[0])]
         high = centres[int((share >= 1 - tail).nonzero()[0])]
         return torch.maximum(low.float(), self.minimum), torch.minimum(high.float(), self.maximum)
@@ -114,7 +119,7 @@ class MSEObserver(HistogramObserver):
     Both ends shrink together first, then each alone around the best found, which matters for lopsided activations.
     """
 
-    def compute(self) -> tuple[Tensor, Tensor]:
+    def range_for(self, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         """The range to quantize: scalar tensors (minimum, maximum)."""
         centres, counts = self.histogram()
         if centres.numel() == 0:
@@ -122,15 +127,15 @@ class MSEObserver(HistogramObserver):
         weight = counts.double() / counts.sum()
         low, high = self.minimum.double().clamp(max=0), self.maximum.double().clamp(min=0)
         shrink = torch.linspace(1 / _SHRINKS, 1, _SHRINKS, dtype=torch.float64, device=centres.device)
-        low, high = self._best(low * shrink, high * shrink, centres, weight)
+        low, high = self._best(low * shrink, high * shrink, centres, weight, spec)
         around = torch.linspace(0.6, 1.4, 41, dtype=torch.float64, device=centres.device)
         for _ in range(2):
-            low, high = self._best((low * around).clamp(min=self.minimum), high.expand(41), centres, weight)
-            low, high = self._best(low.expand(41), (high * around).clamp(max=self.maximum), centres, weight)
+            low, high = self._best((low * around).clamp(min=self.minimum), high.expand(41), centres, weight, spec)
+            low, high = self._best(low.expand(41), (high * around).clamp(max=self.maximum), centres, weight, spec)
         return low.float(), high.float()
 
-    def _best(self, lows: Tensor, highs: Tensor, centres: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        spec = self.spec
+    @staticmethod
+    def _best(lows: Tensor, highs: Tensor, centres: Tensor, weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         scales, zero_points = choose_qparams(lows, highs, spec)
         errors = []
         for scale, zero_point in zip(scales.double(), zero_points, strict=True):  # one by one: the bins are many

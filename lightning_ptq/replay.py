@@ -80,7 +80,9 @@ class Replay:
         self.units = units
         self.store = store
         self.stream = stream
-        self.needed = calibration.trace.needed_outputs(unit.name for unit in units)
+        names = [unit.name for unit in units]
+        by_trace = {id(trace): trace.needed_outputs(names) for trace in calibration.traces}
+        self.needed = [by_trace[id(trace)] for trace in calibration.traces]  # by batch
         self.done: dict[str, list[list[Call]]] = {}  # unit -> batch -> call -> outputs
 
     def inputs(self, index: int) -> list[list[Call]]:
@@ -90,14 +92,21 @@ class Replay:
             CalibrationError: If the forward does not reach the unit as often as when it was watched.
         """
         unit = self.units[index]
-        replaced = [self._capture(unit, 0, replace=True)]
-        same = self._equal(replaced[0], self._capture(unit, 0, replace=False)) if self.done else True
-        batches = range(1, len(self.calibration.batches))
-        if not same:  # a value took a way that the trace does not show: run everything
-            replaced = [self._capture(unit, 0, replace=False)]
-        calls = replaced + [self._capture(unit, batch, replace=same) for batch in batches]
+        calls: list[list[Call]] = []
+        proven: dict[int, bool] = {}  # by trace: whether handing out stored outputs gives what a full run gives
+        for batch, trace in enumerate(self.calibration.traces):
+            found = self._capture(unit, batch, replace=proven.get(id(trace), True))
+            if id(trace) not in proven:
+                full = self._capture(unit, batch, replace=False) if self.done else found
+                proven[id(trace)] = self._equal(found, full)
+                found = full
+            calls.append(found)
         self._drop_unneeded(index)
         return calls
+
+    def needs_others(self, index: int) -> bool:
+        """True if the outputs of other units reach unit ``index`` on any batch."""
+        return any(needed[self.units[index].name] for needed in self.needed)
 
     def finish(self, index: int, outputs: list[list[Call]]) -> None:
         """Take the outputs of unit ``index``; those that no later unit needs are dropped."""
@@ -105,11 +114,12 @@ class Replay:
         self._drop_unneeded(index)
 
     def _drop_unneeded(self, index: int) -> None:
-        later = set().union(*(self.needed[unit.name] for unit in self.units[index + 1 :]))
-        for done in self.done:
-            if done not in later:
-                for call in (call for calls in self.done[done] for call in calls):
-                    call.leaves = [_Absent(leaf) if isinstance(leaf, Tensor) else leaf for leaf in call.leaves]
+        for batch, needed in enumerate(self.needed):
+            later = set().union(*(needed[unit.name] for unit in self.units[index + 1 :]))
+            for name, outputs in self.done.items():
+                if name not in later:
+                    for call in outputs[batch]:
+                        call.leaves = [_Absent(leaf) if isinstance(leaf, Tensor) else leaf for leaf in call.leaves]
 
     def _capture(self, unit: Unit, batch: int, replace: bool) -> list[Call]:
         calls: list[Call] = []

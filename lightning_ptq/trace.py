@@ -29,6 +29,9 @@ _PRODUCTS = (
 )  # fmt: skip
 
 
+_READ_BY_PYTHON = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero")
+
+
 @dataclass(frozen=True)
 class Event:
     """An operator that ran, or a module that was entered or left.
@@ -69,18 +72,28 @@ class Trace:
     batch_norm_after: dict[str, str] = field(default_factory=dict)
     float_products: set[tuple[str, str]] = field(default_factory=set)
 
+    def alike(self, other: Trace) -> bool:
+        """True if the same operators, outside the quantizable layers, and modules ran in the same order."""
+        return self._course() == other._course()
+
+    def _course(self) -> list[tuple[str, str]]:
+        layers = set(self.layer_order)
+        return [(e.kind, e.name) for e in self.events if e.kind != "op" or layers.isdisjoint(e.scope)]
+
     def needed_outputs(self, units: Iterable[str]) -> dict[str, set[str]]:
         """For each unit, the other units whose outputs reach its inputs without passing through a third unit."""
         names = set(units)
         sources: dict[int, set[str]] = {}
+        decisive: set[str] = set()  # units whose values Python has looked at, and may have branched on
         needed: dict[str, set[str]] = {name: set() for name in names}
         for event in self.events:
             unit = next((name for name in event.scope if name in names), None)
             if event.kind == "op" and unit is None:
                 union = set().union(*(sources.get(key, set()) for key in event.reads))
+                decisive |= union if event.name in _READ_BY_PYTHON else set()
                 sources.update((key, union) for key in event.writes)
             elif event.kind == "enter" and event.name == unit:
-                needed[unit].update(*(sources.get(key, set()) for key in event.reads))
+                needed[unit].update(decisive, *(sources.get(key, set()) for key in event.reads))
             elif event.kind == "exit" and event.name in names and unit is None:
                 sources.update((key, {event.name}) for key in event.writes)
         for name in names:

@@ -21,7 +21,7 @@ from lightning_ptq.units import Unit
 LEARNABLE = ("weight", "bias", "weight_scale", "activation_scale", "activation_zero_point")
 
 
-DEFAULT_STEPS = {2: 300, 3: 200, 4: 100, 5: 60, 6: 60, 7: 40, 8: 40}
+DEFAULT_STEPS = {2: 250, 3: 200, 4: 100, 5: 60, 6: 60, 7: 40, 8: 40}
 """Steps by bit width: the coarser the grid, the more there is to gain, and the longer it takes."""
 
 
@@ -56,7 +56,7 @@ class ReconstructionConfig:
     zero_point_lr: float = 0.05
     rounding: Literal["continuous", "adaround"] = "continuous"
     drop: float = 0.5
-    held_out: float = 0.125
+    held_out: float = 0.0625
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "learn", tuple(self.learn))
@@ -69,6 +69,9 @@ class ReconstructionConfig:
             value = getattr(self, name)
             if not (isinstance(value, int) and value >= 1) and (name, value) != ("steps", None):
                 raise QConfigError(f"{name} must be 1 or more, got {value!r}. Write a whole number.")
+        for name in ("weight_lr", "bias_lr", "scale_lr", "zero_point_lr"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise QConfigError(f"{name} must be 0 or more, got {getattr(self, name)!r}. Write for example 0.01.")
         for name in ("drop", "held_out"):
             if not 0 <= getattr(self, name) < 1:
                 raise QConfigError(f"{name} must lie in [0, 1), got {getattr(self, name)!r}.")

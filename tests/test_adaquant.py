@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -226,6 +227,21 @@ def test_nothing_changes_where_nothing_improves(mode, granularity):
         result = adaquant(calibration, mode=mode, granularity=granularity, config=config)
     assert [row.accepted for row in result.units] == [False] * len(result.units)
     assert same_state(state(calibration.module), before)
+
+
+def test_finished_units_hand_on_their_outputs_instead_of_running_again(monkeypatch):
+    calibration = calibration_of(name="transformer")
+    runs, own = Counter(), QuantLayer.forward
+
+    def counted(layer, *args, **kwargs):
+        runs[id(layer)] += not torch.is_grad_enabled()  # not the steps of its own tuning
+        return own(layer, *args, **kwargs)
+
+    monkeypatch.setattr(QuantLayer, "forward", counted)
+    adaquant(calibration, granularity="layer", config=CONFIG)
+    first = calibration.layers["layers.0.attention.qkv"]
+    batches, layers = len(TOKENS), len(calibration.layers)
+    assert runs[id(first)] <= 2 * batches + 2 * (layers - 1) + 6  # both streams: outputs, a check a unit; and errors
 
 
 def test_blocks_can_be_given():

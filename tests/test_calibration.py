@@ -114,7 +114,7 @@ def test_an_interrupt_half_way_leaves_a_folded_net_as_it_was():
     calls = iter(range(100))
 
     def forward(module, x):
-        if next(calls) == 5:  # two batches were observed, the third forward after that is one of the folding
+        if next(calls) == 3:  # two batches were observed, the second forward after that is one of the folded net
             raise KeyboardInterrupt
         return module(x)
 

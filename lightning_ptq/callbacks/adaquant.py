@@ -51,6 +51,8 @@ class AdaQuantLayerwise(PTQCallback):
         trainer.fit(module, calibration_loader)
     """
 
+    role = "AdaQuantLayerwise"
+
     def __init__(
         self,
         mode: AdaQuantMode = "sequential",

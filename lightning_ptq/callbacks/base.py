@@ -26,7 +26,13 @@ _REFUSED_STRATEGIES = ("FSDP", "DeepSpeed", "ModelParallel", "XLA")
 
 
 class PTQCallback(LightningCallback):
-    """Base class of the library's callbacks."""
+    """Base class of the library's callbacks.
+
+    Attributes:
+        role: The callback's place in :data:`ORDER`; that of its library class for a class derived from it.
+    """
+
+    role = ""
 
 
 def ptq_callbacks(trainer: Any) -> list[PTQCallback]:
@@ -40,7 +46,7 @@ def check_order(trainer: Any) -> None:
     Raises:
         CallbackError: Naming the right order.
     """
-    names = [type(callback).__name__ for callback in ptq_callbacks(trainer)]
+    names = [callback.role for callback in ptq_callbacks(trainer)]
     if names[:1] != ["CalibrationCapture"] or names.count("CalibrationCapture") != 1:
         raise CallbackError(
             f"the callbacks are in the order {names}. Put one CalibrationCapture before all others; the whole order is"
@@ -58,6 +64,12 @@ def check_trainer(trainer: Any) -> None:
     if any(part in strategy for part in _REFUSED_STRATEGIES):
         raise CallbackError(
             f"PTQ does not work under {strategy}, which shards the module. Use strategy='auto' on one device."
+        )
+    start_method = getattr(trainer.strategy, "_start_method", None)
+    if start_method in ("spawn", "fork", "forkserver"):
+        raise CallbackError(
+            f"PTQ does not work under a strategy that runs fit in a process of its own ({start_method}): the quantized"
+            " module would be lost with it. Use strategy='auto' on one device."
         )
     if trainer.world_size > 1:
         raise CallbackError(

@@ -53,6 +53,8 @@ class CalibrationCapture(PTQCallback):
         trainer.fit(module, calibration_loader)
     """
 
+    role = "CalibrationCapture"
+
     def __init__(
         self,
         qconfig: str | QConfig | dict[str, Any] = "w8a8",
@@ -131,9 +133,12 @@ class CalibrationCapture(PTQCallback):
         if self.save_checkpoint:
             for checkpoint in trainer.checkpoint_callbacks:
                 if getattr(checkpoint, "dirpath", None):
-                    path = str(Path(checkpoint.dirpath) / "quantized.ckpt")
+                    # Set before saving, for the paths are part of what is saved. With save_last, ModelCheckpoint
+                    # writes a last.ckpt of its own behind us, and would remove ours if it took it for the former one.
+                    checkpoint.best_model_path = path = str(Path(checkpoint.dirpath) / "quantized.ckpt")
+                    if not checkpoint.save_last:
+                        checkpoint.last_model_path = path
                     trainer.save_checkpoint(path)
-                    checkpoint.best_model_path = checkpoint.last_model_path = path
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Lightning skips the epoch of an empty loader without a word."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
 
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torchmetrics import Metric
 
@@ -68,6 +69,8 @@ def _with_indices(method: Callable[..., Any]) -> Forward:
         )
     positional = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     indices = [0 for p in positional[1:] if p.default is p.empty]  # batch_idx, dataloader_idx, whatever their names
+    if not positional:
+        indices = [0]  # *args, from a wrapper
     return lambda module, batch: method(batch, *indices)
 
 
@@ -127,6 +130,7 @@ def muted(module: Any, on_batch: Callable[[Any], None], done: Callable[[], bool]
     }
     replaced |= {name: lambda *args, **kwargs: None for name in _TRAINING_HOOKS}
     with ExitStack() as stack:
+        stack.callback(_restore_gradients, [(parameter, parameter.grad) for parameter in module.parameters()])
         for metric in (child for child in module.modules() if isinstance(child, Metric)):
             stack.callback(
                 _restore_metric, metric, {name: copy.deepcopy(metric.__dict__[name]) for name in _states(metric)}
@@ -137,6 +141,11 @@ def muted(module: Any, on_batch: Callable[[Any], None], done: Callable[[], bool]
 
 def _states(metric: Metric) -> list[str]:
     return [*metric.metric_state, "_update_count", "_computed"]
+
+
+def _restore_gradients(gradients: list[tuple[nn.Parameter, Tensor | None]]) -> None:
+    for parameter, gradient in gradients:
+        parameter.grad = gradient
 
 
 def _restore_metric(metric: Metric, states: dict[str, Any]) -> None:

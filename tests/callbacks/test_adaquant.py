@@ -33,7 +33,7 @@ def reference(pl, qconfig="w3a4", batches=None, config=None, **options):
 
 OPTIONS = {
     "default": {},
-    "layers": {"granularity": "layer", "seed": 3},
+    "layers": {"granularity": "layer", "blocks": ["net"], "seed": 3},  # to which blocks do not matter
     "parallel": {"mode": "parallel", "candidates": ["w8a8", "w3a4"]},
     "blocks": {"blocks": ["net"]},
     "little memory": {"memory_limit": "1KB"},
