@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import inspect
 from typing import Any
 
@@ -24,11 +25,17 @@ def summary(result):
     return [(row.name, row.bits, row.error_before, row.error_after, row.accepted, row.curve) for row in result.units]
 
 
-def reference(pl, qconfig="w3a4", batches=None, config=None, **options):
+def reference(pl, **options):
     """What the functions do with the classifier: result and state."""
     net = classifier(pl)
-    calibration = calibrate(net, IMAGES.split(8) if batches is None else batches, qconfig)
-    return adaquant(calibration, config=config or ReconstructionConfig(**SHORT), **options), state(net)
+    calibration = calibrate(net, IMAGES.split(8), "w3a4")
+    return adaquant(calibration, config=ReconstructionConfig(**SHORT), **options), state(net)
+
+
+@functools.cache
+def expected_state(pl):
+    """The state that they leave the classifier in."""
+    return reference(pl)[1]
 
 
 OPTIONS = {
@@ -92,7 +99,7 @@ def test_precision_loggers_and_progress_bars_do_not_matter(pl, tmp_path, bar, op
     )  # fmt: skip
     module = classifier(pl)
     run.fit(module, loader())
-    assert same_state(state(module), reference(pl)[1])
+    assert same_state(state(module), expected_state(pl))
 
 
 def test_the_logger_gets_the_errors_of_each_unit_and_nothing_of_the_training(pl, tmp_path):

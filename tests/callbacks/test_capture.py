@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ pytestmark = [
 XS = IMAGES.split(8)
 
 
+@functools.cache
 def reference(pl, batches=XS, qconfig="w4a4", **options):
     """The state of the classifier calibrated by the function."""
     net = classifier(pl)
@@ -102,7 +104,7 @@ def test_the_callback_calibrates_as_the_function_does(pl, tmp_path, case, precis
     change, step, data, batches = CASES[case]
     module = classifier(pl, change)
     trainer(pl, tmp_path, CalibrationCapture("w4a4", step=step), precision=precision).fit(module, data())
-    assert same_state(state(module), reference(pl, batches))
+    assert same_state(state(module), reference(pl, tuple(batches)))
 
 
 @pytest.mark.parametrize("num_samples", [1, 16, 17])

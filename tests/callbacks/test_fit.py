@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,6 +53,7 @@ def ptq(**options):
     return CalibrationCapture("w4a4", **options), AdaQuantLayerwise(steps=3, batch_size=16)
 
 
+@functools.cache
 def reference(pl):
     """The state of the classifier quantized by the functions."""
     net = classifier(pl)
