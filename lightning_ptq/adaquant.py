@@ -19,7 +19,7 @@ from lightning_ptq.reconstruct import UnitResult, reconstruct_unit
 from lightning_ptq.replay import Replay
 from lightning_ptq.store import ActivationStore, parse_bytes
 from lightning_ptq.tuners import ReconstructionConfig, layer_state, set_layer_state
-from lightning_ptq.unit_data import UnitData, gather_targets
+from lightning_ptq.unit_data import UnitData
 from lightning_ptq.units import BlockRule, Granularity, Unit, find_units
 
 AdaQuantMode = Literal["sequential", "parallel"]
@@ -170,12 +170,11 @@ class _Run:
         batches = len(self.calibration.batches)
         data = UnitData(self.float_stream.inputs(index), self.store)
         outputs = data.outputs(unit.module, batches, "float")
-        targets = gather_targets(outputs)
-        self.float_stream.finish(index, outputs)
         if self.mode == "sequential" and self.quantized_stream.needs_others(index):
-            del data, outputs  # before as much again is captured
+            del data  # before as much again is captured
             data = UnitData(self.quantized_stream.inputs(index), self.store)
-        data.set_targets(targets, unit.module)
+        data.set_targets(outputs, unit.module)
+        self.float_stream.finish(index, outputs)
         return data
 
     def _tune(self, unit: Unit, data: UnitData) -> UnitResult:

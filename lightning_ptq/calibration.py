@@ -76,8 +76,9 @@ class Calibration:
             _set_activation_scale(layer.input_fake_quant, self.observers[name])
 
     def release(self) -> None:
-        """Drop the batches and the float reference weights: the run is over."""
+        """Drop the batches, the histograms and the float reference weights: the run is over."""
         self.batches.clear()
+        self.observers.clear()
         for layer in self.prepared.layers.values():
             layer.reference = None
 

@@ -123,7 +123,7 @@ class Replay:
 
     def _capture(self, unit: Unit, batch: int, replace: bool) -> list[Call]:
         calls: list[Call] = []
-        own = type(unit.module).forward.__get__(unit.module)
+        own = unit.module.forward
 
         def record(*args: Any, **kwargs: Any) -> Any:
             calls.append(Call.of((args, kwargs), self.store.put))

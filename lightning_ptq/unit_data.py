@@ -94,12 +94,25 @@ class UnitData:
                 leaves.append(first.leaves[i])
         return Group(leaves, first.spec, sample_wise, bounds, [key for key, _ in members])
 
-    def set_targets(self, targets: Targets, unit: nn.Module) -> None:
-        """Take over the float unit's outputs, which :func:`gather_targets` collected; the dictionary is emptied."""
+    def set_targets(self, outputs: list[list[Call]], unit: nn.Module) -> None:
+        """Take the float unit's outputs, by batch and call, as targets; the calls then hold views of the targets."""
         for group in self.groups:
-            columns = [list(column) for column in zip(*(targets.pop(key) for key in group.calls), strict=True)]
-            group.targets = [self.store.stack(column) for column in columns]
+            calls = [outputs[batch][index] for batch, index in group.calls]
+            group.targets = []
+            for column, first in enumerate(calls[0].leaves):
+                if isinstance(first, Tensor) and first.is_floating_point():
+                    group.targets.append(self._stack_column(calls, column))
         self.separable = self._check_separable(unit)
+
+    def _stack_column(self, calls: list[Call], column: int) -> Tensor:
+        parts = [call.leaves[column] for call in calls]
+        rows = [len(part) for part in parts]
+        for call in calls:
+            call.leaves[column] = None
+        whole = self.store.stack(parts)
+        for call, part in zip(calls, whole.split(rows), strict=True):
+            call.leaves[column] = part
+        return whole
 
     def drop_targets(self) -> None:
         """Let go of the targets."""
@@ -185,12 +198,6 @@ class UnitData:
 
 Sample = tuple[int, int]
 Minibatch = tuple[Group, Tensor | slice]
-Targets = dict[tuple[int, int], list[Tensor]]
-
-
-def gather_targets(outputs: list[list[Call]]) -> Targets:
-    """The floating-point tensors among a unit's outputs, by (batch, call); they are not copied."""
-    return {(b, i): float_leaves(call.leaves) for b, calls in enumerate(outputs) for i, call in enumerate(calls)}
 
 
 _CHUNK_BYTES = 2**24

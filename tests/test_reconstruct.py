@@ -11,7 +11,7 @@ from lightning_ptq.errors import QConfigError, TiedWeightWarning
 from lightning_ptq.reconstruct import reconstruct_unit
 from lightning_ptq.replay import Call
 from lightning_ptq.store import ActivationStore
-from lightning_ptq.unit_data import UnitData, gather_targets
+from lightning_ptq.unit_data import UnitData
 from lightning_ptq.units import find_units
 
 
@@ -57,9 +57,7 @@ class Case:
         self.layer = next(iter(self.unit.layers.values()))
         store = ActivationStore("1MB")
         self.data = UnitData([[Call.of(((x,), {}), store.put)] for x in parts], store)
-        self.data.set_targets(
-            gather_targets(self.data.outputs(self.unit.module, len(parts), "float")), self.unit.module
-        )
+        self.data.set_targets(self.data.outputs(self.unit.module, len(parts), "float"), self.unit.module)
 
     def tune(self, seed=0, on_step=lambda step: None, **options):
         config = ReconstructionConfig(**{"steps": 60, "weight_lr": 0.05, "drop": 0.0, **options})

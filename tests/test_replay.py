@@ -13,7 +13,7 @@ from lightning_ptq.errors import CalibrationError
 from lightning_ptq.modules import QuantLayer, layers_in_mode
 from lightning_ptq.replay import Call, Replay
 from lightning_ptq.store import ActivationStore
-from lightning_ptq.unit_data import UnitData, gather_targets
+from lightning_ptq.unit_data import UnitData
 from lightning_ptq.units import find_units
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_ptq.errors.FunctionalOpWarning")
@@ -221,7 +221,7 @@ def unit_data(unit, batches, store, *args, **kwargs):
     """The data of a unit that was called once a batch, with the float unit's outputs as targets."""
     calls = [[Call.of(((x, *args), kwargs), store.put)] for x in batches]
     data = UnitData(calls, store)
-    data.set_targets(gather_targets(data.outputs(unit, len(batches), "float")), unit)
+    data.set_targets(data.outputs(unit, len(batches), "float"), unit)
     return data
 
 
