@@ -21,7 +21,7 @@ from lightning_ptq.units import Unit
 LEARNABLE = ("weight", "bias", "weight_scale", "activation_scale", "activation_zero_point")
 
 
-DEFAULT_STEPS = {2: 200, 3: 200, 4: 100, 5: 50, 6: 50, 7: 25, 8: 25}
+DEFAULT_STEPS = {2: 250, 3: 200, 4: 100, 5: 60, 6: 60, 7: 40, 8: 40}
 """Steps by bit width: the coarser the grid, the more there is to gain, and the longer it takes."""
 
 
@@ -48,7 +48,7 @@ class ReconstructionConfig:
     """
 
     steps: int | None = None
-    batch_size: int = 64
+    batch_size: int = 32
     learn: tuple[str, ...] = ("weight", "bias", "weight_scale", "activation_scale")
     weight_lr: float = 0.025
     bias_lr: float = 0.01
