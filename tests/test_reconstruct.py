@@ -60,7 +60,9 @@ class Case:
         self.data.set_targets(self.data.outputs(self.unit.module, len(parts), "float"), self.unit.module)
 
     def tune(self, seed=0, on_step=lambda step: None, **options):
-        config = ReconstructionConfig(**{"steps": 60, "weight_lr": 0.05, "drop": 0.0, "batch_size": 32, "held_out": 0.125, **options})
+        config = ReconstructionConfig(
+            **{"steps": 60, "weight_lr": 0.05, "drop": 0.0, "batch_size": 32, "held_out": 0.125, **options}
+        )
         return reconstruct_unit(self.unit, self.data, config, torch.Generator().manual_seed(seed), on_step)
 
     def effective(self):
