@@ -26,7 +26,7 @@ def default_forward(module: nn.Module, batch: Any) -> Any:
 
 def run_forward(module: nn.Module, forward: Forward, batch: Any) -> Any:
     """``forward(module, batch)`` in eval mode, in float32, without gradients; training flags are put back."""
-    device_type = next((leaf.device.type for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), "cpu")
+    device_type = next((parameter.device.type for parameter in module.parameters()), "cpu")
     with eval_mode(module), torch.no_grad(), torch.autocast(device_type, enabled=False):
         return forward(module, batch)
 

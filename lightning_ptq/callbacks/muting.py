@@ -69,8 +69,8 @@ def _with_indices(method: Callable[..., Any]) -> Forward:
         )
     positional = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     indices = [0 for p in positional[1:] if p.default is p.empty]  # batch_idx, dataloader_idx, whatever their names
-    if not positional:
-        indices = [0]  # *args, from a wrapper
+    if not indices and any(p.kind is p.VAR_POSITIONAL for p in parameters.values()):
+        indices = [0]  # *args, of a wrapper: Lightning passes batch_idx then
     return lambda module, batch: method(batch, *indices)
 
 

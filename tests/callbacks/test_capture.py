@@ -69,6 +69,14 @@ def wrapped(base):
     return Wrapped
 
 
+def with_the_rest(base):
+    class WithTheRest(base):
+        def training_step(self, batch: Any, *rest: Any) -> torch.Tensor:
+            return super().training_step(batch, *rest)
+
+    return WithTheRest
+
+
 def predicting(base):
     class Predicting(base):
         def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> torch.Tensor:
@@ -85,6 +93,7 @@ DICTIONARIES = [{"image": x, "label": y} for x, y in zip(IMAGES, LABELS, strict=
 CASES = {
     "tuples, training_step": (tuples, "training", loader, XS),
     "tuples, training_step of any arguments": (wrapped, "training", loader, XS),
+    "tuples, training_step of a batch and the rest": (with_the_rest, "training", loader, XS),
     "tuples, forward": (tuples, "predict", loader, XS),
     "tuples, function": (tuples, lambda module, batch: module.net(batch[0] + 1), loader, [x + 1 for x in XS]),
     "tensors, training_step": (bare, "training", lambda: of(IMAGES), XS),
@@ -98,7 +107,10 @@ CASES = {
 
 @pytest.mark.parametrize(
     ("case", "precision"),
-    [*((case, "32-true") for case in CASES), *((case, "bf16-mixed") for case in [*CASES][:3])],
+    [
+        *((case, "32-true") for case in CASES),
+        *((case, "bf16-mixed") for case in ("tuples, training_step", "tensors, predict_step")),
+    ],
 )
 def test_the_callback_calibrates_as_the_function_does(pl, tmp_path, case, precision):
     change, step, data, batches = CASES[case]
