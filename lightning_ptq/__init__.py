@@ -5,41 +5,63 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lightning_ptq.adaquant import AdaQuantResult, adaquant
+from lightning_ptq.allocation import BitAllocation, allocate_bits
 from lightning_ptq.calibration import Calibration, Calibrator, calibrate
+from lightning_ptq.choices import Choices
+from lightning_ptq.costs import Cost, bops_cost, size_cost, table_cost
 from lightning_ptq.export.packed import load_packed, save_packed
+from lightning_ptq.frontier import Frontier, frontier
 from lightning_ptq.qconfig import LayerQConfig, QConfig, QuantSpec
 from lightning_ptq.reconstruct import UnitResult
+from lightning_ptq.refinement import AllocationResult, apply_allocation, search_allocation
+from lightning_ptq.sensitivity import SensitivityTable, measure_choice, measure_sensitivity
 from lightning_ptq.surgery import Prepared, prepare
 from lightning_ptq.tuners import ReconstructionConfig
 
 if TYPE_CHECKING:
-    from lightning_ptq.callbacks import AdaQuantLayerwise, CalibrationCapture
+    from lightning_ptq.callbacks import AdaQuantLayerwise, BitAllocator, CalibrationCapture
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdaQuantLayerwise",
     "AdaQuantResult",
+    "AllocationResult",
+    "BitAllocation",
+    "BitAllocator",
     "Calibration",
     "CalibrationCapture",
     "Calibrator",
+    "Choices",
+    "Cost",
+    "Frontier",
     "LayerQConfig",
     "Prepared",
     "QConfig",
     "QuantSpec",
     "ReconstructionConfig",
+    "SensitivityTable",
     "UnitResult",
     "adaquant",
+    "allocate_bits",
+    "apply_allocation",
+    "bops_cost",
     "calibrate",
+    "frontier",
     "load_packed",
+    "measure_choice",
+    "measure_sensitivity",
     "prepare",
     "save_packed",
+    "search_allocation",
+    "size_cost",
+    "table_cost",
 ]
 
 
 def __getattr__(name: str) -> Any:
     # The callbacks import Lightning, which the functions do without.
-    if name in ("AdaQuantLayerwise", "CalibrationCapture"):
+    if name in ("AdaQuantLayerwise", "BitAllocator", "CalibrationCapture"):
         from lightning_ptq import callbacks
 
         return getattr(callbacks, name)

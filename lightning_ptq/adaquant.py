@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Literal, cast
 
 import torch
@@ -102,7 +103,7 @@ def adaquant(
         for index in range(len(units)):
             run.unit(index)
         run.result.peak_activation_bytes = store.peak
-    back = [f"{row.name} ({row.bits})" for row in run.result.units if not row.accepted]
+    back = [f"{row.name} ({row.bits})" for row in run.result.units if row.steps and not row.accepted]
     if back:
         warnings.warn(
             f"tuning did not improve these units on held-out samples, so they keep their initial quantization:"
@@ -145,7 +146,8 @@ class _Run:
         self.float_stream = Replay(self.calibration, self.units, self.store, "float")
         self.quantized_stream = Replay(self.calibration, self.units, self.store, "quantized")
         self.steps_done = 0
-        self.steps = sum(self.config.steps_for(pairs) for unit in self.units for pairs in self._choices(unit))
+        work = [pairs for unit in self.units for pairs, _ in groupby(sorted(self._choices(unit), key=str))]
+        self.steps = sum(self.config.steps_for(pairs) for pairs in work)
 
     def unit(self, index: int) -> None:
         """Capture, tune and, in sequential mode, hand the quantized outputs on."""
@@ -185,24 +187,27 @@ class _Run:
             self.progress(before + step, self.steps, unit.name)
 
         row = reconstruct_unit(unit, data, self.config, generator, on_step)
-        self.steps_done = before + row.steps
+        self.steps_done = before + self.config.steps_for(_qconfigs(unit))
         self.result.units.append(row)
         return row
 
     def _tune_candidates(self, unit: Unit, data: UnitData) -> None:
         """Tune at each candidate, from the float weights; the calibrated widths stay in place."""
-        own = _qconfigs(unit)
+        own, choices = _qconfigs(unit), self._choices(unit)
         names: list[LayerQConfig] = self.candidates or [self.calibration.prepared.qconfig.default]
-        kept: LayerStates = {}
-        for name, pairs in zip(names, self._choices(unit), strict=True):
-            self._round_to_nearest(unit, pairs)
-            self._tune(unit, data)
-            states = {layer_name: layer_state(layer) for layer_name, layer in unit.layers.items()}
-            self.result.states.setdefault(str(name), {}).update(states)
-            kept = states if pairs == own else kept
+        tuned: list[dict[str, dict[str, Tensor]]] = []
+        for position, (name, pairs) in enumerate(zip(names, choices, strict=True)):
+            if pairs in choices[:position]:  # the first and last layer, for example, are alike at several candidates
+                tuned.append(tuned[choices.index(pairs)])
+            else:
+                self._round_to_nearest(unit, pairs)
+                self._tune(unit, data)
+                tuned.append({layer_name: layer_state(layer) for layer_name, layer in unit.layers.items()})
+            self.result.states.setdefault(str(name), {}).update(tuned[-1])
         self._round_to_nearest(unit, own)
-        for layer_name, state in kept.items():
-            set_layer_state(unit.layers[layer_name], state)
+        if own in choices:
+            for layer_name, state in tuned[choices.index(own)].items():
+                set_layer_state(unit.layers[layer_name], state)
 
     def _round_to_nearest(self, unit: Unit, pairs: list[LayerQConfig]) -> None:
         for name, pair in zip(unit.layers, pairs, strict=True):
@@ -210,19 +215,9 @@ class _Run:
 
     def _choices(self, unit: Unit) -> list[list[LayerQConfig]]:
         """The widths of the unit's layers at each candidate; the calibrated ones if there are no candidates."""
-        own = _qconfigs(unit)
         if not self.candidates:
-            return [own]
-        return [
-            [self._widths(pair, candidate, name) for name, pair in zip(unit.layers, own, strict=True)]
-            for candidate in self.candidates
-        ]
-
-    def _widths(self, own: LayerQConfig, candidate: LayerQConfig, name: str) -> LayerQConfig:
-        pair = own.with_bits_of(candidate)
-        least = self.calibration.prepared.qconfig.first_last_bits
-        order = self.calibration.trace.layer_order
-        return pair.at_least(least) if least and name in (order[0], order[-1]) else pair
+            return [_qconfigs(unit)]
+        return [[self.calibration.qconfig_at(name, candidate) for name in unit.layers] for candidate in self.candidates]
 
 
 def _qconfigs(unit: Unit) -> list[LayerQConfig]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -61,9 +61,19 @@ class Calibration:
         """The root module."""
         return self.prepared.module
 
-    def run(self, index: int) -> Any:
-        """The calibration forward on batch ``index``, without gradients and in eval mode."""
-        return run_forward(self.module, self.forward, to_device(self.batches[index], self.device))
+    def run(self, index: int, gradients: bool = False) -> Any:
+        """The calibration forward on batch ``index``, in eval mode and without gradients unless asked for."""
+        return run_forward(self.module, self.forward, to_device(self.batches[index], self.device), gradients)
+
+    def qconfig_at(self, name: str, candidate: LayerQConfig | None = None) -> LayerQConfig:
+        """The pair of specs of layer ``name`` where ``candidate`` takes the default's place.
+
+        What the :class:`QConfig` says of single layers (overrides, first and last) holds at every candidate.
+        """
+        qconfig, order = self.prepared.qconfig, self.trace.layer_order
+        if candidate is not None:
+            qconfig = replace(qconfig, default=qconfig.default.with_bits_of(candidate))
+        return cast(LayerQConfig, qconfig.for_layer(name, edge=name in (order[0], order[-1])))
 
     def round_to_nearest(self, name: str, qconfig: LayerQConfig) -> None:
         """Give layer ``name`` its float weights back, and quantizers for ``qconfig`` with freshly chosen scales."""
@@ -120,7 +130,7 @@ class Calibrator:
         """
         result: list[Any] = []
 
-        def run() -> None:
+        def run() -> Any:
             # Registered behind the hooks of the trace, so that what observers compute counts as the layer's own.
             with ExitStack() as hooks:
                 for name, layer in self.prepared.layers.items():
@@ -129,6 +139,7 @@ class Calibrator:
                         watch = self._watcher(name, config)
                         hooks.callback(layer.register_forward_pre_hook(watch, with_kwargs=True).remove)
                 result.append(run_forward(self.prepared.module, self.forward, to_device(batch, self.device)))
+            return result[0]
 
         watched = trace(self.prepared.module, run)
         self._traces.append(next((known for known in self._traces if known.alike(watched)), watched))
@@ -189,11 +200,9 @@ class Calibrator:
             self._observers,
             self.samples,
         )
-        first_last = (watched.layer_order[0], watched.layer_order[-1])
         for name, layer in layers.items():
             layer.reference = (layer.weight.detach(), None if layer.bias is None else layer.bias.detach().clone())
-            config = self.prepared.qconfig.for_layer(name, edge=name in first_last)
-            calibration.round_to_nearest(name, cast(LayerQConfig, config))
+            calibration.round_to_nearest(name, calibration.qconfig_at(name))
         return calibration
 
     def _quantized_layers(self, watched: Trace) -> dict[str, QuantLayer]:

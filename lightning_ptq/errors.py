@@ -17,6 +17,14 @@ class CalibrationError(PTQError, RuntimeError):
     """A calibration pass that cannot go on: no data, NaN in a batch, a step that trains."""
 
 
+class SensitivityError(PTQError, RuntimeError):
+    """A sensitivity that cannot be measured: no loss, NaN in it, an output that is no tensor."""
+
+
+class AllocationError(PTQError, ValueError):
+    """A bit allocation that has no solution, or costs and candidates that do not fit together."""
+
+
 class CallbackError(PTQError, RuntimeError):
     """A Trainer or an order of callbacks under which the PTQ run cannot work."""
 
@@ -55,3 +63,7 @@ class FewSamplesWarning(PTQWarning):
 
 class RolledBackWarning(PTQWarning):
     """A unit that reconstruction did not improve on held-out samples: it keeps its initial quantization."""
+
+
+class UnprovenAllocationWarning(PTQWarning):
+    """A bit allocation that the solver did not prove optimal within its time limit."""

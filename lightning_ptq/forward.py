@@ -24,10 +24,10 @@ def default_forward(module: nn.Module, batch: Any) -> Any:
     return module(batch)
 
 
-def run_forward(module: nn.Module, forward: Forward, batch: Any) -> Any:
-    """``forward(module, batch)`` in eval mode, in float32, without gradients; training flags are put back."""
+def run_forward(module: nn.Module, forward: Forward, batch: Any, gradients: bool = False) -> Any:
+    """``forward(module, batch)`` in eval mode and float32, by default without gradients; training flags are put back."""
     device_type = next((parameter.device.type for parameter in module.parameters()), "cpu")
-    with eval_mode(module), torch.no_grad(), torch.autocast(device_type, enabled=False):
+    with eval_mode(module), torch.set_grad_enabled(gradients), torch.autocast(device_type, enabled=False):
         return forward(module, batch)
 
 

@@ -33,8 +33,9 @@ class UnitResult:
         error_before: Held-out error of the initial quantization: the squared error of the unit's output over the
             squared float output.
         error_after: The same after tuning.
-        accepted: False if tuning did not lower the error and the unit keeps its initial quantization.
-        steps: Optimisation steps.
+        accepted: True if the tuned state was kept; False if tuning did not lower the error, or was not needed, and
+            the unit keeps its initial quantization.
+        steps: Optimisation steps; 0 if the error was below the tolerance to begin with.
         seconds: Time of the tuning.
         curve: (step, training loss) at some fifty steps.
     """
@@ -74,7 +75,11 @@ def reconstruct_unit(
     tune, held_out = data.split(config.held_out, generator)
     judged = [(group, part) for group, rows in data.batches(held_out, 64) for part, _ in data.chunks(rows)]
     before = held_out_error(unit.module, judged)
-    steps = config.steps_for(cast(LayerQConfig, layer.qconfig) for layer in unit.layers.values())
+    widths = [cast(LayerQConfig, layer.qconfig) for layer in unit.layers.values()]
+    bits = "/".join(sorted(set(map(str, widths))))
+    if before < config.tolerance_for(widths):
+        return UnitResult(unit.name, bits, before, before, False, 0, time.perf_counter() - start)
+    steps = config.steps_for(widths)
     tuners = [make_tuner(unit, name, layer, config) for name, layer in unit.layers.items()]
     saved = [layer_state(layer) for layer in unit.layers.values()]
     with _tuning(unit, config, generator):
@@ -87,7 +92,6 @@ def reconstruct_unit(
     if not accepted:
         for layer, state in zip(unit.layers.values(), saved, strict=True):
             set_layer_state(layer, state)
-    bits = "/".join(sorted({str(layer.qconfig) for layer in unit.layers.values()}))
     return UnitResult(unit.name, bits, before, after, accepted, steps, time.perf_counter() - start, tuple(curve))
 
 
@@ -118,6 +122,8 @@ def _optimise(
     power = _power(data)
     curve: list[tuple[int, float]] = []
     for step, (group, rows) in enumerate(batches):
+        for tuner in tuners:
+            tuner.anneal(step / steps)
         optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for part, share in data.chunks(rows):
@@ -171,7 +177,7 @@ def _tuning(unit: Unit, config: ReconstructionConfig, generator: torch.Generator
         for parameter in frozen:
             parameter.requires_grad_(False)
         for quantizer in quantizers:
-            quantizer.drop_probability, quantizer.generator = config.drop, generator
+            quantizer.generator = generator
         for quantizer in weights:
             quantizer.enabled = not soft
         with torch.enable_grad():

@@ -8,8 +8,8 @@ and what is stored at a time is what crosses the boundary between finished and u
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from lightning_ptq.errors import CalibrationError
 from lightning_ptq.modules import layers_in_mode
 from lightning_ptq.patching import attributes
 from lightning_ptq.store import ActivationStore
+from lightning_ptq.trace import RESULT
 from lightning_ptq.units import Unit
 
 Stream = Literal["float", "quantized"]
@@ -73,13 +74,22 @@ class Replay:
         store: Where tensors are kept.
         stream: ``"float"``: every unit gets what it gets in the float model. ``"quantized"``: what it gets when all
             units before it are quantized as they are now.
+        whole: Keep what :meth:`run` needs too: outputs that reach the forward's result past all later units.
     """
 
-    def __init__(self, calibration: Calibration, units: list[Unit], store: ActivationStore, stream: Stream) -> None:
+    def __init__(
+        self,
+        calibration: Calibration,
+        units: list[Unit],
+        store: ActivationStore,
+        stream: Stream,
+        whole: bool = False,
+    ) -> None:
         self.calibration = calibration
         self.units = units
         self.store = store
         self.stream = stream
+        self.whole = whole
         names = [unit.name for unit in units]
         by_trace = {id(trace): trace.needed_outputs(names) for trace in calibration.traces}
         self.needed = [by_trace[id(trace)] for trace in calibration.traces]  # by batch
@@ -116,10 +126,16 @@ class Replay:
     def _drop_unneeded(self, index: int) -> None:
         for batch, needed in enumerate(self.needed):
             later = set().union(*(needed[unit.name] for unit in self.units[index + 1 :]))
+            later |= needed[RESULT] if self.whole else set()
             for name, outputs in self.done.items():
                 if name not in later:
                     for call in outputs[batch]:
                         call.leaves = [_Absent(leaf) if isinstance(leaf, Tensor) else leaf for leaf in call.leaves]
+
+    def run(self, batch: int, replace: bool = True) -> Any:
+        """The calibration forward on a batch; with ``replace``, finished units hand out their stored outputs."""
+        with self._handed_out(batch, replace), layers_in_mode(self.calibration.module, self.stream):
+            return self.calibration.run(batch)
 
     def _capture(self, unit: Unit, batch: int, replace: bool) -> list[Call]:
         calls: list[Call] = []
@@ -131,23 +147,23 @@ class Replay:
                 raise _Reached
             return own(*args, **kwargs)
 
-        forwards = {unit.module: record}
-        if replace:
-            for done in self.units:
-                if done.name in self.done:
-                    forwards[done.module] = self._hand_out(self.done[done.name][batch])
-        with ExitStack() as stack:
-            for module, forward in forwards.items():
-                stack.enter_context(attributes(module, {"forward": forward}))
-            stack.enter_context(layers_in_mode(self.calibration.module, self.stream))
-            try:
-                self.calibration.run(batch)
-            except _Reached:
-                return calls
+        with attributes(unit.module, {"forward": record}), suppress(_Reached):
+            self.run(batch, replace)
+        if len(calls) == unit.calls:
+            return calls
         raise CalibrationError(
             f"unit {unit.name!r} ran {unit.calls} times in the first forward and {len(calls)} times on calibration"
             f" batch {batch}. Choose granularity='layer' or other blocks, so that each unit runs on every batch."
         )
+
+    @contextmanager
+    def _handed_out(self, batch: int, replace: bool) -> Iterator[None]:
+        with ExitStack() as stack:
+            for unit in self.units:
+                if replace and unit.name in self.done:
+                    forward = self._hand_out(self.done[unit.name][batch])
+                    stack.enter_context(attributes(unit.module, {"forward": forward}))
+            yield
 
     @staticmethod
     def _hand_out(calls: list[Call]) -> Any:
@@ -166,10 +182,11 @@ class Replay:
     @staticmethod
     def _equal(left: list[Call], right: list[Call]) -> bool:
         pairs = [p for a, b in zip(left, right, strict=True) for p in zip(a.leaves, b.leaves, strict=True)]
-        return all(_near(a, b) for a, b in pairs if isinstance(a, Tensor))
+        return all(near(a, b) for a, b in pairs if isinstance(a, Tensor))
 
 
-def _near(left: Tensor, right: Tensor) -> bool:
+def near(left: Tensor, right: Tensor) -> bool:
+    """True if two tensors are the same but for the rounding of the kernels."""
     if left.shape != right.shape:
         return False
     if not left.is_floating_point():

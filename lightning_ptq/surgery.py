@@ -30,10 +30,12 @@ class Prepared:
     Attributes:
         module: The root.
         qconfig: What is to be quantized, and how.
+        float_bytes: Bytes of the float module's state, shared tensors counted once.
     """
 
     module: nn.Module
     qconfig: QConfig
+    float_bytes: int = 0
     _originals: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list, repr=False)
 
     @property
@@ -88,7 +90,7 @@ def prepare(module: nn.Module, qconfig: QConfig | str) -> Prepared:
             f"{type(module).__name__} has quantized layers already. Quantize the float module again instead: load its"
             " float weights into a new instance (or call undo() on what prepare() returned)."
         )
-    prepared = Prepared(module, qconfig)
+    prepared = Prepared(module, qconfig, _state_bytes(module))
     kin: dict[int, nn.Module] = {}
     skipped = []
     names = {id(child): name for name, child in module.named_modules()}
@@ -249,3 +251,9 @@ def _close(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-3)
     return all(
         bool((f - e).abs().max() <= tolerance * e.abs().max() + 1e-6) for f, e in zip(found, expected, strict=True)
     )
+
+
+def _state_bytes(module: nn.Module) -> int:
+    values = module.state_dict(keep_vars=True).values()
+    tensors = {id(value): value for value in values if isinstance(value, Tensor)}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

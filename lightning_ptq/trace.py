@@ -29,6 +29,7 @@ _PRODUCTS = (
 )  # fmt: skip
 
 
+RESULT = "<result>"
 _READ_BY_PYTHON = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero")
 
 
@@ -63,6 +64,7 @@ class Trace:
         batch_norm_after: For each batch norm that ran exactly once on the very tensor that a layer, running exactly
             once, had put out: that layer.
         float_products: (operator, module) of matrix products and convolutions outside any quantizable layer.
+        result: Storages of the tensors that the forward returned.
     """
 
     events: list[Event] = field(default_factory=list)
@@ -71,6 +73,7 @@ class Trace:
     residual: set[str] = field(default_factory=set)
     batch_norm_after: dict[str, str] = field(default_factory=dict)
     float_products: set[tuple[str, str]] = field(default_factory=set)
+    result: tuple[int, ...] = ()
 
     def alike(self, other: Trace) -> bool:
         """True if the same operators, outside the quantizable layers, and modules ran in the same order."""
@@ -81,11 +84,14 @@ class Trace:
         return [(e.kind, e.name) for e in self.events if e.kind != "op" or layers.isdisjoint(e.scope)]
 
     def needed_outputs(self, units: Iterable[str]) -> dict[str, set[str]]:
-        """For each unit, the other units whose outputs reach its inputs without passing through a third unit."""
+        """For each unit, the other units whose outputs reach its inputs without passing through a third unit.
+
+        :data:`RESULT` stands for what the forward returned.
+        """
         names = set(units)
         sources: dict[int, set[str]] = {}
         decisive: set[str] = set()  # units whose values Python has looked at, and may have branched on
-        needed: dict[str, set[str]] = {name: set() for name in names}
+        needed: dict[str, set[str]] = {name: set() for name in (*names, RESULT)}
         for event in self.events:
             unit = next((name for name in event.scope if name in names), None)
             if event.kind == "op" and unit is None:
@@ -96,6 +102,9 @@ class Trace:
                 needed[unit].update(decisive, *(sources.get(key, set()) for key in event.reads))
             elif event.kind == "exit" and event.name in names and unit is None:
                 sources.update((key, {event.name}) for key in event.writes)
+            elif event.kind == "exit" and not event.scope:  # an outermost module; its output may be asked for
+                needed[RESULT].update(*(sources.get(key, set()) for key in event.writes))
+        needed[RESULT].update(decisive, *(sources.get(key, set()) for key in self.result))
         for name in names:
             needed[name].discard(name)
         return needed
@@ -106,15 +115,16 @@ def trace(module: nn.Module, run: Callable[[], Any]) -> Trace:
 
     Args:
         module: The root; qualified names are relative to it.
-        run: One forward, without gradients.
+        run: One forward, without gradients; returns what it returned.
 
     Returns:
         What happened.
     """
     recorder = _Recorder(module)
     with recorder:
-        run()
+        result = run()
     recorder.finish()
+    recorder.trace.result = storages(result)
     return recorder.trace
 
 

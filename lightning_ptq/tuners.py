@@ -40,8 +40,11 @@ class ReconstructionConfig:
         zero_point_lr: For activation zero points, in grid steps.
         rounding: ``"continuous"``: a weight may move any number of grid steps (AdaQuant); ``"adaround"``: up or down
             only, with a penalty that drives it to either (Nagel et al., 2020).
-        drop: Probability that an activation keeps its float value in a step (QDrop, Wei et al., 2022).
+        drop: Probability that an activation keeps its float value in the first step (QDrop, Wei et al., 2022); it
+            falls to 0 linearly, so that the last steps see the activations that the quantized unit will see.
         held_out: Share of the samples on which tuning is judged and which it does not see.
+        tolerance: A unit whose held-out error is below this to begin with is not tuned; None for 1e-3 where all widths
+            are 8 bits, for there is mostly nothing to gain, and 0 below.
 
     Raises:
         QConfigError: If a value is out of its domain.
@@ -57,6 +60,7 @@ class ReconstructionConfig:
     rounding: Literal["continuous", "adaround"] = "continuous"
     drop: float = 0.5
     held_out: float = 0.0625
+    tolerance: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "learn", tuple(self.learn))
@@ -72,6 +76,8 @@ class ReconstructionConfig:
         for name in ("weight_lr", "bias_lr", "scale_lr", "zero_point_lr"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise QConfigError(f"{name} must be 0 or more, got {getattr(self, name)!r}. Write for example 0.01.")
+        if self.tolerance is not None and not 0 <= self.tolerance < float("inf"):
+            raise QConfigError(f"tolerance must be 0 or more, got {self.tolerance!r}. Write for example 1e-3.")
         for name in ("drop", "held_out"):
             if not 0 <= getattr(self, name) < 1:
                 raise QConfigError(f"{name} must lie in [0, 1), got {getattr(self, name)!r}.")
@@ -80,8 +86,17 @@ class ReconstructionConfig:
         """Steps for a unit whose layers have these widths."""
         if self.steps is not None:
             return self.steps
-        specs = [spec for pair in qconfigs for spec in (pair.weight, pair.activation) if spec is not None]
-        return DEFAULT_STEPS[min(spec.bits for spec in specs)]
+        return DEFAULT_STEPS[_least_bits(qconfigs)]
+
+    def tolerance_for(self, qconfigs: Iterable[LayerQConfig]) -> float:
+        """Tolerance for a unit whose layers have these widths."""
+        if self.tolerance is not None:
+            return self.tolerance
+        return 1e-3 if _least_bits(qconfigs) == 8 else 0.0
+
+
+def _least_bits(qconfigs: Iterable[LayerQConfig]) -> int:
+    return min(spec.bits for pair in qconfigs for spec in (pair.weight, pair.activation) if spec is not None)
 
 
 class Tuner:
@@ -130,6 +145,11 @@ class Tuner:
         step = self.start["weight_fake_quant.scale"].flatten()
         shape, _ = self.layer.channel_layout()
         return step if step.numel() > 1 else step.expand(torch.Size(shape).numel())
+
+    def anneal(self, progress: float) -> None:
+        """Set what changes over the steps; ``progress`` runs from 0 to 1."""
+        if self.layer.input_fake_quant is not None:
+            self.layer.input_fake_quant.drop_probability = self.config.drop * (1 - progress)
 
     def penalty(self, progress: float) -> Tensor:
         """What is added to the loss; ``progress`` runs from 0 to 1."""

@@ -34,7 +34,7 @@ IMAGES = [
 ]
 TOKENS = token_batches(3, 32)
 NETS = {"resnet": (ResNet, IMAGES), "transformer": (Transformer, TOKENS)}
-CONFIG = ReconstructionConfig(steps=20, batch_size=16, weight_lr=0.05, drop=0.0)
+CONFIG = ReconstructionConfig(steps=20, batch_size=16, weight_lr=0.05, drop=0.0, tolerance=0.0)
 MODES = [("sequential", "layer"), ("sequential", "block"), ("parallel", "layer"), ("parallel", "block")]
 
 
@@ -106,18 +106,16 @@ def test_each_candidate_is_tuned_from_the_float_weights_and_the_calibrated_width
     assert {name: str(layer.qconfig) for name, layer in several.layers.items()} == widths
     assert result.states.keys() == {"w4a4", "w3a8", "w2"}
     assert all(states.keys() == several.layers.keys() for states in result.states.values())
-    assert len(result.units) == 3 * 4
+    assert len(result.units) == 3 * 3 + 1  # the head is at w5a5 throughout
     alone = calibration_of(bits="w3a8")
     expected = adaquant(alone, mode="parallel", config=CONFIG)
     assert expected.states.keys() == {"w3a8"}
     for name, layer in alone.layers.items():
-        assert same_state(result.states["w3a8"][name], expected.states["w3a8"][name])
+        assert same_state(result.states["w3a8"][name], expected.states["w3a8"][name]) == (name != "head")
         assert same_state({k: v for k, v in state(layer).items() if k != "qconfig_json"}, expected.states["w3a8"][name])
     for name, layer in several.layers.items():
         tuned = {k: v for k, v in state(layer).items() if k != "qconfig_json"}
-        assert same_state(tuned, result.states["w4a4"][name]) == (name != "head")  # which is at w5a5, no candidate
-    head = calibration_of(bits="w4a4", overrides={"head": "w5a5"})
-    assert same_state(state(several.layers["head"]), state(head.layers["head"]))
+        assert same_state(tuned, result.states["w4a4"][name])
 
 
 def test_first_and_last_layer_are_tuned_at_no_less_than_their_least_width():

@@ -3,11 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import build, relative_error, seeded
+from helpers import build, relative_error, same_state, seeded, state
 from torch import nn
 
 from lightning_ptq import QConfig, ReconstructionConfig, calibrate
 from lightning_ptq.errors import QConfigError, TiedWeightWarning
+from lightning_ptq.modules import FakeQuantize
 from lightning_ptq.reconstruct import reconstruct_unit
 from lightning_ptq.replay import Call
 from lightning_ptq.store import ActivationStore
@@ -102,9 +103,30 @@ def test_tuning_lowers_the_error_of_every_layer_type_also_on_fresh_samples(name,
 @pytest.mark.parametrize(("bits", "factor"), [("w2a8", 0.3), ("w2a2", 0.6), ("w2", 0.4), ("w4", 0.6), ("w8", 0.9)])
 def test_one_set_of_rates_serves_all_widths(bits, factor):
     case = Case(*LAYERS["linear"], bits=bits)
-    result = case.tune(steps=100, weight_lr=ReconstructionConfig().weight_lr)
+    result = case.tune(steps=100, weight_lr=ReconstructionConfig().weight_lr, tolerance=0.0)
     assert result.accepted
     assert result.error_after < factor * result.error_before
+
+
+@pytest.mark.parametrize(("bits", "options", "tuned"), [
+    ("w8a8", {}, False), ("w8a8", {"tolerance": 0.0}, True), ("w6a6", {}, True), ("w3a8", {"tolerance": 10.0}, False),
+])  # fmt: skip
+def test_a_unit_below_the_tolerance_is_left_alone(bits, options, tuned):
+    case = Case(*LAYERS["linear"], bits=bits)
+    before = state(case.calibration.module)
+    result = case.tune(steps=30, weight_lr=0.05, **options)
+    assert (result.steps > 0) == tuned
+    if not tuned:
+        assert (result.accepted, result.error_after) == (False, result.error_before)
+        assert same_state(state(case.calibration.module), before)
+
+
+def test_dropping_falls_to_zero_over_the_steps(monkeypatch):
+    case = Case(*LAYERS["linear"])
+    seen, own = [], FakeQuantize._drop
+    monkeypatch.setattr(FakeQuantize, "_drop", lambda q, x, y: seen.append(q.drop_probability) or own(q, x, y))
+    case.tune(steps=4, drop=0.8)
+    assert seen == pytest.approx([0.8, 0.6, 0.4, 0.2])
 
 
 def test_the_errors_are_those_of_the_quantized_unit_on_the_held_out_samples():

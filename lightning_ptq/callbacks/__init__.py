@@ -1,6 +1,7 @@
 """The Lightning callbacks: the only part of the library that imports Lightning."""
 
 from lightning_ptq.callbacks.adaquant import AdaQuantLayerwise
+from lightning_ptq.callbacks.allocator import BitAllocator
 from lightning_ptq.callbacks.capture import CalibrationCapture
 
-__all__ = ["AdaQuantLayerwise", "CalibrationCapture"]
+__all__ = ["AdaQuantLayerwise", "BitAllocator", "CalibrationCapture"]

@@ -6,8 +6,7 @@ import logging
 from typing import Any
 
 from lightning_ptq.adaquant import DEFAULT_MEMORY_LIMIT, AdaQuantMode, AdaQuantResult, adaquant, check_arguments
-from lightning_ptq.callbacks.base import PTQCallback, check_order, progress_task, ptq_callbacks
-from lightning_ptq.callbacks.capture import CalibrationCapture
+from lightning_ptq.callbacks.base import PTQCallback, calibration_of, check_order, progress_task
 from lightning_ptq.tuners import ReconstructionConfig
 from lightning_ptq.units import BlockRule, Granularity
 
@@ -34,8 +33,9 @@ class AdaQuantLayerwise(PTQCallback):
         scale_lr: Relative to the scale.
         zero_point_lr: In steps of the activation grid.
         rounding: ``"continuous"`` or ``"adaround"``.
-        drop: Probability that an activation keeps its float value in a step.
+        drop: Probability that an activation keeps its float value in the first step; falls to 0.
         held_out: Share of the samples that tuning is judged on.
+        tolerance: Units of less error than this are not tuned; None for 1e-3 at 8 bits, 0 below.
         memory_limit: For activations; beyond it they go to memory-mapped files.
         seed: Of all random choices.
 
@@ -69,6 +69,7 @@ class AdaQuantLayerwise(PTQCallback):
         rounding: str = _DEFAULTS.rounding,
         drop: float = _DEFAULTS.drop,
         held_out: float = _DEFAULTS.held_out,
+        tolerance: float | None = _DEFAULTS.tolerance,
         memory_limit: str | int = DEFAULT_MEMORY_LIMIT,
         seed: int = 0,
     ) -> None:
@@ -84,6 +85,7 @@ class AdaQuantLayerwise(PTQCallback):
             rounding=rounding,  # type: ignore[arg-type]  # checked by ReconstructionConfig
             drop=drop,
             held_out=held_out,
+            tolerance=tolerance,
         )
         check_arguments(mode, granularity, candidates, memory_limit)
         self.mode = mode
@@ -107,12 +109,12 @@ class AdaQuantLayerwise(PTQCallback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Tune the calibrated module."""
-        capture = next(c for c in ptq_callbacks(trainer) if isinstance(c, CalibrationCapture))
-        if capture.calibration is None or self.result is not None:
+        calibration = calibration_of(trainer)
+        if calibration is None or self.result is not None:
             return
         with progress_task(trainer, f"AdaQuant {self.mode}") as progress:
             self.result = adaquant(
-                capture.calibration,
+                calibration,
                 mode=self.mode,
                 granularity=self.granularity,
                 blocks=self.blocks,
@@ -123,7 +125,8 @@ class AdaQuantLayerwise(PTQCallback):
                 progress=progress,
             )
         accepted = sum(row.accepted for row in self.result.units)
-        log.info("tuned %d units, kept %d", len(self.result.units), accepted)
+        steps = sum(row.steps > 0 for row in self.result.units)
+        log.info("tuned %d of %d units, kept %d", steps, len(self.result.units), accepted)
         for logger in trainer.loggers:
             for step, row in enumerate(self.result.units):
                 errors = {"ptq/error_before": row.error_before, "ptq/error_after": row.error_after}

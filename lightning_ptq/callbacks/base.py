@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lightning_ptq.adaquant import Progress
+from lightning_ptq.calibration import Calibration
 from lightning_ptq.errors import CallbackError
 
 if TYPE_CHECKING:
@@ -21,7 +22,15 @@ else:
     isolate_rng = importlib.import_module(f"{_modules[0].__name__}.utilities.seed").isolate_rng
     LightningCallback = type("LightningCallback", tuple(m.Callback for m in _modules), {"__module__": __name__})
 
-ORDER = ("CalibrationCapture", "AdaQuantLayerwise", "BitAllocator", "AdaQuantLayerwise", "StatsTuning")
+ORDER = (
+    ("CalibrationCapture", ("",)),
+    ("AdaQuantLayerwise", ("parallel",)),
+    ("BitAllocator", ("",)),
+    ("AdaQuantLayerwise", ("sequential", "parallel")),
+    ("StatsTuning", ("",)),
+)
+"""Roles of the callbacks, each with the modes it may have at its place."""
+
 _REFUSED_STRATEGIES = ("FSDP", "DeepSpeed", "ModelParallel", "XLA")
 
 
@@ -30,9 +39,11 @@ class PTQCallback(LightningCallback):
 
     Attributes:
         role: The callback's place in :data:`ORDER`; that of its library class for a class derived from it.
+        calibration: For CalibrationCapture, what it calibrated.
     """
 
     role = ""
+    calibration: Calibration | None = None
 
 
 def ptq_callbacks(trainer: Any) -> list[PTQCallback]:
@@ -41,17 +52,26 @@ def ptq_callbacks(trainer: Any) -> list[PTQCallback]:
 
 
 def check_order(trainer: Any) -> None:
-    """Check that the callbacks start with one CalibrationCapture.
+    """Check that the callbacks stand in the order of :data:`ORDER`, with one CalibrationCapture in front.
 
     Raises:
         CallbackError: Naming the right order.
     """
-    names = [callback.role for callback in ptq_callbacks(trainer)]
-    if names[:1] != ["CalibrationCapture"] or names.count("CalibrationCapture") != 1:
+    found = [(callback.role, getattr(callback, "mode", "")) for callback in ptq_callbacks(trainer)]
+    places = iter(ORDER)
+    in_order = all(any(role == place and mode in modes for place, modes in places) for role, mode in found)
+    if not in_order or not found or found[0][0] != "CalibrationCapture":
+        shown = [f"{role}(mode={mode!r})" if mode else role for role, mode in found]
         raise CallbackError(
-            f"the callbacks are in the order {names}. Put one CalibrationCapture before all others; the whole order is"
-            f" {list(ORDER)}, of which any but the first may be left out."
+            f"the callbacks are in the order {shown}. Put one CalibrationCapture before all others; the whole order is"
+            f" {[f'{role}(mode={modes[0]!r})' if modes[0] else role for role, modes in ORDER]}, of which any but the"
+            " first may be left out."
         )
+
+
+def calibration_of(trainer: Any) -> Calibration | None:
+    """What the trainer's CalibrationCapture has calibrated; None before it is done."""
+    return next((c.calibration for c in ptq_callbacks(trainer) if c.role == "CalibrationCapture"), None)
 
 
 def check_trainer(trainer: Any) -> None:

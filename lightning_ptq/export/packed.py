@@ -59,6 +59,16 @@ def save_packed(module: nn.Module, path: str | os.PathLike[str]) -> int:
     Raises:
         SurgeryError: If the module is not quantized.
     """
+    tensors, header = packed_tensors(module)
+    metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "ptq": json.dumps(header, separators=(",", ":"))}
+    temporary = Path(f"{os.fspath(path)}.part")
+    save_file(tensors, temporary, metadata)
+    os.replace(temporary, path)
+    return Path(path).stat().st_size
+
+
+def packed_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What :func:`save_packed` writes: tensors by key, and the header that tells of layers and folded norms."""
     layers = {name: layer for name, layer in quant_layers(module).items() if layer.qconfig is not None}
     if not layers:
         raise SurgeryError(f"{type(module).__name__} is not quantized, so there is nothing to pack. Run PTQ first.")
@@ -69,11 +79,14 @@ def save_packed(module: nn.Module, path: str | os.PathLike[str]) -> int:
     header = {"layers": {name: _pack_layer(name, layer, tensors) for name, layer in layers.items()}, "folded": folded}
     for key in _float_keys(module, layers, folded):
         tensors[key] = module.state_dict()[key].detach().cpu().contiguous().clone()
-    metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "ptq": json.dumps(header, separators=(",", ":"))}
-    temporary = Path(f"{os.fspath(path)}.part")
-    save_file(tensors, temporary, metadata)
-    os.replace(temporary, path)
-    return Path(path).stat().st_size
+    return tensors, header
+
+
+def packed_bytes(layer: QuantLayer, spec: QuantSpec) -> int:
+    """Bytes of a layer's weight in the packed file at ``spec``: integers, scales and zero points."""
+    shape, _ = layer.channel_layout()
+    scales = torch.Size(shape).numel() if spec.per_channel else 1
+    return -(-layer.weight.numel() * spec.bits // 8) + scales * (4 if spec.symmetric else 8)
 
 
 def load_packed(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:

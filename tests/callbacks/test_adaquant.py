@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from helpers import IMAGES, Snapshot, classifier, loader, same_state, state, trainer
 
-from lightning_ptq import AdaQuantLayerwise, CalibrationCapture, ReconstructionConfig, adaquant, calibrate
+from lightning_ptq import AdaQuantLayerwise, BitAllocator, CalibrationCapture, ReconstructionConfig, adaquant, calibrate
 from lightning_ptq.errors import CallbackError, QConfigError, RolledBackWarning
 
 pytestmark = [
@@ -142,7 +142,9 @@ def test_the_tqdm_bar_shows_the_steps(pl, tmp_path, capsys):
 
 
 def test_units_that_are_rolled_back_are_named(pl, tmp_path):
-    run = trainer(pl, tmp_path, CalibrationCapture("w3a4"), AdaQuantLayerwise(steps=2, weight_lr=1e4, bias_lr=1e4))
+    run = trainer(
+        pl, tmp_path, CalibrationCapture("w3a4"), AdaQuantLayerwise(steps=2, weight_lr=1e4, bias_lr=1e4, tolerance=0.0)
+    )
     with pytest.warns(RolledBackWarning, match=r"net\.0 \(w8a8\), net\.3 \(w3a4\), net\.7 \(w3a4\), net\.9 \(w8a8\)"):
         run.fit(classifier(pl), loader())
 
@@ -167,14 +169,17 @@ def test_parallel_and_sequential_tuning_follow_one_another(pl, tmp_path):
         lambda: [AdaQuantLayerwise(), CalibrationCapture()],
         lambda: [CalibrationCapture(), CalibrationCapture()],
         lambda: [CalibrationCapture(), AdaQuantLayerwise(), CalibrationCapture()],
+        lambda: [CalibrationCapture(), AdaQuantLayerwise(), BitAllocator(size=0.2)],
+        lambda: [CalibrationCapture(), BitAllocator(size=0.2), BitAllocator(size=0.2)],
+        lambda: [CalibrationCapture(), AdaQuantLayerwise(), AdaQuantLayerwise("parallel")],
     ],
-    ids=["alone", "behind", "two", "again"],
+    ids=["alone", "behind", "two", "again", "allocator behind sequential", "two allocators", "parallel last"],
 )
 def test_a_wrong_order_is_refused_with_the_right_one(pl, tmp_path, make):
     module = classifier(pl)
     before = Snapshot(module)
     with pytest.raises(
-        CallbackError, match=r"Put one CalibrationCapture before all others.*'CalibrationCapture', 'AdaQ"
+        CallbackError, match=r"Put one CalibrationCapture before all others.*'CalibrationCapture', \"AdaQ.*BitAllocator"
     ):
         trainer(pl, tmp_path, *make()).fit(module, loader())
     before.assert_unchanged()

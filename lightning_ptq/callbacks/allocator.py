@@ -1,0 +1,157 @@
+"""BitAllocator: sensitivities and the integer programme inside ``trainer.fit``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+
+from lightning_ptq.calibration import Calibration
+from lightning_ptq.callbacks.adaquant import AdaQuantLayerwise
+from lightning_ptq.callbacks.base import PTQCallback, calibration_of, check_order, progress_task, ptq_callbacks
+from lightning_ptq.choices import Choices, TunedStates
+from lightning_ptq.costs import Cost, Table, bops_cost, size_cost, table_cost
+from lightning_ptq.errors import AllocationError, QConfigError
+from lightning_ptq.outputs import ChooseOutput
+from lightning_ptq.qconfig import LayerQConfig
+from lightning_ptq.refinement import AllocationResult, apply_allocation, search_allocation
+from lightning_ptq.report import allocation_table
+from lightning_ptq.sensitivity import MEASURES, Measure
+
+log = logging.getLogger(__name__)
+
+DEFAULT_CANDIDATES = ("w8a8", "w4a8", "w4a4", "w2a4")
+
+
+class BitAllocator(PTQCallback):
+    """Chooses each layer's bit widths: the least degradation within a budget, or the least cost within a degradation.
+
+    A shell around :func:`~lightning_ptq.refinement.search_allocation`; comes behind :class:`CalibrationCapture`, or
+    behind a parallel :class:`AdaQuantLayerwise`, whose candidates and tuned states it then takes. A sequential
+    :class:`AdaQuantLayerwise` may follow.
+
+    Args:
+        size: Budget for the packed weights: a fraction (at most 1) of the float model's bytes, or bytes.
+        bops: Budget for the bit operations of one sample: a fraction of the float model's, or their number.
+        table: Any other cost, for example latency: layer to candidate to cost, or a CSV file with the columns layer,
+            w8a8, ...
+        limit: Budget for the table's cost.
+        max_degradation: In place of budgets: the rise of the measure over the widest candidates that is accepted.
+        minimise: The cost to minimise under ``max_degradation``: ``"size"``, ``"bops"`` or ``"table"``.
+        candidates: Bit widths to choose from; by default those of the parallel AdaQuantLayerwise, or
+            w8a8, w4a8, w4a4 and w2a4.
+        measure: ``"kl"``, ``"mse"``, ``"loss"`` or ``"fisher"``; see
+            :func:`~lightning_ptq.sensitivity.measure_sensitivity`.
+        output: Which tensor of the network's output ``"kl"`` and ``"mse"`` compare: a key, an index or a function.
+        rounds: Sensitivity tables to measure; those behind the first are measured around the best choice so far.
+        ties: Layer-name patterns; all layers that one matches get the same widths.
+        pins: Candidate by layer-name pattern.
+        time_limit: Seconds for the solver.
+
+    Attributes:
+        result: The :class:`~lightning_ptq.refinement.AllocationResult` of the last run.
+
+    Raises:
+        QConfigError: If an argument is out of its domain.
+        AllocationError: If there is neither a budget nor max_degradation; in fit, if nothing fits the budget.
+
+    Example::
+
+        callbacks = [CalibrationCapture("w4a4"), BitAllocator(size=0.15), AdaQuantLayerwise()]
+    """
+
+    role = "BitAllocator"
+
+    def __init__(
+        self,
+        size: float | None = None,
+        bops: float | None = None,
+        table: Table | str | None = None,
+        limit: float | None = None,
+        max_degradation: float | None = None,
+        minimise: str = "size",
+        candidates: list[str] | None = None,
+        measure: Measure = "kl",
+        output: ChooseOutput | None = None,
+        rounds: int = 2,
+        ties: list[str] | None = None,
+        pins: Mapping[str, str] | None = None,
+        time_limit: float = 60.0,
+    ) -> None:
+        super().__init__()
+        if (table is None) != (limit is None) and max_degradation is None:
+            raise AllocationError("table and limit go together: give a cost table and the most it may add up to.")
+        self.budgets = {k: v for k, v in {"size": size, "bops": bops, "table": limit}.items() if v is not None}
+        if not self.budgets and max_degradation is None:
+            raise AllocationError("BitAllocator needs a budget. Write for example BitAllocator(size=0.15).")
+        if measure not in MEASURES:
+            raise QConfigError(f"measure must be one of {list(MEASURES)}, got {measure!r}.")
+        for candidate in candidates or ():
+            LayerQConfig.parse(candidate)
+        self.table = table
+        self.max_degradation = max_degradation
+        self.minimise = minimise
+        self.candidates = candidates
+        self.measuring = {"measure": measure, "output": output}
+        self.rounds = rounds
+        self.ties = ties or []
+        self.pins = pins or {}
+        self.time_limit = time_limit
+        self.result: AllocationResult | None = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Check the order of the callbacks."""
+        if stage == "fit":
+            check_order(trainer)
+            self.result = None
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Allocate, and give the layers their widths."""
+        calibration = calibration_of(trainer)
+        if calibration is None or self.result is not None:
+            return
+        candidates, states = self._tuned(trainer)
+        with progress_task(trainer, "Sensitivity") as progress:
+            self.result = search_allocation(
+                calibration,
+                candidates,
+                self.costs(calibration, candidates),
+                self.budgets,
+                rounds=self.rounds,
+                max_degradation=self.max_degradation,
+                states=states,
+                measuring=self.measuring,
+                solving={
+                    "ties": self.ties,
+                    "pins": self.pins,
+                    "time_limit": self.time_limit,
+                    "minimise": self.minimise,
+                },
+                progress=progress,
+            )
+        apply_allocation(calibration, self.result.allocation, states)
+        console = Console(width=110)
+        with console.capture() as text:
+            console.print(allocation_table(self.result))
+        log.info("\n%s", text.get())
+        for logger in trainer.loggers:
+            costs = {f"ptq/{name}": total for name, total in self.result.allocation.costs.items()}
+            logger.log_metrics({**costs, f"ptq/{self.measuring['measure']}": self.result.measured})
+
+    def costs(self, calibration: Calibration, candidates: list[str]) -> list[Cost]:
+        """Size, bit operations and the user's table for a calibrated module."""
+        choices = Choices(calibration, candidates)
+        costs = [size_cost(calibration, choices), bops_cost(calibration, choices)]
+        return costs if self.table is None else [*costs, table_cost("table", self.table, choices)]
+
+    def _tuned(self, trainer: Any) -> tuple[list[str], TunedStates]:
+        """Candidates and tuned states: those of a parallel AdaQuantLayerwise before this callback, or the default."""
+        states: TunedStates = {}
+        for callback in ptq_callbacks(trainer):
+            if callback is self:
+                break
+            if isinstance(callback, AdaQuantLayerwise) and callback.result is not None:
+                states = callback.result.states
+        return self.candidates or list(states) or list(DEFAULT_CANDIDATES), states

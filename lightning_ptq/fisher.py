@@ -1,0 +1,101 @@
+"""Sensitivities of all layers and candidates from one backward pass: a second-order estimate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ptq.adaquant import Progress
+from lightning_ptq.calibration import Calibration
+from lightning_ptq.choices import Choice, Choices
+from lightning_ptq.modules import QuantLayer
+from lightning_ptq.outputs import OutputReader
+
+
+def fisher_rises(
+    calibration: Calibration,
+    choices: Choices,
+    base: Choice,
+    reader: OutputReader,
+    seed: int = 0,
+    progress: Progress = lambda done, total, text: None,
+) -> dict[str, dict[str, list[float]]]:
+    """The rise of the KL divergence to second order, by layer, candidate and batch.
+
+    A layer's output moves by ``δ`` when it goes to a candidate. For labels ``y`` drawn from the network's own
+    distribution, ``KL ≈ ½ E[(δ · ∇ log p(y))²]``, the quadratic form of the Fisher information (as in BRECQ, Li et
+    al., 2021, eq. 10, but with the correlations within a sample). So a forward and a backward pass of the network,
+    and for each candidate a forward of each layer alone, do for the whole table.
+
+    Args:
+        calibration: The calibrated module, all layers at their base, in eval mode.
+        choices: The candidates.
+        base: Each layer's base.
+        reader: Where the logits are read; classes are the last dimension but for images (n, c, h, w), the second.
+        seed: Of the labels.
+        progress: Called with batches done, batches in all, and a text.
+    """
+    generator = torch.Generator(calibration.device).manual_seed(seed)
+    rises: dict[str, dict[str, list[float]]] = {n: {c: [] for c in own} for n, own in choices.of.items()}
+    total = len(calibration.batches)
+    for batch in range(total):
+        progress(batch, total, "backward pass")
+        calls = _calls(calibration, reader, batch, generator)
+        for name, layer in calibration.layers.items():
+            for candidate in choices.of[name]:
+                choices.put(name, candidate)
+                rises[name][candidate].append(_rise(layer, calls[name]))
+            choices.put(name, base[name])
+    progress(total, total, "backward pass")
+    return rises
+
+
+class _Call:
+    """One call of a layer at its base: what went in, what came out, and the gradient at its output."""
+
+    def __init__(self, args: Any, kwargs: Any, output: Tensor) -> None:
+        self.args, self.kwargs, self.output = args, kwargs, output
+        self.gradient: Tensor | None = None
+
+
+def _calls(
+    calibration: Calibration, reader: OutputReader, batch: int, generator: torch.Generator
+) -> dict[str, list[_Call]]:
+    calls: dict[str, list[_Call]] = {name: [] for name in calibration.layers}
+    tails: list[tuple[_Call, Tensor]] = []
+
+    def watch(name: str) -> Any:
+        def hook(layer: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+            calls[name].append(_Call(args, kwargs, output.detach()))
+            output = output if output.requires_grad else output.requires_grad_()
+            tails.append((calls[name][-1], output))
+            return output.clone()  # what follows may work in place
+
+        return hook
+
+    handles = [layer.register_forward_hook(watch(name), with_kwargs=True) for name, layer in calibration.layers.items()]
+    try:
+        logits, _ = reader.read(lambda: calibration.run(batch, gradients=True))
+    finally:
+        for handle in handles:
+            handle.remove()
+    logs = logits.float().movedim(1, -1).log_softmax(-1) if logits.dim() > 3 else logits.float().log_softmax(-1)
+    flat = logs.reshape(-1, logs.shape[-1])
+    drawn = torch.multinomial(flat.detach().exp(), 1, generator=generator)
+    gradients = torch.autograd.grad(flat.gather(1, drawn).sum(), [t for _, t in tails], allow_unused=True)
+    for (call, _), gradient in zip(tails, gradients, strict=True):
+        call.gradient = gradient
+    return calls
+
+
+@torch.no_grad()
+def _rise(layer: QuantLayer, calls: list[_Call]) -> float:
+    """``½ mean (δ · g)²`` over the samples, calls of one forward summed."""
+    total: Tensor | float = 0.0
+    for call in calls:
+        if call.gradient is not None:
+            moved = layer(*call.args, **call.kwargs) - call.output
+            total = total + (moved * call.gradient).flatten(1).sum(1)
+    return 0.5 * float(torch.as_tensor(total).double().square().mean())

@@ -1,0 +1,107 @@
+"""The network's output: where it is read in a calibration forward, and how far two outputs are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
+
+from lightning_ptq.calibration import Calibration
+from lightning_ptq.errors import QConfigError, SensitivityError
+
+Divergence = Literal["kl", "mse"]
+ChooseOutput = str | int | Callable[[Any], Tensor]
+
+
+class OutputReader:
+    """Reads the output of the network off a calibration forward, whatever that forward returns.
+
+    The network is the outermost module that runs last and holds quantized layers: the ``LightningModule`` where its
+    step calls ``self(...)``, or the child that it calls.
+
+    Args:
+        calibration: A calibrated module.
+        choose: The tensor in an output of several: a key, an index, or a function of the output.
+    """
+
+    def __init__(self, calibration: Calibration, choose: ChooseOutput | None = None) -> None:
+        self.choose = choose
+        outermost = [event.name for event in calibration.trace.events if event.kind == "exit" and not event.scope]
+        layers = tuple(calibration.layers)
+        holders = [n for n in outermost if any(n in ("", layer) or layer.startswith(n + ".") for layer in layers)]
+        self.network = calibration.module.get_submodule(holders[-1])
+
+    def read(self, run: Callable[[], Any]) -> tuple[Tensor, Any]:
+        """Run a forward.
+
+        Returns:
+            The network's output, (samples, ...), and what the forward returned.
+
+        Raises:
+            SensitivityError: If the output is no tensor and nothing says which part of it to take.
+        """
+        found: list[Any] = []
+        handle = self.network.register_forward_hook(lambda module, args, output: found.append(output))
+        try:
+            result = run()
+        finally:
+            handle.remove()
+        return self._tensor(found[-1]), result
+
+    def _tensor(self, output: Any) -> Tensor:
+        tensor = output
+        if callable(self.choose):
+            tensor = self.choose(output)
+        elif self.choose is not None:
+            try:
+                tensor = output[self.choose]
+            except (KeyError, IndexError, TypeError) as error:
+                raise SensitivityError(f"the network's output has no {self.choose!r}. {_shown(output)}") from error
+        elif not isinstance(output, Tensor):
+            leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+            tensor = leaves[0] if len(leaves) == 1 else None
+        if not (isinstance(tensor, Tensor) and tensor.dim()):
+            raise SensitivityError(
+                f"cannot tell which tensor is the network's output. {_shown(output)} Write output= with its key, its"
+                " index, or a function that picks it."
+            )
+        return tensor
+
+
+def _shown(output: Any) -> str:
+    kind = type(output).__name__
+    return f"It is a {kind} with the keys {list(output)}." if isinstance(output, Mapping) else f"It is a {kind}."
+
+
+def divergence(output: Tensor, target: Tensor, measure: Divergence) -> Tensor:
+    """How far the outputs are from the targets, sample by sample.
+
+    Args:
+        output: (samples, ...), of the quantized network.
+        target: The float network's, same shape.
+        measure: ``"kl"``: the Kullback-Leibler divergence of the softmax distributions in nats, mean over positions;
+            classes are the second dimension of (n, c) and (n, c, height, width, ...), the last one of (n, t, c).
+            ``"mse"``: the mean squared difference.
+
+    Returns:
+        (samples,), float32.
+
+    Example:
+        >>> divergence(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]]), "kl").tolist()
+        [0.0]
+    """
+    if measure not in ("kl", "mse"):
+        raise QConfigError(f"the measure between outputs must be 'kl' or 'mse', got {measure!r}.")
+    output, target = output.float(), target.float()
+    if measure == "mse":
+        apart = (output - target).square()
+    elif output.dim() < 2:
+        raise SensitivityError(f"the outputs have shape {tuple(output.shape)}, no classes among them. Use 'mse'.")
+    else:
+        classes = 2 if output.dim() == 3 else 1
+        logs = F.log_softmax(output, classes), F.log_softmax(target, classes)
+        apart = F.kl_div(*logs, log_target=True, reduction="none").sum(classes)
+    return apart.reshape(len(apart), -1).mean(1)

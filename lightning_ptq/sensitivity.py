@@ -1,0 +1,300 @@
+"""Sensitivities: how much worse the network gets when one layer alone is lowered (Hubara et al., ICML 2021, sec. 4).
+
+Measured exactly, layer by layer and candidate by candidate, or estimated for all of them from one backward pass.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from lightning_ptq.adaquant import DEFAULT_MEMORY_LIMIT, Progress
+from lightning_ptq.calibration import Calibration
+from lightning_ptq.choices import Choice, Choices, TunedStates
+from lightning_ptq.errors import QConfigError, SensitivityError
+from lightning_ptq.fisher import fisher_rises
+from lightning_ptq.forward import eval_mode
+from lightning_ptq.modules import layers_in_mode
+from lightning_ptq.outputs import ChooseOutput, OutputReader, divergence
+from lightning_ptq.replay import Replay, near
+from lightning_ptq.store import ActivationStore
+from lightning_ptq.unit_data import UnitData
+from lightning_ptq.units import Unit, find_units
+
+Measure = Literal["kl", "mse", "loss", "fisher"]
+MEASURES = ("kl", "mse", "loss", "fisher")
+
+
+@dataclass(frozen=True)
+class SensitivityTable:
+    """The rise of a measure when one layer goes from its base to a candidate, all others at their base.
+
+    Attributes:
+        measure: What rises: ``"kl"`` (nats), ``"mse"``, ``"loss"`` (the module's own), ``"fisher"`` (estimated kl).
+        base: Each layer's base candidate.
+        base_value: The measure with all layers at their base, mean over the samples.
+        rises: By layer and candidate, mean over the samples; 0 at the base.
+        errors: Standard error of each rise over the calibration batches; NaN if there is only one batch.
+        samples: Calibration samples.
+        seconds: Time it took.
+    """
+
+    measure: str
+    base: dict[str, str]
+    base_value: float
+    rises: dict[str, dict[str, float]]
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    samples: int = 0
+    seconds: float = 0.0
+
+    def predict(self, choice: Choice) -> float:
+        """The measure at ``choice`` if rises add up: the base value and the sum of the layers' rises."""
+        return self.base_value + sum(self.rises[name][candidate] for name, candidate in choice.items())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the table as JSON."""
+        Path(path).write_text(json.dumps(asdict(self), indent=1))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SensitivityTable:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            SensitivityError: If the file holds something else.
+        """
+        try:
+            return cls(**json.loads(Path(path).read_text()))
+        except (ValueError, TypeError) as error:
+            raise SensitivityError(f"{os.fspath(path)} holds no sensitivity table ({error}).") from error
+
+
+def measure_sensitivity(
+    calibration: Calibration,
+    candidates: Sequence[str],
+    *,
+    base: str | Choice | None = None,
+    measure: Measure = "kl",
+    states: TunedStates | None = None,
+    output: ChooseOutput | None = None,
+    memory_limit: str | int = DEFAULT_MEMORY_LIMIT,
+    seed: int = 0,
+    progress: Progress = lambda done, total, text: None,
+) -> SensitivityTable:
+    """Measure the sensitivity of every layer at every candidate on the calibration set.
+
+    Only what comes behind the lowered layer's block runs: the blocks before it hand out their stored outputs.
+
+    Args:
+        calibration: What :func:`~lightning_ptq.calibration.calibrate` returned. Its module stays as it is.
+        candidates: Bit widths, such as ``["w8a8", "w4a8", "w4a4", "w2a4"]``.
+        base: The candidate that all other layers have, or one for each layer; by default each layer's widest.
+        measure: ``"kl"`` or ``"mse"`` between the outputs of the float and the quantized network; ``"loss"``: the
+            module's own, as its calibration forward returns it (this needs labels); ``"fisher"``: an estimate of
+            ``"kl"`` from one backward pass, see :func:`~lightning_ptq.fisher.fisher_rises`.
+        states: Tuned states by candidate and layer (``AdaQuantResult.states``); layers without are rounded to nearest.
+        output: Which tensor of the network's output is compared: a key, an index, or a function of the output.
+        memory_limit: For activations, as in :func:`~lightning_ptq.adaquant.adaquant`.
+        seed: Of the labels that ``"fisher"`` draws.
+        progress: Called with entries done, entries in all, and the layer's name.
+
+    Returns:
+        The table.
+
+    Raises:
+        QConfigError: If the candidates do not contain the base, or an argument is unknown.
+        SensitivityError: If there is no loss, or it is NaN; or if the output is not a tensor.
+
+    Example:
+        >>> from lightning_ptq import calibrate
+        >>> _ = torch.manual_seed(0)
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+        >>> calibration = calibrate(net, [torch.randn(64, 8)], QConfig.parse("w8a8", first_last_bits=None))
+        >>> table = measure_sensitivity(calibration, ["w8a8", "w2a8"])
+        >>> table.rises["0"]["w2a8"] > table.rises["0"]["w8a8"] == 0
+        True
+    """
+    if measure not in MEASURES:
+        raise QConfigError(f"measure must be one of {list(MEASURES)}, got {measure!r}.")
+    start = time.perf_counter()
+    choices = Choices(calibration, candidates, states)
+    at_base = base_choice(choices, base)
+    with ActivationStore(memory_limit) as store, eval_mode(calibration.module), choices.restored():
+        choices.put_all(at_base)
+        meter = Meter(calibration, "kl" if measure == "fisher" else measure, output)
+        before = meter.measure_all()
+        if measure == "fisher":
+            rises = fisher_rises(calibration, choices, at_base, meter.reader, seed, progress)
+        else:
+            rises = _Sweep(calibration, choices, at_base, meter, before, store, progress).rises()
+    weights = torch.tensor(meter.samples, dtype=torch.float64)
+    means = {name: {c: _mean(v, weights) for c, v in row.items()} for name, row in rises.items()}
+    errors = {name: {c: _standard_error(v, weights) for c, v in row.items()} for name, row in rises.items()}
+    seconds = time.perf_counter() - start
+    return SensitivityTable(measure, at_base, _mean(before, weights), means, errors, calibration.samples, seconds)
+
+
+def measure_choice(
+    calibration: Calibration,
+    choice: Choice,
+    *,
+    measure: Measure = "kl",
+    states: TunedStates | None = None,
+    output: ChooseOutput | None = None,
+) -> float:
+    """The measure on the calibration set with every layer at its choice; the module stays as it is.
+
+    Args: as in :func:`measure_sensitivity`.
+    """
+    choices = Choices(calibration, sorted(set(choice.values())), states)
+    with eval_mode(calibration.module), choices.restored():
+        choices.put_all(choice)
+        meter = Meter(calibration, "kl" if measure == "fisher" else measure, output)
+        return _mean(meter.measure_all(), torch.tensor(meter.samples, dtype=torch.float64))
+
+
+def base_choice(choices: Choices, base: str | Choice | None) -> dict[str, str]:
+    """Each layer's base: as given, or its widest candidate.
+
+    Raises:
+        QConfigError: If a layer's base is none of its candidates.
+    """
+    found = choices.widest() if base is None else choices.at(base) if isinstance(base, str) else dict(base)
+    for name, own in choices.of.items():
+        if found.get(name) not in own:
+            raise QConfigError(
+                f"the base {found.get(name)!r} of layer {name!r} is none of its candidates {list(own)}."
+                " Add it to the candidates, or choose another base."
+            )
+    return found
+
+
+class Meter:
+    """The measure of one forward: its value on each calibration batch, mean over the batch's samples."""
+
+    def __init__(self, calibration: Calibration, measure: str, output: ChooseOutput | None) -> None:
+        self.calibration = calibration
+        self.measure = measure
+        self.reader = OutputReader(calibration, output)
+        self.targets: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+        self.samples: list[int] = []
+        with layers_in_mode(calibration.module, "float"):
+            for batch in range(len(calibration.batches)):
+                target, _ = self.reader.read(lambda batch=batch: calibration.run(batch))  # type: ignore[misc]
+                self.targets.append(target.float().cpu() if measure != "loss" else torch.empty(0))
+                self.samples.append(len(target))
+
+    def measure_all(self) -> list[float]:
+        """The measure of the module as it is, by batch."""
+        runs = range(len(self.calibration.batches))
+        return [self(batch, lambda batch=batch: self.calibration.run(batch)) for batch in runs]  # type: ignore[misc]
+
+    def __call__(self, batch: int, run: Callable[[], Any], what: str = "the base") -> float:
+        """The measure of the forward that ``run`` does on a batch.
+
+        Raises:
+            SensitivityError: If it is NaN, or the forward returns no loss.
+        """
+        output, result = self.reader.read(run)
+        if self.measure == "loss":
+            value = _loss(result)
+        else:
+            target = self.targets[batch].to(output.device)
+            value = divergence(output, target, cast(Any, self.measure)).double().mean().item()
+        if not math.isfinite(value):
+            raise SensitivityError(
+                f"the {self.measure} with {what} is {value} on calibration batch {batch}."
+                " Check the module's output on that batch."
+            )
+        return value
+
+
+class _Sweep:
+    """Every layer at every candidate, block after block, running only what comes behind."""
+
+    def __init__(
+        self,
+        calibration: Calibration,
+        choices: Choices,
+        base: Choice,
+        meter: Meter,
+        before: list[float],
+        store: ActivationStore,
+        progress: Progress,
+    ) -> None:
+        self.calibration, self.choices, self.base, self.meter = calibration, choices, base, meter
+        self.before, self.store, self.progress = before, store, progress
+        self.units = find_units(calibration.module, calibration.trace)
+        self.replay = Replay(calibration, self.units, store, "quantized", whole=True)
+        self.batches = range(len(calibration.batches))
+        self.entries = sum(len(own) - 1 for own in choices.of.values())
+        self.done = 0
+
+    def rises(self) -> dict[str, dict[str, list[float]]]:
+        """The rise by layer, candidate and batch."""
+        found: dict[str, dict[str, list[float]]] = {}
+        for index, unit in enumerate(self.units):
+            replace = self._replaceable()
+            for name in unit.layers:
+                found[name] = {c: self._rise(name, c, replace) for c in self.choices.of[name]}
+                self.choices.put(name, self.base[name])
+            if index + 1 < len(self.units):
+                self._finish(index, unit)
+        return {name: found[name] for name in self.choices.of}
+
+    def _rise(self, name: str, candidate: str, replace: bool) -> list[float]:
+        if candidate == self.base[name]:
+            return [0.0] * len(self.before)
+        self.progress(self.done, self.entries, f"{name} {candidate}")
+        self.choices.put(name, candidate)
+        what = f"layer {name!r} at {candidate}"
+        values = [self.meter(b, lambda b=b: self.replay.run(b, replace), what) for b in self.batches]  # type: ignore[misc]
+        self.done += 1
+        self.progress(self.done, self.entries, f"{name} {candidate}")
+        return [value - base for value, base in zip(values, self.before, strict=True)]
+
+    def _replaceable(self) -> bool:
+        """Whether handing out stored outputs gives what a full run gives, tried on one batch of each kind."""
+        kinds = {id(trace): batch for batch, trace in enumerate(self.calibration.traces)}
+        reader, replay = self.meter.reader, self.replay
+        for batch in kinds.values():
+            full = reader.read(lambda batch=batch: replay.run(batch, replace=False))[0]  # type: ignore[misc]
+            if not near(reader.read(lambda batch=batch: replay.run(batch))[0], full):  # type: ignore[misc]
+                return False
+        return True
+
+    def _finish(self, index: int, unit: Unit) -> None:
+        data = UnitData(self.replay.inputs(index), self.store)
+        self.replay.finish(index, data.outputs(unit.module, len(self.batches), "quantized"))
+
+
+def _loss(result: Any) -> float:
+    loss = result.get("loss") if isinstance(result, Mapping) else result
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return float(loss)
+    raise SensitivityError(
+        f"measure='loss' needs a calibration forward that returns its loss, not a {type(result).__name__}. Calibrate"
+        " with step='training' and labelled batches, or use measure='kl' or 'mse', which need no labels."
+    )
+
+
+def _mean(values: Sequence[float], weights: Tensor) -> float:
+    return float((torch.tensor(values, dtype=torch.float64) * weights).sum() / weights.sum())
+
+
+def _standard_error(values: Sequence[float], weights: Tensor) -> float:
+    if len(values) < 2:
+        return math.nan
+    share = weights / weights.sum()
+    deviations = torch.tensor(values, dtype=torch.float64) - _mean(values, weights)
+    return float((share.square() * deviations.square()).sum().mul(len(values) / (len(values) - 1)).sqrt())

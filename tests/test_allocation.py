@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import mip
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from lightning_ptq import Cost, SensitivityTable, allocate_bits
+from lightning_ptq.errors import AllocationError, QConfigError, UnprovenAllocationWarning
+
+CANDIDATES = ["w8a8", "w4a4", "w2a4"]
+NUMBER = st.integers(0, 1000)
+
+
+def table(draw_values, layers):
+    return {layer: dict(zip(CANDIDATES, row, strict=True)) for layer, row in zip(layers, draw_values, strict=True)}
+
+
+@st.composite
+def problems(draw):
+    layers = [f"layer{i}" for i in range(draw(st.integers(1, 5)))]
+
+    def values(number=NUMBER):
+        rows = st.lists(number, min_size=3, max_size=3)
+        return table(draw(st.lists(rows, min_size=len(layers), max_size=len(layers))), layers)
+
+    rises = values(st.integers(-50, 1000))
+    costs = [Cost(name, values(), fixed=draw(NUMBER)) for name in ["size", "bops"][: draw(st.integers(1, 2))]]
+    ties = draw(st.sampled_from([[], ["layer[01]"], ["layer[12]", "layer[34]"]]))
+    ties = [t for t in ties if any(f"layer{c}" in layers for c in t[6:8])]
+    pins = draw(st.sampled_from([{}, {"layer0": "w4a4"}]))
+    return rises, costs, ties, pins
+
+
+def feasible(problem):
+    """All choices that ties and pins allow."""
+    rises, _, ties, pins = problem
+    for combination in itertools.product(CANDIDATES, repeat=len(rises)):
+        choice = dict(zip(rises, combination, strict=True))
+        tied = all(len({choice[f"layer{c}"] for c in tie[6:8] if f"layer{c}" in choice}) == 1 for tie in ties)
+        if tied and all(choice[layer] == candidate for layer, candidate in pins.items()):
+            yield choice
+
+
+def rise(rises, choice):
+    return sum(rises[layer][candidate] for layer, candidate in choice.items())
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(), st.lists(st.floats(0.0, 1.0), min_size=2, max_size=2))
+def test_the_choice_is_as_good_as_brute_force(problem, shares):
+    rises, costs, ties, pins = problem
+    limits = {}
+    for cost, share in zip(costs, shares, strict=False):
+        totals = [cost.total(choice) for choice in feasible(problem)]
+        limits[cost.name] = min(totals) + share * (max(totals) - min(totals))
+    assume(all(limit > 0 for limit in limits.values()))
+    within = [c for c in feasible(problem) if all(cost.total(c) <= limits[cost.name] for cost in costs)]
+    if not within:
+        with pytest.raises(AllocationError, match="no choice meets all budgets together"):
+            allocate_bits(rises, costs, limits, ties=ties, pins=pins)
+        return
+    found = allocate_bits(rises, costs, limits, ties=ties, pins=pins)
+    assert found.choice in list(feasible(problem))
+    assert found.rise == rise(rises, found.choice) == min(rise(rises, choice) for choice in within)
+    for cost in costs:
+        assert found.costs[cost.name] == cost.total(found.choice) <= limits[cost.name]
+    assert (found.proven, found.gap, found.bound) == (True, 0.0, found.rise)
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems(), st.floats(0.0, 1.0))
+def test_the_cheapest_choice_within_a_degradation_is_as_good_as_brute_force(problem, share):
+    rises, costs, ties, pins = problem
+    every = list(feasible(problem))
+    least, most = (pick(rise(rises, choice) for choice in every) for pick in (min, max))
+    limit = least + share * (most - least)
+    found = allocate_bits(rises, costs, max_degradation=limit, minimise=costs[-1].name, ties=ties, pins=pins)
+    best = min(costs[-1].total(choice) for choice in every if rise(rises, choice) <= limit)
+    assert found.rise <= limit
+    assert found.costs[costs[-1].name] == best == found.bound
+
+
+RISES = {"a": {"w8a8": 0.0, "w4a4": 1.0}, "b": {"w8a8": 0.0, "w4a4": 3.0}}
+SIZE = Cost("size", {"a": {"w8a8": 8, "w4a4": 4}, "b": {"w8a8": 8, "w4a4": 4}}, fixed=2, of_float=64, unit="bytes")
+BOPS = Cost("bops", {"a": {"w8a8": 9, "w4a4": 1}, "b": {"w8a8": 1, "w4a4": 9}})
+
+
+def test_a_budget_of_at_most_one_is_a_fraction_of_the_float_model():
+    assert allocate_bits(RISES, SIZE, {"size": 14 / 64}).choice == {"a": "w4a4", "b": "w8a8"}
+    assert allocate_bits(RISES, SIZE, {"size": 14}).limits == {"size": 14.0}
+    assert allocate_bits(RISES, SIZE, {"size": 13.9}).choice == {"a": "w4a4", "b": "w4a4"}
+
+
+def changed(layer, candidate, value):
+    return {**RISES, layer: {**RISES[layer], candidate: value}}
+
+
+BAD = {
+    "too small": ({"budgets": {"size": 9}}, "budget of 9 for size is below the least.*from 10 to 18 bytes.*0.1562"),
+    "too large": ({"budgets": {"size": 19}}, "budget of 19 for size is above the most"),
+    "no budget": ({}, "no budget. Give one"),
+    "unknown": ({"budgets": {"latency": 3}}, r"budget for \['latency'\], but only the costs \['size'\]"),
+    "negative": ({"budgets": {"size": -1}}, "must be a positive number, got -1"),
+    "degradation": ({"max_degradation": -1}, "below the least reachable rise, 0"),
+    "minimise": ({"max_degradation": 1, "minimise": "watts"}, "minimise='watts' is none of"),
+    "pinned apart": ({"budgets": {"size": 12}, "ties": ["*"], "pins": {"a": "w4a4", "b": "w8a8"}}, "no candidate is"),
+    "unknown pin": ({"budgets": {"size": 12}, "pins": {"a": "w3a3"}}, r"no candidate is left for \['a'\].*w3a3"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), BAD.values(), ids=BAD)
+def test_what_cannot_be_is_said(options, message):
+    with pytest.raises(AllocationError, match=message):
+        allocate_bits(RISES, SIZE, **options)
+
+
+@pytest.mark.parametrize(
+    ("rises", "cost", "message"),
+    [
+        (changed("a", "w4a4", math.nan), SIZE, "sensitivity table has nan for layer 'a' at w4a4"),
+        (RISES, Cost("size", changed("b", "w8a8", -1.0)), "size table has -1.0 for layer 'b' at w8a8"),
+        (RISES, Cost("size", {"a": RISES["a"]}), "size table has no entry for layer 'b' at w8a8"),
+        ({}, SIZE, "table is empty"),
+    ],
+)
+def test_tables_that_do_not_fit_are_refused(rises, cost, message):
+    with pytest.raises(AllocationError, match=message):
+        allocate_bits(rises, cost, {"size": 12})
+
+
+@pytest.mark.parametrize("options", [{"ties": ["c*"]}, {"pins": {"c": "w8a8"}}])
+def test_a_pattern_that_matches_nothing_is_refused(options):
+    with pytest.raises(QConfigError, match=r"no layer matches 'c"):
+        allocate_bits(RISES, SIZE, {"size": 12}, **options)
+
+
+def test_budgets_that_exclude_each_other_are_told_apart():
+    with pytest.raises(AllocationError, match=r"together: size 10 \(at least 14 under.*bops 9 \(at least 10 under"):
+        allocate_bits(RISES, [SIZE, BOPS], {"size": 10, "bops": 9})
+
+
+def test_a_time_limit_returns_the_incumbent_and_says_so(monkeypatch):
+    def optimize(model, max_seconds):
+        assert max_seconds == 7.0
+        own(model)
+        return mip.OptimizationStatus.FEASIBLE
+
+    own = mip.Model.optimize
+    monkeypatch.setattr(mip.Model, "optimize", optimize)
+    monkeypatch.setattr(mip.Model, "objective_bound", property(lambda model: 0.25 / 3))  # in units of the largest rise
+    with pytest.warns(UnprovenAllocationWarning, match="time limit of 7.0 s.*within 75.00%"):
+        found = allocate_bits(RISES, SIZE, {"size": 14}, time_limit=7.0)
+    assert (found.proven, found.rise, found.bound) == (False, 1.0, pytest.approx(0.25))
+
+
+def test_highs_solves_where_cbc_does_not_load(monkeypatch):
+    def model(solver_name):
+        if solver_name == mip.CBC:
+            raise OSError("no such library")
+        return own(solver_name=solver_name)
+
+    own = mip.Model
+    monkeypatch.setattr(mip, "Model", model)
+    found = allocate_bits(RISES, SIZE, {"size": 14})
+    assert (found.solver, found.choice, found.proven) == (mip.HIGHS, {"a": "w4a4", "b": "w8a8"}, True)
+
+
+def test_no_solver_at_all_is_an_error(monkeypatch):
+    monkeypatch.setattr(mip, "Model", lambda solver_name: 1 / 0)
+    with pytest.raises(AllocationError, match="no solver loads.*pip install"):
+        allocate_bits(RISES, SIZE, {"size": 14})
+
+
+def test_a_measured_table_goes_in_as_it_is():
+    base = {"a": "w8a8", "b": "w8a8"}
+    found = allocate_bits(SensitivityTable("kl", base, 0.5, RISES), SIZE, {"size": 14})
+    assert found.rise == 1.0
+    assert found.to_dict()["choice"] == found.choice
