@@ -25,7 +25,7 @@ def default_forward(module: nn.Module, batch: Any) -> Any:
 
 
 def run_forward(module: nn.Module, forward: Forward, batch: Any, gradients: bool = False) -> Any:
-    """``forward(module, batch)`` in eval mode and float32, by default without gradients; training flags are put back."""
+    """``forward(module, batch)`` in eval mode and float32, by default without gradients; puts training flags back."""
     device_type = next((parameter.device.type for parameter in module.parameters()), "cpu")
     with eval_mode(module), torch.set_grad_enabled(gradients), torch.autocast(device_type, enabled=False):
         return forward(module, batch)

@@ -87,7 +87,7 @@ def divergence(output: Tensor, target: Tensor, measure: Divergence) -> Tensor:
             ``"mse"``: the mean squared difference.
 
     Returns:
-        (samples,), float32.
+        (samples,), float64, on the CPU.
 
     Example:
         >>> divergence(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]]), "kl").tolist()
@@ -95,7 +95,7 @@ def divergence(output: Tensor, target: Tensor, measure: Divergence) -> Tensor:
     """
     if measure not in ("kl", "mse"):
         raise QConfigError(f"the measure between outputs must be 'kl' or 'mse', got {measure!r}.")
-    output, target = output.float(), target.float()
+    output, target = output.cpu().double(), target.cpu().double()  # divergences may be as small as float32 rounding
     if measure == "mse":
         apart = (output - target).square()
     elif output.dim() < 2:

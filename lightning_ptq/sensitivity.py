@@ -209,8 +209,7 @@ class Meter:
         if self.measure == "loss":
             value = _loss(result)
         else:
-            target = self.targets[batch].to(output.device)
-            value = divergence(output, target, cast(Any, self.measure)).double().mean().item()
+            value = divergence(output, self.targets[batch], cast(Any, self.measure)).mean().item()
         if not math.isfinite(value):
             raise SensitivityError(
                 f"the {self.measure} with {what} is {value} on calibration batch {batch}."

@@ -95,7 +95,7 @@ def main(
     calib_set = labelled(arrays["calib_images"][order], arrays["calib_labels"][order])
     test_set = labelled(arrays["test_images"], arrays["test_labels"])
     run(
-        Classifier(net, 10), DataLoader(calib_set, 64), DataLoader(test_set, 250),
+        Classifier(net, 10), DataLoader(calib_set, 64), DataLoader(test_set, 100),
         model="resnet20", qconfig=qconfig, mode=mode, granularity=granularity, steps=steps, seed=seed, file=json,
         **options or {},
     )  # fmt: skip

@@ -171,7 +171,7 @@ def test_highs_solves_where_cbc_does_not_load(monkeypatch):
 
 def test_no_solver_at_all_is_an_error(monkeypatch):
     monkeypatch.setattr(mip, "Model", lambda solver_name: 1 / 0)
-    with pytest.raises(AllocationError, match="no solver loads.*pip install"):
+    with pytest.raises(AllocationError, match=r"no solver loads.*pip install"):
         allocate_bits(RISES, SIZE, {"size": 14})
 
 

@@ -35,7 +35,7 @@ class AdaQuantLayerwise(PTQCallback):
         rounding: ``"continuous"`` or ``"adaround"``.
         drop: Probability that an activation keeps its float value in the first step; falls to 0.
         held_out: Share of the samples that tuning is judged on.
-        tolerance: Units of less error than this are not tuned; None for 1e-3 at 8 bits, 0 below.
+        tolerance: Units of less error than this are not tuned; None for 2e-3 at 8 bits, 0 below.
         memory_limit: For activations; beyond it they go to memory-mapped files.
         seed: Of all random choices.
 

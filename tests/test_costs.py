@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import ResNet, build, seeded
+from safetensors.torch import load_file
+from torch import nn
+
+from lightning_ptq import Choices, QConfig, apply_allocation, bops_cost, calibrate, save_packed, size_cost, table_cost
+from lightning_ptq.costs import multiply_accumulates
+from lightning_ptq.errors import AllocationError
+
+IMAGES = [seeded(1, 10, 2, 6, 6), seeded(2, 6, 2, 6, 6)]
+CANDIDATES = ["w8a8", "w4a8", "w3a4", "w4"]
+
+
+def calibration_of(net=ResNet, images=IMAGES):
+    return calibrate(build(net).eval(), images, QConfig.parse("w8a8", first_last_bits=None))
+
+
+@pytest.mark.parametrize("candidate", CANDIDATES)
+def test_size_is_that_of_the_packed_tensors(tmp_path, candidate):
+    float_bytes = sum(t.numel() * t.element_size() for t in build(ResNet).state_dict().values())
+    calibration = calibration_of()
+    choices = Choices(calibration, CANDIDATES)
+    cost = size_cost(calibration, choices)
+    choice = {**choices.at(candidate), "head": "w8a8"}
+    apply_allocation(calibration, choice)
+    save_packed(calibration.module, tmp_path / "packed.safetensors")
+    tensors = load_file(tmp_path / "packed.safetensors")
+    assert cost.total(choice) == sum(t.numel() * t.element_size() for t in tensors.values())
+    assert cost.of_float == float_bytes
+    assert cost.limit(0.5) == float_bytes / 2
+
+
+class Several(nn.Module):
+    """A layer that runs twice, a grouped and a transposed convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.grouped = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+        self.up = nn.ConvTranspose2d(4, 6, 2, stride=2)
+        self.line = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.line(self.line(self.up(self.grouped(x)).mean((2, 3))))
+
+
+def test_multiply_accumulates_are_counted_by_hand():
+    calibration = calibration_of(Several, [seeded(3, 5, 4, 7, 7)])
+    found = multiply_accumulates(calibration)
+    expected = {"grouped": 49 * 4 * (2 * 9), "up": 49 * 4 * 6 * 4, "line": 2 * 36}
+    assert found == expected
+    cost = bops_cost(calibration, Choices(calibration, CANDIDATES))
+    assert cost.values["up"] == {"w8a8": 64 * expected["up"], "w4a8": 32 * expected["up"],
+                                 "w3a4": 12 * expected["up"], "w4": 4 * 32 * expected["up"]}  # fmt: skip
+    assert cost.of_float == 1024 * sum(expected.values())
+
+
+def test_a_table_is_read_from_a_mapping_or_a_csv_file(tmp_path):
+    choices = Choices(calibration_of(), ["w8a8", "w4a4"])
+    rows = {name: {"w8a8": 2.0, "w4a4": 0.5, "w2a2": 0.1} for name in choices.of}
+    path = tmp_path / "latency.csv"
+    path.write_text("layer,w8a8,w4a4,w2a2\n" + "".join(f"{name},2.0,0.5,\n" for name in rows))
+    expected = {name: {"w8a8": 2.0, "w4a4": 0.5} for name in rows}
+    for source in (rows, path, str(path)):
+        cost = table_cost("latency", source, choices)
+        assert (cost.values, cost.fixed, cost.of_float, cost.limit(0.7)) == (expected, 0.0, None, 0.7)
+
+
+def test_tables_that_do_not_fit_are_refused(tmp_path):
+    choices = Choices(calibration_of(), ["w8a8", "w4a4"])
+    rows = {name: {"w8a8": 2.0, "w4a4": 0.5} for name in choices.of}
+    cases = [
+        ({n: r for n, r in rows.items() if n != "stem"}, "latency table has no layer 'stem'. Its layers: blocks"),
+        ({**rows, "stem": {"w8a8": 1.0}}, r"no \['w4a4'\] for layer 'stem', only \['w8a8'\]"),
+        ({**rows, "stem": {"w8a8": math.nan, "w4a4": 1.0}}, "has nan for layer 'stem' at w8a8"),
+        ({**rows, "stem": {"w8a8": -1.0, "w4a4": 1.0}}, "has -1.0 for layer 'stem' at w8a8"),
+    ]
+    for table, message in cases:
+        with pytest.raises(AllocationError, match=message):
+            table_cost("latency", table, choices)
+    (tmp_path / "a.csv").write_text("name,w8a8\nstem,1\n")
+    with pytest.raises(AllocationError, match="One must be 'layer'"):
+        table_cost("latency", tmp_path / "a.csv", choices)
+    (tmp_path / "b.csv").write_text("layer,w8a8\nstem,fast\n")
+    with pytest.raises(AllocationError, match="no number.*fast"):
+        table_cost("latency", tmp_path / "b.csv", choices)
+    with pytest.raises(FileNotFoundError):
+        table_cost("latency", tmp_path / "none.csv", choices)
+
+
+def test_tied_and_shared_tensors_count_once():
+    def net():
+        model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+        model[1].weight = model[0].weight
+        return model
+
+    with pytest.warns(match="share"):
+        calibration = calibrate(net(), [torch.randn(8, 4)], "w8a8")
+    assert calibration.prepared.float_bytes == 4 * 4 * 4

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+import torch
+from helpers import same_state, seeded, state
+from PIL import Image
+from torch import nn
+
+from lightning_ptq import (
+    Choices,
+    QConfig,
+    SensitivityTable,
+    allocate_bits,
+    apply_allocation,
+    bops_cost,
+    calibrate,
+    frontier,
+    load_packed,
+    measure_choice,
+    measure_sensitivity,
+    save_packed,
+    search_allocation,
+    size_cost,
+)
+from lightning_ptq.errors import AllocationError
+from lightning_ptq.report import allocation_table
+
+CANDIDATES = ["w8a8", "w4a4", "w2a4"]
+
+
+def net_of():
+    torch.manual_seed(0)
+    sizes = [(6, 24), (24, 24), (24, 24), (24, 24), (24, 5)]
+    layers = [part for size in sizes for part in (nn.Linear(*size), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+@pytest.fixture
+def calibration():
+    net = net_of()
+    with torch.no_grad():
+        net[-1].weight.mul_(8)
+    return calibrate(net, list(seeded(1, 256, 6).split(64)), QConfig.parse("w8a8", first_last_bits=None))
+
+
+def cost_of(calibration):
+    return size_cost(calibration, Choices(calibration, CANDIDATES))
+
+
+def test_the_search_keeps_what_measures_best_and_leaves_the_module(calibration):
+    before = state(calibration.module)
+    reports = []
+    cost = cost_of(calibration)
+    found = search_allocation(
+        calibration, CANDIDATES, cost, {"size": 0.16}, rounds=4, progress=lambda *report: reports.append(report)
+    )
+    assert same_state(state(calibration.module), before)
+    assert found.measured == pytest.approx(measure_choice(calibration, found.allocation.choice))
+    assert found.measured == min(r.measured for r in found.rounds)
+    assert [r.accepted for r in found.rounds][0]
+    assert found.allocation.costs["size"] <= 0.16 * cost.of_float
+    plain = allocate_bits(found.sensitivity, cost, {"size": 0.16})
+    assert found.rounds[0].measured == pytest.approx(measure_choice(calibration, plain.choice))
+    assert found.rounds[0].predicted == pytest.approx(found.sensitivity.predict(plain.choice))
+    assert found.allocation.rise == pytest.approx(found.sensitivity.predict(found.allocation.choice), abs=0.02)
+    assert reports[0][0] == 0 and {report[1] for report in reports} == {2 * 5}
+    assert 0 <= min(found.stability.values()) <= max(found.stability.values()) <= 1
+    assert found.stability.keys() == calibration.layers.keys()
+
+
+def test_a_table_that_misleads_is_mended_by_the_second_round(calibration):
+    right = measure_sensitivity(calibration, CANDIDATES)
+    upside_down = {n: {c: -v for c, v in row.items()} for n, row in right.rises.items()}
+    misled = SensitivityTable("kl", right.base, right.base_value, upside_down)
+    found = search_allocation(calibration, CANDIDATES, cost_of(calibration), {"size": 0.2}, rounds=3, sensitivity=misled)
+    assert len(found.rounds) > 1
+    assert found.measured < found.rounds[0].measured
+    assert found.stability == {}  # no standard errors
+
+
+def test_a_degradation_is_kept_to_as_measured(calibration):
+    worst = measure_choice(calibration, dict.fromkeys(calibration.layers, "w2a4"))
+    found = search_allocation(calibration, CANDIDATES, cost_of(calibration), max_degradation=worst / 4, rounds=3)
+    assert found.measured - found.sensitivity.base_value <= worst / 4
+    assert found.allocation.costs["size"] < cost_of(calibration).total(found.sensitivity.base)
+
+
+def test_an_allocation_is_applied_and_survives_the_packed_file(calibration, tmp_path):
+    choice = dict(zip(calibration.layers, ["w8a8", "w4a4", "w2a4", "w4a4", "w8a8"], strict=True))
+    apply_allocation(calibration, choice)
+    assert {name: str(layer.qconfig) for name, layer in calibration.layers.items()} == choice
+    save_packed(calibration.module, tmp_path / "packed.safetensors")
+    again = load_packed(net_of(), tmp_path / "packed.safetensors")
+    x = seeded(9, 16, 6)
+    assert torch.equal(again(x), calibration.module(x))
+
+
+@pytest.mark.parametrize(("choice", "message"), [
+    ({"nowhere": "w8a8"}, "layer 'nowhere' cannot become w8a8"),
+    ({"0": "w4a4"}, r"layer '0' cannot become w4a4: it can be \['w8a8'\].*First and last"),
+])  # fmt: skip
+def test_an_allocation_that_does_not_fit_is_refused(choice, message):
+    calibration = calibrate(net_of(), [seeded(1, 64, 6)], "w8a8")
+    before = state(calibration.module)
+    with pytest.raises(AllocationError, match=message):
+        apply_allocation(calibration, choice)
+    assert same_state(state(calibration.module), before)
+
+
+def test_the_frontier_serves_every_budget_with_one_table(calibration, tmp_path):
+    table = measure_sensitivity(calibration, CANDIDATES)
+    costs = [cost_of(calibration), bops_cost(calibration, Choices(calibration, CANDIDATES))]
+    budgets = [0.01, 0.16, 0.17, 0.18, 0.2, 0.22]
+    sweep = frontier(table, costs, budgets, measure=lambda choice: measure_choice(calibration, choice))
+    assert sweep.skipped == [0.01]
+    assert [point.budget for point in sweep.points] == budgets[1:]
+    predicted = [point.predicted for point in sweep.points]
+    assert predicted == sorted(predicted, reverse=True)
+    for point in sweep.points:
+        assert point.allocation.choice == allocate_bits(table, costs, {"size": point.budget}).choice
+        assert point.measured == pytest.approx(measure_choice(calibration, point.allocation.choice))
+    for ending in ("json", "csv", "png"):
+        sweep.save(tmp_path / f"frontier.{ending}")
+    assert len(json.loads((tmp_path / "frontier.json").read_text())["points"]) == 5
+    rows = list(csv.DictReader((tmp_path / "frontier.csv").open()))
+    assert [float(row["predicted"]) for row in rows] == predicted
+    assert [row["0"] for row in rows] == [point.allocation.choice["0"] for point in sweep.points]
+    with Image.open(tmp_path / "frontier.png") as image:
+        assert min(image.size) > 300
+    with pytest.raises(AllocationError, match=r"End the name in .json, .csv or .png"):
+        sweep.save(tmp_path / "frontier.txt")
+    with pytest.raises(AllocationError, match="no budget of .* is reachable.*below the least"):
+        frontier(table, costs, [0.01])
+
+
+def test_the_table_shows_prediction_measurement_and_proof(calibration):
+    found = search_allocation(calibration, CANDIDATES, cost_of(calibration), {"size": 0.2}, rounds=1)
+    table = allocation_table(found)
+    assert "proven optimal" in table.title and f"measured {found.measured:.4g}" in table.title
+    assert list(table.columns[0].cells) == list(calibration.layers)
+    assert list(table.columns[1].cells) == list(found.allocation.choice.values())
+
+
+def test_rounds_below_one_are_refused(calibration):
+    with pytest.raises(AllocationError, match="rounds must be 1 or more, got 0"):
+        search_allocation(calibration, CANDIDATES, cost_of(calibration), {"size": 0.2}, rounds=0)
