@@ -60,6 +60,18 @@ def labelled(array: np.ndarray, labels: np.ndarray) -> TensorDataset:
     return TensorDataset(images(array), torch.from_numpy(labels).long())
 
 
+def load(data: Path, weights: Path, calibration: int, seed: int) -> tuple[Classifier, DataLoader, DataLoader]:
+    """The float classifier, and loaders of the calibration and the test images."""
+    arrays = np.load(data)
+    state = torch.load(weights, map_location="cpu", weights_only=True)["state_dict"]
+    net = ResNet20()
+    net.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
+    order = np.random.default_rng(seed).permutation(len(arrays["calib_images"]))[:calibration]
+    calib_set = labelled(arrays["calib_images"][order], arrays["calib_labels"][order])
+    test_set = labelled(arrays["test_images"], arrays["test_labels"])
+    return Classifier(net, 10), DataLoader(calib_set, 64), DataLoader(test_set, 100)
+
+
 def main(
     data: Path,
     weights: Path,
@@ -70,6 +82,8 @@ def main(
     steps: int | None = None,
     seed: int = 0,
     json: Path | None = None,
+    budget: str | None = None,
+    candidates: list[str] | None = None,
     options: dict[str, Any] | None = None,
 ) -> None:
     """Quantize and measure.
@@ -84,20 +98,15 @@ def main(
         steps: Steps a unit; by default they go by the bit widths.
         seed: Of all random choices, and of the choice of calibration images if there are more.
         json: Where to write the measurements.
+        budget: Allocate the widths within this size: a fraction of the float size, bytes, or the size at uniform
+            widths, for example w4a4.
+        candidates: Widths to allocate; those of BitAllocator by default.
         options: Further arguments of AdaQuantLayerwise.
     """
     quiet()
-    arrays = np.load(data)
-    state = torch.load(weights, map_location="cpu", weights_only=True)["state_dict"]
-    net = ResNet20()
-    net.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
-    order = np.random.default_rng(seed).permutation(len(arrays["calib_images"]))[:calibration]
-    calib_set = labelled(arrays["calib_images"][order], arrays["calib_labels"][order])
-    test_set = labelled(arrays["test_images"], arrays["test_labels"])
     run(
-        Classifier(net, 10), DataLoader(calib_set, 64), DataLoader(test_set, 100),
-        model="resnet20", qconfig=qconfig, mode=mode, granularity=granularity, steps=steps, seed=seed, file=json,
-        **options or {},
+        *load(data, weights, calibration, seed), model="resnet20", qconfig=qconfig, mode=mode, granularity=granularity,
+        steps=steps, seed=seed, file=json, budget=budget, candidates=candidates, **options or {},
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +23,17 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_ptq import AdaQuantLayerwise, CalibrationCapture, save_packed
+from lightning_ptq import (
+    AdaQuantLayerwise,
+    BitAllocator,
+    CalibrationCapture,
+    Choices,
+    calibrate,
+    save_packed,
+    size_cost,
+)
 from lightning_ptq.errors import PTQWarning
+from lightning_ptq.report import allocation_table
 
 console = Console()
 
@@ -99,6 +109,17 @@ def packed_size(module: nn.Module) -> int:
         return save_packed(module, Path(folder) / "packed.safetensors")
 
 
+def budget_for(module: Classifier, calibration: DataLoader, budget: str) -> float:
+    """A budget for the size: a number as it is, or the size at uniform widths such as w4a4."""
+    try:
+        return float(budget)
+    except ValueError:
+        images, _ = next(iter(calibration))
+        calibrated = calibrate(copy.deepcopy(module), [images[:1]], budget)
+        choices = Choices(calibrated, [budget])
+        return size_cost(calibrated, choices).total(choices.at(budget))
+
+
 def run(
     float_module: Classifier,
     calibration: DataLoader,
@@ -111,9 +132,14 @@ def run(
     steps: int | None,
     seed: int,
     file: Path | None,
+    budget: str | None = None,
+    candidates: list[str] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Quantize a copy of the module through ``trainer.fit`` and measure it; print a table and write the JSON."""
+    """Quantize a copy of the module through ``trainer.fit`` and measure it; print a table and write the JSON.
+
+    With a budget, the widths are allocated before the tuning; ``qconfig`` then is what round-to-nearest is measured at.
+    """
     record: dict[str, Any] = {
         "model": model, "qconfig": qconfig, "mode": mode, "granularity": granularity, "steps": steps, "seed": seed,
     }  # fmt: skip
@@ -128,8 +154,14 @@ def run(
 
     module = copy.deepcopy(float_module)
     tuning = AdaQuantLayerwise(mode, granularity, steps=steps, seed=seed, **options)
+    callbacks: list[Any] = [CalibrationCapture(qconfig), tuning]
+    allocator = None
+    if budget is not None:
+        size = budget_for(float_module, calibration, budget)
+        allocator = BitAllocator(size=size, candidates=candidates)
+        callbacks.insert(1, allocator)
     start = time.perf_counter()
-    trainer([CalibrationCapture(qconfig), tuning]).fit(module, calibration)
+    trainer(callbacks).fit(module, calibration)
     record["seconds"] = time.perf_counter() - start
     assert tuning.result is not None
     record["seconds_tuning"] = tuning.result.seconds_tuning
@@ -140,6 +172,10 @@ def run(
     record["size_bytes_float"] = sum(t.numel() * t.element_size() for t in float_module.net.state_dict().values())
     fields = ("name", "bits", "steps", "error_before", "error_after", "accepted")
     record["units"] = [{name: getattr(unit, name) for name in fields} for unit in tuning.result.units]
+    if allocator is not None and allocator.result is not None:
+        record["budget"] = {"asked": budget, **allocator.result.allocation.to_dict()}
+        record["budget"]["rounds"] = [asdict(found) for found in allocator.result.rounds]
+        console.print(allocation_table(allocator.result))
     _print(record)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)

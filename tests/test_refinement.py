@@ -60,13 +60,14 @@ def test_the_search_keeps_what_measures_best_and_leaves_the_module(calibration):
     assert same_state(state(calibration.module), before)
     assert found.measured == pytest.approx(measure_choice(calibration, found.allocation.choice))
     assert found.measured == min(r.measured for r in found.rounds)
-    assert [r.accepted for r in found.rounds][0]
+    assert found.rounds[0].accepted
     assert found.allocation.costs["size"] <= 0.16 * cost.of_float
     plain = allocate_bits(found.sensitivity, cost, {"size": 0.16})
     assert found.rounds[0].measured == pytest.approx(measure_choice(calibration, plain.choice))
     assert found.rounds[0].predicted == pytest.approx(found.sensitivity.predict(plain.choice))
     assert found.allocation.rise == pytest.approx(found.sensitivity.predict(found.allocation.choice), abs=0.02)
-    assert reports[0][0] == 0 and {report[1] for report in reports} == {2 * 5}
+    assert reports[0][0] == 0
+    assert {report[1] for report in reports} == {2 * 5}
     assert 0 <= min(found.stability.values()) <= max(found.stability.values()) <= 1
     assert found.stability.keys() == calibration.layers.keys()
 
@@ -75,7 +76,9 @@ def test_a_table_that_misleads_is_mended_by_the_second_round(calibration):
     right = measure_sensitivity(calibration, CANDIDATES)
     upside_down = {n: {c: -v for c, v in row.items()} for n, row in right.rises.items()}
     misled = SensitivityTable("kl", right.base, right.base_value, upside_down)
-    found = search_allocation(calibration, CANDIDATES, cost_of(calibration), {"size": 0.2}, rounds=3, sensitivity=misled)
+    found = search_allocation(
+        calibration, CANDIDATES, cost_of(calibration), {"size": 0.2}, rounds=3, sensitivity=misled
+    )
     assert len(found.rounds) > 1
     assert found.measured < found.rounds[0].measured
     assert found.stability == {}  # no standard errors
@@ -132,14 +135,15 @@ def test_the_frontier_serves_every_budget_with_one_table(calibration, tmp_path):
         assert min(image.size) > 300
     with pytest.raises(AllocationError, match=r"End the name in .json, .csv or .png"):
         sweep.save(tmp_path / "frontier.txt")
-    with pytest.raises(AllocationError, match="no budget of .* is reachable.*below the least"):
+    with pytest.raises(AllocationError, match=r"no budget of .* is reachable.*below the least"):
         frontier(table, costs, [0.01])
 
 
 def test_the_table_shows_prediction_measurement_and_proof(calibration):
     found = search_allocation(calibration, CANDIDATES, cost_of(calibration), {"size": 0.2}, rounds=1)
     table = allocation_table(found)
-    assert "proven optimal" in table.title and f"measured {found.measured:.4g}" in table.title
+    assert "proven optimal" in table.title
+    assert f"measured {found.measured:.4g}" in table.title
     assert list(table.columns[0].cells) == list(calibration.layers)
     assert list(table.columns[1].cells) == list(found.allocation.choice.values())
 

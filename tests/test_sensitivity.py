@@ -176,7 +176,7 @@ def test_a_table_is_saved_and_read(tmp_path):
     table.save(tmp_path / "table.json")
     assert SensitivityTable.load(tmp_path / "table.json") == table
     (tmp_path / "other.json").write_text('{"a": 1}')
-    with pytest.raises(SensitivityError, match="other.json holds no sensitivity table"):
+    with pytest.raises(SensitivityError, match=r"other.json holds no sensitivity table"):
         SensitivityTable.load(tmp_path / "other.json")
 
 

@@ -77,7 +77,9 @@ def test_the_light_way_needs_no_tuning_and_the_widths_survive(pl, tmp_path):
 def test_an_impossible_budget_leaves_the_float_module(pl, tmp_path):
     module = classifier(pl)
     before = Snapshot(module)
-    with pytest.raises(AllocationError, match=r"budget of .* for size is below the least that is reachable. size: from"):
+    with pytest.raises(
+        AllocationError, match=r"budget of .* for size is below the least that is reachable. size: from"
+    ):
         trainer(pl, tmp_path, CalibrationCapture(), BitAllocator(size=0.01)).fit(module, loader())
     before.assert_unchanged()
 
