@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_ptq.adaquant import AdaQuantResult, adaquant
 from lightning_ptq.allocation import BitAllocation, allocate_bits
+from lightning_ptq.bias_tuning import tune_bias
 from lightning_ptq.calibration import Calibration, Calibrator, calibrate
 from lightning_ptq.choices import Choices
 from lightning_ptq.costs import Cost, bops_cost, size_cost, table_cost
@@ -15,11 +16,12 @@ from lightning_ptq.qconfig import LayerQConfig, QConfig, QuantSpec
 from lightning_ptq.reconstruct import UnitResult
 from lightning_ptq.refinement import AllocationResult, apply_allocation, search_allocation
 from lightning_ptq.sensitivity import SensitivityTable, measure_choice, measure_sensitivity
+from lightning_ptq.statistics import StatisticsResult, para_normalize, reestimate_batch_norm
 from lightning_ptq.surgery import Prepared, prepare
 from lightning_ptq.tuners import ReconstructionConfig
 
 if TYPE_CHECKING:
-    from lightning_ptq.callbacks import AdaQuantLayerwise, BitAllocator, CalibrationCapture
+    from lightning_ptq.callbacks import AdaQuantLayerwise, BitAllocator, CalibrationCapture, StatsTuning
 
 __version__ = "0.1.0"
 
@@ -41,6 +43,8 @@ __all__ = [
     "QuantSpec",
     "ReconstructionConfig",
     "SensitivityTable",
+    "StatisticsResult",
+    "StatsTuning",
     "UnitResult",
     "adaquant",
     "allocate_bits",
@@ -51,17 +55,20 @@ __all__ = [
     "load_packed",
     "measure_choice",
     "measure_sensitivity",
+    "para_normalize",
     "prepare",
+    "reestimate_batch_norm",
     "save_packed",
     "search_allocation",
     "size_cost",
     "table_cost",
+    "tune_bias",
 ]
 
 
 def __getattr__(name: str) -> Any:
     # The callbacks import Lightning, which the functions do without.
-    if name in ("AdaQuantLayerwise", "BitAllocator", "CalibrationCapture"):
+    if name in ("AdaQuantLayerwise", "BitAllocator", "CalibrationCapture", "StatsTuning"):
         from lightning_ptq import callbacks
 
         return getattr(callbacks, name)

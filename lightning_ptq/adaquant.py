@@ -103,15 +103,19 @@ def adaquant(
         for index in range(len(units)):
             run.unit(index)
         run.result.peak_activation_bytes = store.peak
-    back = [f"{row.name} ({row.bits})" for row in run.result.units if row.steps and not row.accepted]
+    _warn_of_rolled_back(run.result)
+    return run.result
+
+
+def _warn_of_rolled_back(result: AdaQuantResult) -> None:
+    back = [f"{row.name} ({row.bits})" for row in result.units if row.steps and not row.accepted]
     if back:
         warnings.warn(
             f"tuning did not improve these units on held-out samples, so they keep their initial quantization:"
             f" {', '.join(back)}.",
             RolledBackWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    return run.result
 
 
 def check_arguments(mode: str, granularity: str, candidates: Sequence[str] | None, memory_limit: str | int) -> None:

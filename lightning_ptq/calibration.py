@@ -5,11 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_ptq.errors import (
     CalibrationError,
@@ -17,8 +17,9 @@ from lightning_ptq.errors import (
     FunctionalOpWarning,
     UnreachedLayerWarning,
 )
+from lightning_ptq.fake_quant import FakeQuantize
 from lightning_ptq.forward import Forward, batch_size, default_forward, run_forward, to_device
-from lightning_ptq.modules import FakeQuantize, QuantLayer
+from lightning_ptq.modules import QuantLayer
 from lightning_ptq.observers import MinMaxObserver, make_observer
 from lightning_ptq.qconfig import LayerQConfig, QConfig
 from lightning_ptq.surgery import Prepared, fold_batch_norms, prepare
@@ -50,6 +51,7 @@ class Calibration:
     folded: dict[str, str]
     observers: dict[str, MinMaxObserver]
     samples: int
+    _qparams: dict[tuple[str, LayerQConfig], list[tuple[Tensor, Tensor]]] = field(default_factory=dict, repr=False)
 
     @property
     def trace(self) -> Trace:
@@ -81,9 +83,17 @@ class Calibration:
         if layer.reference is not None:
             layer.set_weight(*layer.reference, keep_weight=layer.tied)
         layer.attach(qconfig)
-        layer.choose_weight_scale()
-        if layer.input_fake_quant is not None:
-            _set_activation_scale(layer.input_fake_quant, self.observers[name])
+        quantizers = [q for q in (layer.weight_fake_quant, layer.input_fake_quant) if q is not None]
+        known = self._qparams.get((name, qconfig))
+        if known is None:  # searching for them takes far longer than anything else here
+            layer.choose_weight_scale()
+            if layer.input_fake_quant is not None:
+                _set_activation_scale(layer.input_fake_quant, self.observers[name])
+            self._qparams[name, qconfig] = [(q.scale.clone(), q.zero_point.clone()) for q in quantizers]
+        else:
+            for quantizer, (scale, zero_point) in zip(quantizers, known, strict=True):
+                quantizer.scale.copy_(scale)
+                quantizer.zero_point.copy_(zero_point)
 
     def release(self) -> None:
         """Drop the batches, the histograms and the float reference weights: the run is over."""

@@ -21,6 +21,10 @@ class SensitivityError(PTQError, RuntimeError):
     """A sensitivity that cannot be measured: no loss, NaN in it, an output that is no tensor."""
 
 
+class StatisticsError(PTQError, RuntimeError):
+    """Statistics that cannot be tuned: too few samples, or a batch of which nothing can be held out."""
+
+
 class AllocationError(PTQError, ValueError):
     """A bit allocation that has no solution, or costs and candidates that do not fit together."""
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -11,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_ptq.calibration import Calibration
 from lightning_ptq.errors import QConfigError, SensitivityError
+from lightning_ptq.modules import layers_in_mode
 
 Divergence = Literal["kl", "mse"]
 ChooseOutput = str | int | Callable[[Any], Tensor]
@@ -90,8 +92,9 @@ def divergence(output: Tensor, target: Tensor, measure: Divergence) -> Tensor:
         (samples,), float64, on the CPU.
 
     Example:
-        >>> divergence(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]]), "kl").tolist()
-        [0.0]
+        >>> from torch import zeros, ones
+        >>> divergence(zeros(3, 2), ones(3, 2), "mse").tolist()
+        [1.0, 1.0, 1.0]
     """
     if measure not in ("kl", "mse"):
         raise QConfigError(f"the measure between outputs must be 'kl' or 'mse', got {measure!r}.")
@@ -105,3 +108,68 @@ def divergence(output: Tensor, target: Tensor, measure: Divergence) -> Tensor:
         logs = F.log_softmax(output, classes), F.log_softmax(target, classes)
         apart = F.kl_div(*logs, log_target=True, reduction="none").sum(classes)
     return apart.reshape(len(apart), -1).mean(1)
+
+
+def float_outputs(calibration: Calibration, reader: OutputReader) -> list[Tensor]:
+    """The float network's output on each calibration batch, on the CPU."""
+    with layers_in_mode(calibration.module, "float"):
+        batches = range(len(calibration.batches))
+        return [reader.read(lambda batch=batch: calibration.run(batch))[0].detach().cpu() for batch in batches]  # type: ignore[misc]
+
+
+class Meter:
+    """How far a calibrated module is from the float one, or its loss: the measure of one forward.
+
+    Args:
+        calibration: The calibrated module; its float outputs are taken at once.
+        measure: ``"kl"`` or ``"mse"`` between the outputs, ``"loss"``; ``"fisher"`` is an estimate of ``"kl"``.
+        output: See :class:`OutputReader`.
+
+    Attributes:
+        samples: In each calibration batch.
+    """
+
+    def __init__(self, calibration: Calibration, measure: str, output: ChooseOutput | None) -> None:
+        self.calibration = calibration
+        self.measure = "kl" if measure == "fisher" else measure
+        self.reader = OutputReader(calibration, output)
+        self.targets = float_outputs(calibration, self.reader)
+        self.samples = [len(target) for target in self.targets]
+
+    def measure_all(self) -> list[float]:
+        """The measure of the module as it is, by batch."""
+        runs = range(len(self.calibration.batches))
+        return [self(batch, lambda batch=batch: self.calibration.run(batch)) for batch in runs]  # type: ignore[misc]
+
+    def mean(self) -> float:
+        """The measure of the module as it is, over all samples."""
+        values = self.measure_all()
+        return sum(v * n for v, n in zip(values, self.samples, strict=True)) / sum(self.samples)
+
+    def __call__(self, batch: int, run: Callable[[], Any], what: str = "the base") -> float:
+        """The measure of the forward that ``run`` does on a batch.
+
+        Raises:
+            SensitivityError: If it is NaN, or the forward returns no loss.
+        """
+        output, result = self.reader.read(run)
+        if self.measure == "loss":
+            value = _loss(result)
+        else:
+            value = divergence(output, self.targets[batch], cast(Any, self.measure)).mean().item()
+        if not math.isfinite(value):
+            raise SensitivityError(
+                f"the {self.measure} with {what} is {value} on calibration batch {batch}."
+                " Check the module's output on that batch."
+            )
+        return value
+
+
+def _loss(result: Any) -> float:
+    loss = result.get("loss") if isinstance(result, Mapping) else result
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return float(loss)
+    raise SensitivityError(
+        f"measure='loss' needs a calibration forward that returns its loss, not a {type(result).__name__}. Calibrate"
+        " with step='training' and labelled batches, or use measure='kl' or 'mse', which need no labels."
+    )

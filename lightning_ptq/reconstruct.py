@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_ptq.modules import FakeQuantize
+from lightning_ptq.fake_quant import FakeQuantize
 from lightning_ptq.qconfig import LayerQConfig
 from lightning_ptq.tuners import ReconstructionConfig, Tuner, layer_state, make_tuner, set_layer_state
 from lightning_ptq.unit_data import Group, Minibatch, Sample, UnitData, float_leaves, run_unit

@@ -9,13 +9,10 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
-
-import torch
-from torch import Tensor
+from typing import Literal
 
 from lightning_ptq.adaquant import DEFAULT_MEMORY_LIMIT, Progress
 from lightning_ptq.calibration import Calibration
@@ -23,8 +20,7 @@ from lightning_ptq.choices import Choice, Choices, TunedStates
 from lightning_ptq.errors import QConfigError, SensitivityError
 from lightning_ptq.fisher import fisher_rises
 from lightning_ptq.forward import eval_mode
-from lightning_ptq.modules import layers_in_mode
-from lightning_ptq.outputs import ChooseOutput, OutputReader, divergence
+from lightning_ptq.outputs import ChooseOutput, Meter
 from lightning_ptq.replay import Replay, near
 from lightning_ptq.store import ActivationStore
 from lightning_ptq.unit_data import UnitData
@@ -92,7 +88,7 @@ def measure_sensitivity(
 ) -> SensitivityTable:
     """Measure the sensitivity of every layer at every candidate on the calibration set.
 
-    Only what comes behind the lowered layer's block runs: the blocks before it hand out their stored outputs.
+    Only the lowered layer's block and what comes behind it run: the blocks before it hand out their stored outputs.
 
     Args:
         calibration: What :func:`~lightning_ptq.calibration.calibrate` returned. Its module stays as it is.
@@ -107,18 +103,15 @@ def measure_sensitivity(
         seed: Of the labels that ``"fisher"`` draws.
         progress: Called with entries done, entries in all, and the layer's name.
 
-    Returns:
-        The table.
-
     Raises:
         QConfigError: If the candidates do not contain the base, or an argument is unknown.
         SensitivityError: If there is no loss, or it is NaN; or if the output is not a tensor.
 
     Example:
-        >>> from lightning_ptq import calibrate
-        >>> _ = torch.manual_seed(0)
-        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
-        >>> calibration = calibrate(net, [torch.randn(64, 8)], QConfig.parse("w8a8", first_last_bits=None))
+        >>> from torch import nn, randn
+        >>> from lightning_ptq import QConfig, calibrate
+        >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+        >>> calibration = calibrate(net, [randn(64, 8)], QConfig.parse("w8a8", first_last_bits=None))
         >>> table = measure_sensitivity(calibration, ["w8a8", "w2a8"])
         >>> table.rises["0"]["w2a8"] > table.rises["0"]["w8a8"] == 0
         True
@@ -130,17 +123,16 @@ def measure_sensitivity(
     at_base = base_choice(choices, base)
     with ActivationStore(memory_limit) as store, eval_mode(calibration.module), choices.restored():
         choices.put_all(at_base)
-        meter = Meter(calibration, "kl" if measure == "fisher" else measure, output)
+        meter = Meter(calibration, measure, output)
         before = meter.measure_all()
         if measure == "fisher":
             rises = fisher_rises(calibration, choices, at_base, meter.reader, seed, progress)
         else:
             rises = _Sweep(calibration, choices, at_base, meter, before, store, progress).rises()
-    weights = torch.tensor(meter.samples, dtype=torch.float64)
-    means = {name: {c: _mean(v, weights) for c, v in row.items()} for name, row in rises.items()}
-    errors = {name: {c: _standard_error(v, weights) for c, v in row.items()} for name, row in rises.items()}
-    seconds = time.perf_counter() - start
-    return SensitivityTable(measure, at_base, _mean(before, weights), means, errors, calibration.samples, seconds)
+    means = {name: {c: _mean(v, meter.samples) for c, v in row.items()} for name, row in rises.items()}
+    errors = {name: {c: _standard_error(v, meter.samples) for c, v in row.items()} for name, row in rises.items()}
+    value, seconds = _mean(before, meter.samples), time.perf_counter() - start
+    return SensitivityTable(measure, at_base, value, means, errors, calibration.samples, seconds)
 
 
 def measure_choice(
@@ -158,8 +150,8 @@ def measure_choice(
     choices = Choices(calibration, sorted(set(choice.values())), states)
     with eval_mode(calibration.module), choices.restored():
         choices.put_all(choice)
-        meter = Meter(calibration, "kl" if measure == "fisher" else measure, output)
-        return _mean(meter.measure_all(), torch.tensor(meter.samples, dtype=torch.float64))
+        meter = Meter(calibration, measure, output)
+        return _mean(meter.measure_all(), meter.samples)
 
 
 def base_choice(choices: Choices, base: str | Choice | None) -> dict[str, str]:
@@ -176,46 +168,6 @@ def base_choice(choices: Choices, base: str | Choice | None) -> dict[str, str]:
                 " Add it to the candidates, or choose another base."
             )
     return found
-
-
-class Meter:
-    """The measure of one forward: its value on each calibration batch, mean over the batch's samples."""
-
-    def __init__(self, calibration: Calibration, measure: str, output: ChooseOutput | None) -> None:
-        self.calibration = calibration
-        self.measure = measure
-        self.reader = OutputReader(calibration, output)
-        self.targets: list[Tensor] = []
-        self.outputs: list[Tensor] = []
-        self.samples: list[int] = []
-        with layers_in_mode(calibration.module, "float"):
-            for batch in range(len(calibration.batches)):
-                target, _ = self.reader.read(lambda batch=batch: calibration.run(batch))  # type: ignore[misc]
-                self.targets.append(target.float().cpu() if measure != "loss" else torch.empty(0))
-                self.samples.append(len(target))
-
-    def measure_all(self) -> list[float]:
-        """The measure of the module as it is, by batch."""
-        runs = range(len(self.calibration.batches))
-        return [self(batch, lambda batch=batch: self.calibration.run(batch)) for batch in runs]  # type: ignore[misc]
-
-    def __call__(self, batch: int, run: Callable[[], Any], what: str = "the base") -> float:
-        """The measure of the forward that ``run`` does on a batch.
-
-        Raises:
-            SensitivityError: If it is NaN, or the forward returns no loss.
-        """
-        output, result = self.reader.read(run)
-        if self.measure == "loss":
-            value = _loss(result)
-        else:
-            value = divergence(output, self.targets[batch], cast(Any, self.measure)).mean().item()
-        if not math.isfinite(value):
-            raise SensitivityError(
-                f"the {self.measure} with {what} is {value} on calibration batch {batch}."
-                " Check the module's output on that batch."
-            )
-        return value
 
 
 class _Sweep:
@@ -277,23 +229,15 @@ class _Sweep:
         self.replay.finish(index, data.outputs(unit.module, len(self.batches), "quantized"))
 
 
-def _loss(result: Any) -> float:
-    loss = result.get("loss") if isinstance(result, Mapping) else result
-    if isinstance(loss, Tensor) and loss.numel() == 1:
-        return float(loss)
-    raise SensitivityError(
-        f"measure='loss' needs a calibration forward that returns its loss, not a {type(result).__name__}. Calibrate"
-        " with step='training' and labelled batches, or use measure='kl' or 'mse', which need no labels."
-    )
+def _mean(values: Sequence[float], samples: Sequence[int]) -> float:
+    return sum(value * count for value, count in zip(values, samples, strict=True)) / sum(samples)
 
 
-def _mean(values: Sequence[float], weights: Tensor) -> float:
-    return float((torch.tensor(values, dtype=torch.float64) * weights).sum() / weights.sum())
-
-
-def _standard_error(values: Sequence[float], weights: Tensor) -> float:
-    if len(values) < 2:
+def _standard_error(values: Sequence[float], samples: Sequence[int]) -> float:
+    """Of the weighted mean of several batches; NaN for one batch."""
+    count = len(values)
+    if count < 2:
         return math.nan
-    share = weights / weights.sum()
-    deviations = torch.tensor(values, dtype=torch.float64) - _mean(values, weights)
-    return float((share.square() * deviations.square()).sum().mul(len(values) / (len(values) - 1)).sqrt())
+    mean, whole = _mean(values, samples), sum(samples)
+    variance = sum((n / whole * (value - mean)) ** 2 for value, n in zip(values, samples, strict=True))
+    return math.sqrt(variance * count / (count - 1))

@@ -37,14 +37,23 @@ class Prepared:
     qconfig: QConfig
     float_bytes: int = 0
     _originals: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list, repr=False)
+    _values: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
 
     @property
     def layers(self) -> dict[str, QuantLayer]:
         """The quantizable layers by qualified name, in registration order."""
         return quant_layers(self.module)
 
+    def remember(self, tensor: Tensor) -> None:
+        """Have :meth:`undo` give a tensor outside the swapped layers the values back that it has now."""
+        if all(tensor is not known for known, _ in self._values):
+            self._values.append((tensor, tensor.detach().clone()))
+
     def undo(self) -> None:
         """Put the float layers back, with the parameters they had; does nothing the second time."""
+        for tensor, value in self._values:
+            tensor.detach().copy_(value)
+        self._values.clear()
         for parent, name, original in reversed(self._originals):
             parent._modules[name] = original
         self._originals.clear()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lightning_ptq.errors import QConfigError
-from lightning_ptq.modules import FakeQuantize, QuantLayer
+from lightning_ptq.fake_quant import FakeQuantize
+from lightning_ptq.modules import QuantLayer
 from lightning_ptq.qconfig import LayerQConfig
 from lightning_ptq.units import Unit
 

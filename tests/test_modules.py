@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_ptq import prepare
-from lightning_ptq.modules import FakeQuantize, QuantLayer, layers_in_mode, swapped_class
+from lightning_ptq.fake_quant import FakeQuantize
+from lightning_ptq.modules import QuantLayer, layers_in_mode, swapped_class
 from lightning_ptq.qconfig import LayerQConfig, QuantSpec
 
 # name -> how the layer is made, and an input's shape

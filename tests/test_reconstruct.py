@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_ptq import QConfig, ReconstructionConfig, calibrate
 from lightning_ptq.errors import QConfigError, TiedWeightWarning
-from lightning_ptq.modules import FakeQuantize
+from lightning_ptq.fake_quant import FakeQuantize
 from lightning_ptq.reconstruct import reconstruct_unit
 from lightning_ptq.replay import Call
 from lightning_ptq.store import ActivationStore

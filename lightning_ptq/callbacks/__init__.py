@@ -3,5 +3,6 @@
 from lightning_ptq.callbacks.adaquant import AdaQuantLayerwise
 from lightning_ptq.callbacks.allocator import BitAllocator
 from lightning_ptq.callbacks.capture import CalibrationCapture
+from lightning_ptq.callbacks.statistics import StatsTuning
 
-__all__ = ["AdaQuantLayerwise", "BitAllocator", "CalibrationCapture"]
+__all__ = ["AdaQuantLayerwise", "BitAllocator", "CalibrationCapture", "StatsTuning"]

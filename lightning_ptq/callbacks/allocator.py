@@ -45,7 +45,8 @@ class BitAllocator(PTQCallback):
         measure: ``"kl"``, ``"mse"``, ``"loss"`` or ``"fisher"``; see
             :func:`~lightning_ptq.sensitivity.measure_sensitivity`.
         output: Which tensor of the network's output ``"kl"`` and ``"mse"`` compare: a key, an index or a function.
-        rounds: Sensitivity tables to measure; those behind the first are measured around the best choice so far.
+        rounds: Sensitivity tables to measure; those behind the first are measured around the best choice so far, and
+            make it better where no tuning follows.
         ties: Layer-name patterns; all layers that one matches get the same widths.
         pins: Candidate by layer-name pattern.
         time_limit: Seconds for the solver.
@@ -73,9 +74,9 @@ class BitAllocator(PTQCallback):
         max_degradation: float | None = None,
         minimise: str = "size",
         candidates: list[str] | None = None,
-        measure: Measure = "kl",
+        measure: Measure = "fisher",
         output: ChooseOutput | None = None,
-        rounds: int = 2,
+        rounds: int = 1,
         ties: list[str] | None = None,
         pins: Mapping[str, str] | None = None,
         time_limit: float = 60.0,

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_ptq.errors import PackedFileError, SurgeryError
-from lightning_ptq.modules import FakeQuantize, FoldableBatchNorm, QuantLayer, quantizable_types
+from lightning_ptq.fake_quant import FakeQuantize
+from lightning_ptq.modules import FoldableBatchNorm, QuantLayer, quantizable_types
 from lightning_ptq.qconfig import LayerQConfig, QConfig, QuantSpec
 from lightning_ptq.surgery import is_prepared, prepare, quant_layers
 

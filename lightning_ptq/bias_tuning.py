@@ -1,0 +1,116 @@
+"""Bias tuning: biases alone, by distillation from the float network (Hubara et al., ICML 2021, sec. 5)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_ptq.adaquant import Progress
+from lightning_ptq.calibration import Calibration
+from lightning_ptq.errors import QConfigError
+from lightning_ptq.modules import FoldableBatchNorm
+from lightning_ptq.outputs import ChooseOutput, Divergence, OutputReader, divergence, float_outputs
+from lightning_ptq.statistics import Changes, StatisticsResult, judged
+
+_NORMS = (nn.LayerNorm, nn.GroupNorm, _BatchNorm)
+
+
+def tune_bias(
+    calibration: Calibration,
+    *,
+    steps: int = 100,
+    lr: float = 0.01,
+    norm_affine: bool = False,
+    measure: Divergence = "kl",
+    output: ChooseOutput | None = None,
+    held_out: float = 0.125,
+    seed: int = 0,
+    progress: Progress = lambda done, total, text: None,
+) -> StatisticsResult:
+    """Tune all biases of the quantized layers so that the network's output comes close to the float one's.
+
+    Adam with cosine decay over the calibration batches, as they were given, in an order drawn anew for each pass.
+
+    Args:
+        calibration: A calibrated (and possibly tuned) module, changed in place.
+        steps: Optimisation steps of one calibration batch each.
+        lr: Adam's rate, relative to the mean magnitude of the layer's biases.
+        norm_affine: Tune the affine parameters of layer, group and unfolded batch norms too.
+        measure: ``"kl"`` for logits, ``"mse"`` for other outputs.
+        output: Which tensor of the network's output; see :class:`~lightning_ptq.outputs.OutputReader`.
+        held_out: Share of the samples that judge the step and are not used for it.
+        seed: Of the order of the batches and the choice of held-out samples.
+        progress: Called with steps done, steps in all, and a text.
+
+    Raises:
+        StatisticsError: If there are fewer than two samples.
+        QConfigError: If an argument is out of its domain.
+    """
+    if steps < 1 or not 0 < lr < float("inf"):
+        raise QConfigError(f"steps must be 1 or more and lr positive, got steps={steps!r}, lr={lr!r}.")
+    if measure not in ("kl", "mse"):
+        raise QConfigError(f"bias tuning measures 'kl' or 'mse' between outputs, got {measure!r}.")
+    values = _tuned_values(calibration, norm_affine)
+
+    def work(part: Calibration) -> Changes:
+        _distil(part, values, steps, lr, measure, OutputReader(part, output), seed, progress)
+        return Changes(list(values))
+
+    return judged("bias", calibration, work, held_out=held_out, measure=measure, output=output, seed=seed)
+
+
+def _tuned_values(calibration: Calibration, norm_affine: bool) -> dict[str, nn.Parameter]:
+    """The parameters to tune, by name; a parameter that several layers share comes once."""
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, layer in calibration.layers.items():
+        if isinstance(layer.bias, nn.Parameter):
+            found.setdefault(id(layer.bias), (f"{name}.bias", layer.bias))
+    for name, norm in calibration.module.named_modules() if norm_affine else ():
+        folded = isinstance(norm, FoldableBatchNorm) and norm.is_folded
+        if isinstance(norm, _NORMS) and not folded:
+            for key, parameter in norm.named_parameters(recurse=False):
+                calibration.prepared.remember(parameter)
+                found.setdefault(id(parameter), (f"{name}.{key}", parameter))
+    return dict(found.values())
+
+
+def _distil(
+    calibration: Calibration,
+    values: dict[str, nn.Parameter],
+    steps: int,
+    lr: float,
+    measure: Divergence,
+    reader: OutputReader,
+    seed: int,
+    progress: Progress,
+) -> None:
+    if not values:
+        return
+    targets = float_outputs(calibration, reader)
+    flags = [(p, p.requires_grad) for p in calibration.module.parameters()]
+    groups = [{"params": [p], "lr": lr * max(p.detach().abs().mean().item(), 1e-8)} for p in values.values()]
+    optimizer = torch.optim.Adam(groups)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        for parameter in values.values():
+            parameter.requires_grad_(True)
+        for step in range(steps):
+            order = order or torch.randperm(len(targets), generator=generator).tolist()
+            batch = order.pop()
+            optimizer.zero_grad(set_to_none=True)
+            found, _ = reader.read(lambda batch=batch: calibration.run(batch, gradients=True))  # type: ignore[misc]
+            with torch.enable_grad():
+                divergence(found, targets[batch], measure).mean().backward()
+            optimizer.step()
+            schedule.step()
+            progress(step + 1, steps, "biases")
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for parameter in values.values():
+            parameter.grad = None

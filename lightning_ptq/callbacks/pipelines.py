@@ -1,0 +1,82 @@
+"""The two pipelines of the paper, as lists of callbacks for a Trainer (Hubara et al., ICML 2021, sec. 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_ptq.callbacks.adaquant import AdaQuantLayerwise
+from lightning_ptq.callbacks.allocator import DEFAULT_CANDIDATES, BitAllocator
+from lightning_ptq.callbacks.base import PTQCallback
+from lightning_ptq.callbacks.capture import CalibrationCapture
+from lightning_ptq.callbacks.statistics import StatsTuning
+
+
+def light(
+    size: float | None = None,
+    *,
+    candidates: Sequence[str] = DEFAULT_CANDIDATES,
+    num_samples: int | None = None,
+    allocator: dict[str, Any] | None = None,
+    statistics: dict[str, Any] | None = None,
+    capture: dict[str, Any] | None = None,
+    seed: int = 0,
+) -> list[PTQCallback]:
+    """Calibration, bit allocation, statistics tuning: no weight is tuned.
+
+    Args:
+        size: Budget for the packed weights; see :class:`BitAllocator`. None for another budget in ``allocator``.
+        candidates: Bit widths to choose from.
+        num_samples: Calibration samples; all there are by default.
+        allocator: Further arguments of :class:`BitAllocator`.
+        statistics: Further arguments of :class:`StatsTuning`.
+        capture: Further arguments of :class:`CalibrationCapture`.
+        seed: Of all random choices.
+
+    Example:
+        >>> [callback.role for callback in light(0.15)]
+        ['CalibrationCapture', 'BitAllocator', 'StatsTuning']
+    """
+    return [
+        CalibrationCapture(candidates[0], num_samples, **capture or {}),
+        BitAllocator(size, candidates=list(candidates), **{"rounds": 2, **(allocator or {})}),
+        StatsTuning(seed=seed, **statistics or {}),
+    ]
+
+
+def advanced(
+    size: float | None = None,
+    *,
+    candidates: Sequence[str] = DEFAULT_CANDIDATES,
+    num_samples: int | None = None,
+    parallel: dict[str, Any] | None = None,
+    allocator: dict[str, Any] | None = None,
+    sequential: dict[str, Any] | None = None,
+    statistics: dict[str, Any] | None = None,
+    capture: dict[str, Any] | None = None,
+    seed: int = 0,
+) -> list[PTQCallback]:
+    """All five: calibration, parallel tuning at every candidate, bit allocation, sequential tuning, statistics.
+
+    Args:
+        size: Budget for the packed weights; see :class:`BitAllocator`. None for another budget in ``allocator``.
+        candidates: Bit widths to choose from.
+        num_samples: Calibration samples; all there are by default.
+        parallel: Further arguments of the parallel :class:`AdaQuantLayerwise`.
+        allocator: Further arguments of :class:`BitAllocator`.
+        sequential: Further arguments of the sequential :class:`AdaQuantLayerwise`.
+        statistics: Further arguments of :class:`StatsTuning`.
+        capture: Further arguments of :class:`CalibrationCapture`.
+        seed: Of all random choices.
+
+    Example:
+        >>> [callback.role for callback in advanced(0.15)][1:4]
+        ['AdaQuantLayerwise', 'BitAllocator', 'AdaQuantLayerwise']
+    """
+    return [
+        CalibrationCapture(candidates[0], num_samples, **capture or {}),
+        AdaQuantLayerwise("parallel", candidates=list(candidates), **{"seed": seed, "steps": 60, **(parallel or {})}),
+        BitAllocator(size, **allocator or {}),
+        AdaQuantLayerwise("sequential", **{"seed": seed, **(sequential or {})}),
+        StatsTuning(seed=seed, **statistics or {}),
+    ]

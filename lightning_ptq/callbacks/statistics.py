@@ -1,0 +1,106 @@
+"""StatsTuning: statistics and biases of the quantized module, inside ``trainer.fit``."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+from lightning_ptq.adaquant import DEFAULT_MEMORY_LIMIT
+from lightning_ptq.bias_tuning import tune_bias
+from lightning_ptq.callbacks.base import PTQCallback, calibration_of, check_order, progress_task
+from lightning_ptq.errors import QConfigError
+from lightning_ptq.outputs import ChooseOutput, Divergence
+from lightning_ptq.statistics import StatisticsResult, para_normalize, reestimate_batch_norm
+
+Target = Literal["auto", "batch_norm", "float"]
+
+log = logging.getLogger(__name__)
+
+
+class StatsTuning(PTQCallback):
+    """Corrects the biases that quantization brings into means and deviations; integers stay as they are.
+
+    A shell around :func:`~lightning_ptq.statistics.reestimate_batch_norm`,
+    :func:`~lightning_ptq.statistics.para_normalize` and :func:`~lightning_ptq.bias_tuning.tune_bias`; the last of the
+    callbacks. Each step is kept only if it brings the network closer to the float one on held-out samples.
+
+    Args:
+        target: What statistics the layers' outputs are brought back to. ``"batch_norm"``: those of the batch norms,
+            folded or not; ``"float"``: the float layers' own; ``"auto"``: the norm's where there is one, else the
+            float layer's; None for no such step.
+        bias: Tune the biases by distillation.
+        steps: Of bias tuning.
+        lr: Of bias tuning, relative to the mean magnitude of a layer's biases.
+        norm_affine: Tune the affine parameters of norms with the biases.
+        measure: ``"kl"`` for logits, ``"mse"`` for other outputs.
+        output: Which tensor of the network's output: a key, an index or a function.
+        held_out: Share of the samples that judge each step.
+        memory_limit: For activations; beyond it they go to memory-mapped files.
+        seed: Of all random choices.
+
+    Attributes:
+        results: A :class:`~lightning_ptq.statistics.StatisticsResult` for each step of the last run.
+
+    Raises:
+        QConfigError: If an argument is out of its domain.
+        StatisticsError: In fit, if there are too few samples.
+
+    Example::
+
+        callbacks = [CalibrationCapture("w4a4"), AdaQuantLayerwise(), StatsTuning()]
+    """
+
+    role = "StatsTuning"
+
+    def __init__(
+        self,
+        target: Target | None = "auto",
+        bias: bool = True,
+        steps: int = 100,
+        lr: float = 0.01,
+        norm_affine: bool = False,
+        measure: Divergence = "kl",
+        output: ChooseOutput | None = None,
+        held_out: float = 0.125,
+        memory_limit: str | int = DEFAULT_MEMORY_LIMIT,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if measure not in ("kl", "mse"):
+            raise QConfigError(f"measure must be 'kl' or 'mse', got {measure!r}.")
+        self.common: dict[str, Any] = {"held_out": held_out, "measure": measure, "output": output, "seed": seed}
+        if target not in ("auto", "batch_norm", "float", None):
+            raise QConfigError(f"target must be 'auto', 'batch_norm', 'float' or None, got {target!r}.")
+        self.target = target
+        self.bias = bias
+        self.tuning: dict[str, Any] = {"steps": steps, "lr": lr, "norm_affine": norm_affine}
+        self.memory_limit = memory_limit
+        self.results: list[StatisticsResult] | None = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Check the order of the callbacks."""
+        if stage == "fit":
+            check_order(trainer)
+            self.results = None
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Run the steps, one after the other."""
+        calibration = calibration_of(trainer)
+        if calibration is None or self.results is not None:
+            return
+        self.results = []
+        with progress_task(trainer, "Statistics") as progress:
+            common: dict[str, Any] = {**self.common, "progress": progress}
+            store: dict[str, Any] = {"memory_limit": self.memory_limit}
+            if self.target in ("auto", "batch_norm"):
+                self.results.append(reestimate_batch_norm(calibration, **store, **common))
+            if self.target in ("auto", "float"):
+                every = self.target == "float"
+                self.results.append(para_normalize(calibration, every_layer=every, **store, **common))
+            if self.bias:
+                self.results.append(tune_bias(calibration, **self.tuning, **common))
+        for step, row in enumerate(self.results):
+            log.info("%s: %.4g -> %.4g, %s", row.step, row.before, row.after, "kept" if row.accepted else "taken back")
+            for logger in trainer.loggers:
+                values = {"ptq/statistics_before": row.before, "ptq/statistics_after": row.after}
+                logger.log_metrics({**values, "ptq/accepted": float(row.accepted)}, step=step)

@@ -1,0 +1,74 @@
+"""Fake quantization as a module: a scale and a zero point that tuning may move."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ptq.qconfig import QuantSpec
+from lightning_ptq.quantize import dequantize, fake_quantize, quantize
+
+
+class FakeQuantize(nn.Module):
+    """Fake quantization of one tensor, with its scale and zero point as buffers.
+
+    Args:
+        spec: The grid.
+        shape: Shape of scale and zero point as they broadcast against the tensor; ``()`` for per-tensor.
+        groups: For grouped transposed convolutions: the tensor's first dimension is split into so many before
+            broadcasting.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, spec: QuantSpec, shape: tuple[int, ...] = (), groups: int = 1) -> None:
+        super().__init__()
+        self.spec = spec
+        self.groups = groups
+        self.register_buffer("scale", torch.ones(shape))
+        self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
+        # Set while a unit is tuned: elements keep their float value with this probability (QDrop, Wei et al., 2022).
+        self.drop_probability = 0.0
+        self.generator: torch.Generator | None = None
+        self.enabled = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantize ``x``; same shape and dtype."""
+        if not self.enabled:
+            return x
+        y = self._split(x)
+        y = fake_quantize(y, self.scale, self.zero_point, self.spec.quant_min, self.spec.quant_max).view_as(x)
+        return self._drop(x, y) if self.drop_probability else y
+
+    def integers(self, x: Tensor) -> Tensor:
+        """The integers of ``x`` on the grid, as floats; same shape."""
+        spec = self.spec
+        return quantize(self._split(x), self.scale, self.zero_point, spec.quant_min, spec.quant_max).view_as(x)
+
+    def values(self, q: Tensor) -> Tensor:
+        """The float values of integers ``q``; same shape."""
+        return dequantize(self._split(q), self.scale, self.zero_point).view_as(q)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """``x`` as (channels, values per channel), in the order of the scale's entries."""
+        split = self._split(x)
+        kept = [d for d, size in enumerate(self.scale.shape) if size > 1]
+        rest = [d for d in range(split.dim()) if d not in kept]
+        return split.permute(*kept, *rest).reshape(self.scale.numel(), -1)
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(0, (self.groups, -1)) if self.groups > 1 else x
+
+    def _drop(self, x: Tensor, y: Tensor) -> Tensor:
+        # Random bytes cost an eighth of random floats, and dropping is on the path of every tuning step.
+        words = torch.randint(
+            -(2**63), 2**63 - 1, (x.numel() // 8 + 1,), generator=self.generator, dtype=torch.int64, device=x.device
+        )
+        dropped = words.view(torch.uint8)[: x.numel()].view(x.shape) < round(self.drop_probability * 256)
+        return torch.lerp(y, x, dropped.to(x.dtype))  # several times faster than torch.where, backwards too
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows."""
+        kind = "symmetric" if self.spec.symmetric else "affine"
+        return f"{self.spec.bits} bits, {kind}, scale {tuple(self.scale.shape)}"

@@ -1,0 +1,401 @@
+"""Statistics tuning: per-channel means and standard deviations brought back to what they were before quantization.
+
+The integers stay as they are: a layer's output is changed by a factor and a shift per channel, which go into its scales
+and its bias (Hubara et al., ICML 2021, sec. 5: batch-norm tuning and para-normalization).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from lightning_ptq.adaquant import DEFAULT_MEMORY_LIMIT, Progress
+from lightning_ptq.calibration import Calibration
+from lightning_ptq.errors import QConfigError, StatisticsError
+from lightning_ptq.fake_quant import FakeQuantize
+from lightning_ptq.forward import batch_size, eval_mode
+from lightning_ptq.modules import FoldableBatchNorm, QuantLayer, layers_in_mode
+from lightning_ptq.outputs import ChooseOutput, Meter
+from lightning_ptq.replay import Call, Replay
+from lightning_ptq.store import ActivationStore
+from lightning_ptq.trace import first_argument
+from lightning_ptq.unit_data import run_unit
+from lightning_ptq.units import Unit, find_units
+
+_Target = Literal["batch_norm", "others", "every"]
+
+
+@dataclass(frozen=True)
+class StatisticsResult:
+    """What became of one step of statistics tuning.
+
+    Attributes:
+        step: Which one: ``"batch_norm"``, ``"para_normalization"`` or ``"bias"``.
+        before: The measure between the outputs of the float and the quantized network on held-out samples.
+        after: The same behind the step.
+        accepted: False if the step did not lower it and everything is as it was.
+        layers: The layers, or unfolded batch norms, that the step changed (or would have).
+        skipped: Why others stayed as they are, by name.
+    """
+
+    step: str
+    before: float
+    after: float
+    accepted: bool
+    layers: tuple[str, ...] = ()
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Changes:
+    """What a step has done, for its result."""
+
+    layers: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def reestimate_batch_norm(
+    calibration: Calibration,
+    *,
+    held_out: float = 0.125,
+    measure: str = "kl",
+    output: ChooseOutput | None = None,
+    memory_limit: str | int = DEFAULT_MEMORY_LIMIT,
+    seed: int = 0,
+    progress: Progress = lambda done, total, text: None,
+) -> StatisticsResult:
+    """Bring the outputs of layers whose batch norm was folded back to the norm's statistics.
+
+    On the calibration set, the quantized layer's output gets mean ``beta`` and standard deviation ``|gamma|`` in every
+    channel again. Batch norms that were not folded get running statistics of the quantized network. In execution
+    order, each layer seeing corrected predecessors; every sample counts the same.
+
+    Args:
+        calibration: A calibrated (and possibly tuned) module, changed in place.
+        held_out: Share of the samples that judge the step and are not used for it.
+        measure: Between the outputs of the float and the quantized network: ``"kl"``, ``"mse"`` or ``"loss"``.
+        output: Which tensor of the network's output; see :class:`~lightning_ptq.outputs.OutputReader`.
+        memory_limit: For activations.
+        seed: Of the choice of held-out samples.
+        progress: Called with layers done, layers in all, and the layer's name.
+
+    Raises:
+        StatisticsError: If there are fewer than two samples.
+    """
+    return _normalize("batch_norm", calibration, "batch_norm", held_out, measure, output, memory_limit, seed, progress)
+
+
+def para_normalize(
+    calibration: Calibration,
+    *,
+    every_layer: bool = False,
+    held_out: float = 0.125,
+    measure: str = "kl",
+    output: ChooseOutput | None = None,
+    memory_limit: str | int = DEFAULT_MEMORY_LIMIT,
+    seed: int = 0,
+    progress: Progress = lambda done, total, text: None,
+) -> StatisticsResult:
+    """Bring the outputs of layers without a batch norm (transformers) back to the float layers' statistics.
+
+    On the calibration set, the quantized layer's output gets the mean and the standard deviation of the float layer's
+    output in every channel. In execution order, each layer seeing corrected predecessors.
+
+    Args:
+        calibration: As in :func:`reestimate_batch_norm`, as are the rest.
+        every_layer: Also the layers whose batch norm was folded, in place of the norm's statistics.
+        held_out: Share of the samples that judge the step.
+        measure: Between the networks' outputs.
+        output: Which tensor of the output.
+        memory_limit: For activations.
+        seed: Of the held-out samples.
+        progress: As above.
+
+    Raises:
+        StatisticsError: If there are fewer than two samples.
+    """
+    target: _Target = "every" if every_layer else "others"
+    return _normalize(
+        "para_normalization", calibration, target, held_out, measure, output, memory_limit, seed, progress
+    )
+
+
+def judged(
+    step: str,
+    calibration: Calibration,
+    work: Callable[[Calibration], Changes],
+    *,
+    held_out: float,
+    measure: str,
+    output: ChooseOutput | None,
+    seed: int,
+) -> StatisticsResult:
+    """Do ``work`` on a part of the samples; take it back unless the held-out rest says that it helped."""
+    tune, rest = split_samples(calibration, held_out, seed)
+    module = calibration.module
+    with eval_mode(module):
+        meter = Meter(rest, measure, output)
+        before = meter.mean()
+        saved = {key: value.detach().clone() for key, value in _tensors(module).items()}
+        done = Changes()
+        try:
+            done = work(tune)
+            after = meter.mean()
+        except BaseException:
+            _put_back(module, saved)
+            raise
+        accepted = after < before
+        if not accepted:
+            _put_back(module, saved)
+    return StatisticsResult(step, before, after, accepted, tuple(done.layers), done.skipped)
+
+
+def split_samples(calibration: Calibration, held_out: float, seed: int) -> tuple[Calibration, Calibration]:
+    """The calibration with samples to work on, and with the others: whole batches, or parts of one if there is one.
+
+    Raises:
+        StatisticsError: If there are fewer than two samples, or one batch that cannot be divided.
+        QConfigError: If the share is not in [0, 1).
+    """
+    if not 0 <= held_out < 1:
+        raise QConfigError(f"held_out must lie in [0, 1), got {held_out!r}.")
+    if calibration.samples < 2:
+        raise StatisticsError(
+            f"statistics need two samples or more, the calibration set has {calibration.samples}. Give it more samples."
+        )
+    if not held_out:
+        return calibration, calibration
+    count = len(calibration.batches)
+    if count == 1:
+        samples = calibration.samples
+        cut = samples - min(max(round(samples * held_out), 1), samples - 1)
+        return tuple(_with(calibration, [_rows(calibration.batches[0], part)], [calibration.trace])
+                     for part in (slice(0, cut), slice(cut, samples)))  # type: ignore[return-value]  # fmt: skip
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    cut = min(max(round(count * held_out), 1), count - 1)
+
+    def part(indices: list[int]) -> Calibration:
+        chosen = sorted(indices)
+        return _with(calibration, [calibration.batches[i] for i in chosen], [calibration.traces[i] for i in chosen])
+
+    return part(order[cut:]), part(order[:cut])
+
+
+def _with(calibration: Calibration, batches: list[Any], traces: list[Any]) -> Calibration:
+    return replace(calibration, batches=batches, traces=traces, samples=sum(map(batch_size, batches)))
+
+
+def _rows(batch: Any, rows: slice) -> Any:
+    leaves, spec = tree_flatten(batch)
+    size = batch_size(batch)
+    if any(not isinstance(leaf, Tensor) or leaf.dim() == 0 or len(leaf) != size for leaf in leaves):
+        raise StatisticsError(
+            "the calibration set is one batch that cannot be divided, so nothing can be held out. Use a smaller batch"
+            " size, or held_out=0 to judge on the samples that are tuned on."
+        )
+    return tree_unflatten([leaf[rows] for leaf in leaves], spec)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {k: v for k, v in module.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
+
+
+@torch.no_grad()
+def _put_back(module: nn.Module, saved: dict[str, Tensor]) -> None:
+    for key, value in _tensors(module).items():
+        if key in saved:
+            value.copy_(saved[key])
+        else:  # a bias that a step added
+            module.get_submodule(key.rpartition(".")[0])._parameters["bias"] = None
+
+
+def _normalize(
+    step: str,
+    calibration: Calibration,
+    target: _Target,
+    held_out: float,
+    measure: str,
+    output: ChooseOutput | None,
+    memory_limit: str | int,
+    seed: int,
+    progress: Progress,
+) -> StatisticsResult:
+    def work(part: Calibration) -> Changes:
+        with ActivationStore(memory_limit) as store:
+            return _Normalizer(part, target, store, progress).run()
+
+    return judged(step, calibration, work, held_out=held_out, measure=measure, output=output, seed=seed)
+
+
+class ChannelStatistics:
+    """Mean and variance of each channel over all samples and positions, as if all outputs were concatenated."""
+
+    def __init__(self, channel_dim: int) -> None:
+        self.channel_dim = channel_dim
+        self.count = 0
+        self.mean: Tensor | float = 0.0
+        self.squares: Tensor | float = 0.0
+
+    def update(self, output: Tensor) -> None:
+        """Add an output; its statistics are merged with those before (Chan et al., 1979)."""
+        rows = output.detach().movedim(self.channel_dim, 0).flatten(1).double()
+        count, mean = rows.shape[1], rows.mean(1)
+        shift, total = mean - self.mean, self.count + count
+        self.squares = (
+            self.squares + (rows - mean[:, None]).square().sum(1) + shift.square() * self.count * count / total
+        )
+        self.mean = self.mean + shift * count / total
+        self.count = total
+
+    @property
+    def deviation(self) -> Tensor:
+        """The standard deviation of the population."""
+        return (cast(Tensor, self.squares) / self.count).sqrt()
+
+
+def channel_dim(layer: QuantLayer, output: Tensor) -> int:
+    """Which dimension of a layer's output holds its channels: the last one of a linear layer."""
+    return output.dim() - (layer.weight.dim() - 2) - 1
+
+
+class _Normalizer:
+    """One pass over the layers in execution order."""
+
+    def __init__(self, calibration: Calibration, target: _Target, store: ActivationStore, progress: Progress) -> None:
+        self.calibration, self.store, self.progress = calibration, store, progress
+        self.modules = dict(calibration.module.named_modules())
+        entered = [event.name for event in calibration.trace.events if event.kind == "enter"]
+        units = find_units(calibration.module, calibration.trace, "layer")
+        units += _unfolded(calibration) if target == "batch_norm" else []
+        self.units = sorted(units, key=lambda unit: entered.index(unit.name))
+        self.replay = Replay(calibration, self.units, store, "quantized")
+        norms = {layer: norm for norm, layer in calibration.folded.items()}
+        self.norms = norms if target == "batch_norm" else {}
+        others = set() if target == "batch_norm" else set(calibration.layers)
+        self.others = others - set(norms) if target == "others" else others
+        self.changes = Changes()
+
+    def run(self) -> Changes:
+        targets = self._targets()
+        for index, unit in enumerate(self.units):
+            self.progress(index, len(self.units), unit.name)
+            calls = self.replay.inputs(index)
+            if unit.name in targets:
+                self._correct(unit.name, unit.layers[unit.name], self._statistics(unit, calls), targets[unit.name])
+            elif isinstance(unit.module, _BatchNorm):
+                self._reestimate(unit.module, calls)
+                self.changes.layers.append(unit.name)
+            self.replay.finish(index, self._outputs(unit, calls))
+        self.progress(len(self.units), len(self.units), "")
+        return self.changes
+
+    def _targets(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Mean and standard deviation that each wanted layer's output should have."""
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, norm in self.norms.items():
+            batch_norm = cast(_BatchNorm, self.modules[norm])
+            if batch_norm.affine:
+                found[name] = batch_norm.bias.detach().double(), batch_norm.weight.detach().double().abs()
+        watched = watch_outputs(self.calibration, sorted(self.others), "float") if self.others else {}
+        found.update({n: (cast(Tensor, s.mean), s.deviation) for n, s in watched.items()})
+        return found
+
+    def _statistics(self, unit: Unit, calls: list[list[Call]]) -> ChannelStatistics:
+        found: ChannelStatistics | None = None
+        for call in (call for of_batch in calls for call in of_batch):
+            output = self._run(unit, call)
+            found = found or ChannelStatistics(channel_dim(unit.layers[unit.name], output))
+            found.update(output)
+        return cast(ChannelStatistics, found)
+
+    def _outputs(self, unit: Unit, calls: list[list[Call]]) -> list[list[Call]]:
+        return [[Call.of(self._run(unit, call), self.store.put) for call in of_batch] for of_batch in calls]
+
+    def _run(self, unit: Unit, call: Call) -> Any:
+        args, kwargs = call.tree()
+        return run_unit(unit.module, args, kwargs, "quantized")
+
+    @torch.no_grad()
+    def _correct(self, name: str, layer: QuantLayer, found: ChannelStatistics, target: tuple[Tensor, Tensor]) -> None:
+        """Give the layer's output the target's statistics: ``y · f + shift`` through its scales and its bias."""
+        mean, deviation = target
+        factor, note = _factor(layer, found.deviation, deviation)
+        if note:
+            self.changes.skipped[name] = note
+        bias = mean - cast(Tensor, found.mean) * factor
+        if layer.bias is not None:
+            bias += layer.bias.double() * factor
+        scale = cast(FakeQuantize, layer.weight_fake_quant).scale
+        if not layer.tied and scale.numel() == factor.numel():
+            scale.mul_(factor.view_as(scale).to(scale.dtype))
+            layer.weight.copy_(layer.scale_channels(layer.weight, factor.to(layer.weight.dtype)))
+        if layer.bias is None:
+            layer.set_weight(layer.weight, bias.to(layer.weight.dtype), keep_weight=True)
+        else:
+            layer.bias.copy_(bias)
+        self.changes.layers.append(name)
+
+    @torch.no_grad()
+    def _reestimate(self, norm: _BatchNorm, calls: list[list[Call]]) -> None:
+        """Running statistics of an unfolded batch norm from its inputs in the quantized network."""
+        found = ChannelStatistics(1)
+        for call in (call for of_batch in calls for call in of_batch):
+            args, kwargs = call.tree()
+            found.update(first_argument(args, kwargs))
+        mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+        for tensor in (mean, variance):
+            self.calibration.prepared.remember(tensor)
+        mean.copy_(cast(Tensor, found.mean))
+        variance.copy_(found.deviation.square() * (found.count / max(found.count - 1, 1)))
+
+
+def _unfolded(calibration: Calibration) -> list[Unit]:
+    """Batch norms that ran and still normalize with running statistics."""
+    calls = calibration.trace.calls
+    return [
+        Unit(name, module, {}, calls[name])
+        for name, module in calibration.module.named_modules()
+        if isinstance(module, _BatchNorm) and calls.get(name) and module.running_mean is not None
+        and not (isinstance(module, FoldableBatchNorm) and module.is_folded)
+    ]  # fmt: skip
+
+
+def _factor(layer: QuantLayer, found: Tensor, wanted: Tensor) -> tuple[Tensor, str]:
+    """By what each channel is to be multiplied, and why where it is not; 1 where a channel is constant."""
+    factor = wanted / found
+    usable = (found > 1e-6 * wanted) & (wanted > 0)
+    if layer.tied:
+        return torch.ones_like(factor), "its weight is shared: mean only"
+    if cast(FakeQuantize, layer.weight_fake_quant).scale.numel() != factor.numel():
+        return torch.ones_like(factor), "its channels share one scale: mean only"
+    note = "" if bool(usable.all()) else f"{int((~usable).sum())} of its channels are constant: mean only"
+    return torch.where(usable, factor, torch.ones_like(factor)), note
+
+
+def watch_outputs(
+    calibration: Calibration, names: Sequence[str], mode: Literal["float", "quantized"]
+) -> dict[str, ChannelStatistics]:
+    """Channel statistics of layers' outputs over the calibration set, from one pass."""
+    found: dict[str, ChannelStatistics] = {}
+
+    def watch(name: str) -> Any:
+        def hook(layer: Any, args: Any, output: Tensor) -> None:
+            found.setdefault(name, ChannelStatistics(channel_dim(layer, output))).update(output)
+
+        return hook
+
+    handles = [calibration.layers[name].register_forward_hook(watch(name)) for name in names]
+    try:
+        with layers_in_mode(calibration.module, mode):
+            for batch in range(len(calibration.batches)):
+                calibration.run(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
