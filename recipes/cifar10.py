@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jsonargparse import auto_cli
-from measuring import Classifier, quiet, run
+from measuring import Classifier, Pipeline, quiet, run
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -82,6 +82,8 @@ def main(
     steps: int | None = None,
     seed: int = 0,
     json: Path | None = None,
+    pipeline: Pipeline = "adaquant",
+    statistics: bool = False,
     budget: str | None = None,
     candidates: list[str] | None = None,
     options: dict[str, Any] | None = None,
@@ -98,6 +100,8 @@ def main(
         steps: Steps a unit; by default they go by the bit widths.
         seed: Of all random choices, and of the choice of calibration images if there are more.
         json: Where to write the measurements.
+        pipeline: nearest, adaquant, light (calibration, allocation, statistics) or advanced (all there is).
+        statistics: Tune statistics and biases behind nearest or adaquant.
         budget: Allocate the widths within this size: a fraction of the float size, bytes, or the size at uniform
             widths, for example w4a4.
         candidates: Widths to allocate; those of BitAllocator by default.
@@ -106,7 +110,8 @@ def main(
     quiet()
     run(
         *load(data, weights, calibration, seed), model="resnet20", qconfig=qconfig, mode=mode, granularity=granularity,
-        steps=steps, seed=seed, file=json, budget=budget, candidates=candidates, **options or {},
+        steps=steps, seed=seed, file=json, pipeline=pipeline, statistics=statistics, budget=budget,
+        candidates=candidates, **options or {},
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 import torchvision
 from jsonargparse import auto_cli
-from measuring import Classifier, quiet, run
+from measuring import Classifier, Pipeline, quiet, run
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -69,6 +69,10 @@ def main(
     steps: int | None = None,
     seed: int = 0,
     json: Path | None = None,
+    pipeline: Pipeline = "adaquant",
+    statistics: bool = False,
+    budget: str | None = None,
+    candidates: list[str] | None = None,
     options: dict[str, Any] | None = None,
 ) -> None:
     """Quantize and measure.
@@ -85,6 +89,11 @@ def main(
         steps: Steps a unit; by default they go by the bit widths.
         seed: Of all random choices.
         json: Where to write the measurements.
+        pipeline: nearest, adaquant, light (calibration, allocation, statistics) or advanced (all there is).
+        statistics: Tune statistics and biases behind nearest or adaquant.
+        budget: Allocate the widths within this size: a fraction of the float size, bytes, or the size at uniform
+            widths, for example w4a8.
+        candidates: Widths to allocate; those of BitAllocator by default.
         options: Further arguments of AdaQuantLayerwise.
     """
     quiet()
@@ -98,7 +107,7 @@ def main(
         DataLoader(Photographs(files[::2][:calibration], transform), 25),
         DataLoader(Photographs(files[1::2], transform), 25),
         model=model, qconfig=qconfig, mode=mode, granularity=granularity, steps=steps, seed=seed, file=json,
-        **options or {},
+        pipeline=pipeline, statistics=statistics, budget=budget, candidates=candidates, **options or {},
     )  # fmt: skip
 
 

@@ -28,10 +28,12 @@ from lightning_ptq import (
     BitAllocator,
     CalibrationCapture,
     Choices,
+    StatsTuning,
     calibrate,
     save_packed,
     size_cost,
 )
+from lightning_ptq.callbacks import pipelines
 from lightning_ptq.errors import PTQWarning
 from lightning_ptq.report import allocation_table
 
@@ -100,7 +102,7 @@ def seconds_per_pass(module: Classifier, loader: DataLoader, batch_size: int = 3
 
 def peak_rss_mb() -> float:
     """Most memory the process has held so far, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def packed_size(module: nn.Module) -> int:
@@ -120,6 +122,29 @@ def budget_for(module: Classifier, calibration: DataLoader, budget: str) -> floa
         return size_cost(calibrated, choices).total(choices.at(budget))
 
 
+Pipeline = Literal["nearest", "adaquant", "light", "advanced"]
+
+
+def callbacks_for(
+    pipeline: Pipeline, qconfig: str, size: float | None, candidates: list[str] | None, statistics: bool, seed: int,
+    tuning: dict[str, Any],
+) -> list[Any]:  # fmt: skip
+    """The callbacks of a pipeline."""
+    widths = {} if candidates is None else {"candidates": candidates}
+    if pipeline in ("light", "advanced"):
+        if size is None:
+            raise SystemExit(f"the {pipeline} pipeline allocates widths, so it needs a budget. Add --budget w4a4.")
+        if pipeline == "light":
+            return pipelines.light(size, seed=seed, **widths)
+        return pipelines.advanced(size, seed=seed, sequential=tuning, **widths)
+    found: list[Any] = [CalibrationCapture(qconfig)]
+    if size is not None:
+        found.append(BitAllocator(size, **widths))
+    if pipeline == "adaquant":
+        found.append(AdaQuantLayerwise(**tuning))
+    return [*found, StatsTuning(seed=seed)] if statistics else found
+
+
 def run(
     float_module: Classifier,
     calibration: DataLoader,
@@ -132,18 +157,20 @@ def run(
     steps: int | None,
     seed: int,
     file: Path | None,
+    pipeline: Pipeline = "adaquant",
+    statistics: bool = False,
     budget: str | None = None,
     candidates: list[str] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Quantize a copy of the module through ``trainer.fit`` and measure it; print a table and write the JSON.
+    """Quantize a copy of the module through ``trainer.fit`` and measure it; print tables and write the JSON.
 
     With a budget, the widths are allocated before the tuning; ``qconfig`` then is what round-to-nearest is measured at.
     """
     record: dict[str, Any] = {
         "model": model, "qconfig": qconfig, "mode": mode, "granularity": granularity, "steps": steps, "seed": seed,
+        "pipeline": pipeline, "statistics": statistics, "budget": budget, "options": options,
     }  # fmt: skip
-    record["options"] = options
     record["top1_float"] = top1(float_module, test)
     record["seconds_per_pass"] = seconds_per_pass(float_module, calibration)
     pl.seed_everything(seed, verbose=False)
@@ -153,29 +180,18 @@ def run(
     del nearest
 
     module = copy.deepcopy(float_module)
-    tuning = AdaQuantLayerwise(mode, granularity, steps=steps, seed=seed, **options)
-    callbacks: list[Any] = [CalibrationCapture(qconfig), tuning]
-    allocator = None
-    if budget is not None:
-        size = budget_for(float_module, calibration, budget)
-        allocator = BitAllocator(size=size, candidates=candidates)
-        callbacks.insert(1, allocator)
+    size = None if budget is None else budget_for(float_module, calibration, budget)
+    tuning = {"mode": mode, "granularity": granularity, "steps": steps, "seed": seed, **options}
+    callbacks = callbacks_for(pipeline, qconfig, size, candidates, statistics, seed, tuning)
     start = time.perf_counter()
     trainer(callbacks).fit(module, calibration)
     record["seconds"] = time.perf_counter() - start
-    assert tuning.result is not None
-    record["seconds_tuning"] = tuning.result.seconds_tuning
-    record["seconds_capture"] = tuning.result.seconds_capture
     record["top1_quantized"] = top1(module, test)
     record["peak_rss_mb"] = peak_rss_mb()
     record["size_bytes"] = packed_size(module)
     record["size_bytes_float"] = sum(t.numel() * t.element_size() for t in float_module.net.state_dict().values())
-    fields = ("name", "bits", "steps", "error_before", "error_after", "accepted")
-    record["units"] = [{name: getattr(unit, name) for name in fields} for unit in tuning.result.units]
-    if allocator is not None and allocator.result is not None:
-        record["budget"] = {"asked": budget, **allocator.result.allocation.to_dict()}
-        record["budget"]["rounds"] = [asdict(found) for found in allocator.result.rounds]
-        console.print(allocation_table(allocator.result))
+    for callback in callbacks:
+        _take(record, callback)
     _print(record)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -183,17 +199,41 @@ def run(
     return record
 
 
+def _take(record: dict[str, Any], callback: Any) -> None:
+    """Add what a callback has done to the record."""
+    if isinstance(callback, AdaQuantLayerwise) and callback.result is not None:
+        for key in ("seconds_tuning", "seconds_capture"):
+            record[key] = record.get(key, 0.0) + getattr(callback.result, key)
+        fields = ("name", "bits", "steps", "error_before", "error_after", "accepted")
+        record["units"] = [{name: getattr(unit, name) for name in fields} for unit in callback.result.units]
+    elif isinstance(callback, BitAllocator) and callback.result is not None:
+        record["allocation"] = callback.result.allocation.to_dict()
+        record["allocation"]["rounds"] = [asdict(found) for found in callback.result.rounds]
+        console.print(allocation_table(callback.result))
+    elif isinstance(callback, StatsTuning):
+        record["statistics_steps"] = [asdict(row) for row in callback.results or []]
+
+
 def _print(record: dict[str, Any]) -> None:
     units = Table("unit", "bits", "error before", "error after", "kept", title=f"{record['model']} {record['qconfig']}")
-    for row in record["units"]:
-        kept = "yes" if row["accepted"] else "[red]no"
+    for row in record.get("units", []):
+        kept = "yes" if row["accepted"] else "[red]no" if row["steps"] else "not tuned"
         units.add_row(row["name"], row["bits"], f"{row['error_before']:.2e}", f"{row['error_after']:.2e}", kept)
-    console.print(units)
-    table = Table("float", "nearest", "AdaQuant", "drop", "seconds", "in passes", "peak MB", "packed KB", "float KB")
-    table.add_row(
-        f"{record['top1_float']:.2f}", f"{record['top1_rtn']:.2f}", f"{record['top1_quantized']:.2f}",
-        f"{record['top1_float'] - record['top1_quantized']:.2f}", f"{record['seconds']:.1f}",
-        f"{record['seconds'] / record['seconds_per_pass']:.1f}", f"{record['peak_rss_mb']:.0f}",
-        f"{record['size_bytes'] / 1e3:.1f}", f"{record['size_bytes_float'] / 1e3:.1f}",
-    )  # fmt: skip
+    steps = Table("statistics", "before", "after", "kept")
+    for row in record.get("statistics_steps", []):
+        kept = "yes" if row["accepted"] else "[red]no"
+        steps.add_row(row["step"], f"{row['before']:.4g}", f"{row['after']:.4g}", kept)
+    for table in (units, steps):
+        if table.row_count:
+            console.print(table)
+    table = Table("what", "value", title=f"{record['model']}: {record['pipeline']}")
+    drop = record["top1_float"] - record["top1_quantized"]
+    table.add_row("top-1 float, %", f"{record['top1_float']:.2f}")
+    table.add_row(f"top-1 rounded to nearest at {record['qconfig']}", f"{record['top1_rtn']:.2f}")
+    table.add_row("top-1 quantized", f"{record['top1_quantized']:.2f}, a drop of {drop:.2f}")
+    passes = record["seconds"] / record["seconds_per_pass"]
+    table.add_row("seconds", f"{record['seconds']:.1f}, as {passes:.1f} passes forward and backward")
+    table.add_row("peak memory, MB", f"{record['peak_rss_mb']:.0f}")
+    times = record["size_bytes_float"] / record["size_bytes"]
+    table.add_row("packed file, KB", f"{record['size_bytes'] / 1e3:.1f}, {times:.2f} times smaller than float")
     console.print(table)
