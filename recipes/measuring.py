@@ -211,7 +211,7 @@ def _take(record: dict[str, Any], callback: Any) -> None:
         record["allocation"]["rounds"] = [asdict(found) for found in callback.result.rounds]
         console.print(allocation_table(callback.result))
     elif isinstance(callback, StatsTuning):
-        record["statistics_steps"] = [asdict(row) for row in callback.results or []]
+        record["statistics_steps"] = [asdict(row) for row in callback.result or []]
 
 
 def _print(record: dict[str, Any]) -> None:

@@ -6,7 +6,8 @@ import logging
 from typing import Any
 
 from lightning_ptq.adaquant import DEFAULT_MEMORY_LIMIT, AdaQuantMode, AdaQuantResult, adaquant, check_arguments
-from lightning_ptq.callbacks.base import PTQCallback, calibration_of, check_order, progress_task
+from lightning_ptq.calibration import Calibration
+from lightning_ptq.callbacks.base import StepCallback, progress_task
 from lightning_ptq.tuners import ReconstructionConfig
 from lightning_ptq.units import BlockRule, Granularity
 
@@ -15,7 +16,7 @@ log = logging.getLogger(__name__)
 _DEFAULTS = ReconstructionConfig()
 
 
-class AdaQuantLayerwise(PTQCallback):
+class AdaQuantLayerwise(StepCallback):
     """Tunes weights, biases and scales, unit by unit, so that each unit's output comes close to the float one's.
 
     A shell around :func:`lightning_ptq.adaquant`; comes behind :class:`CalibrationCapture`. Needs no labels.
@@ -52,6 +53,7 @@ class AdaQuantLayerwise(PTQCallback):
     """
 
     role = "AdaQuantLayerwise"
+    result: AdaQuantResult | None
 
     def __init__(
         self,
@@ -94,26 +96,16 @@ class AdaQuantLayerwise(PTQCallback):
         self.candidates = candidates
         self.memory_limit = memory_limit
         self.seed = seed
-        self.result: AdaQuantResult | None = None
 
     @property
     def state_key(self) -> str:
         """Distinct for a parallel and a sequential instance in one list."""
         return self._generate_state_key(mode=self.mode, granularity=self.granularity, seed=self.seed)
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Check the order of the callbacks."""
-        if stage == "fit":
-            check_order(trainer)
-            self.result = None
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def work(self, trainer: Any, calibration: Calibration) -> AdaQuantResult:
         """Tune the calibrated module."""
-        calibration = calibration_of(trainer)
-        if calibration is None or self.result is not None:
-            return
         with progress_task(trainer, f"AdaQuant {self.mode}") as progress:
-            self.result = adaquant(
+            result = adaquant(
                 calibration,
                 mode=self.mode,
                 granularity=self.granularity,
@@ -124,10 +116,11 @@ class AdaQuantLayerwise(PTQCallback):
                 seed=self.seed,
                 progress=progress,
             )
-        accepted = sum(row.accepted for row in self.result.units)
-        steps = sum(row.steps > 0 for row in self.result.units)
-        log.info("tuned %d of %d units, kept %d", steps, len(self.result.units), accepted)
+        accepted = sum(row.accepted for row in result.units)
+        steps = sum(row.steps > 0 for row in result.units)
+        log.info("tuned %d of %d units, kept %d", steps, len(result.units), accepted)
         for logger in trainer.loggers:
-            for step, row in enumerate(self.result.units):
+            for step, row in enumerate(result.units):
                 errors = {"ptq/error_before": row.error_before, "ptq/error_after": row.error_after}
                 logger.log_metrics({**errors, "ptq/accepted": float(row.accepted)}, step=step)
+        return result

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from lightning_ptq.calibration import Calibration
 from lightning_ptq.callbacks.adaquant import AdaQuantLayerwise
-from lightning_ptq.callbacks.base import PTQCallback, calibration_of, check_order, progress_task, ptq_callbacks
+from lightning_ptq.callbacks.base import StepCallback, progress_task, ptq_callbacks
 from lightning_ptq.choices import Choices, TunedStates
 from lightning_ptq.costs import Cost, Table, bops_cost, size_cost, table_cost
 from lightning_ptq.errors import AllocationError, QConfigError
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 DEFAULT_CANDIDATES = ("w8a8", "w4a8", "w4a4", "w2a4")
 
 
-class BitAllocator(PTQCallback):
+class BitAllocator(StepCallback):
     """Chooses each layer's bit widths: the least degradation within a budget, or the least cost within a degradation.
 
     A shell around :func:`~lightning_ptq.refinement.search_allocation`; comes behind :class:`CalibrationCapture`, or
@@ -64,6 +64,7 @@ class BitAllocator(PTQCallback):
     """
 
     role = "BitAllocator"
+    result: AllocationResult | None
 
     def __init__(
         self,
@@ -100,22 +101,12 @@ class BitAllocator(PTQCallback):
         self.ties = ties or []
         self.pins = pins or {}
         self.time_limit = time_limit
-        self.result: AllocationResult | None = None
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Check the order of the callbacks."""
-        if stage == "fit":
-            check_order(trainer)
-            self.result = None
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def work(self, trainer: Any, calibration: Calibration) -> AllocationResult:
         """Allocate, and give the layers their widths."""
-        calibration = calibration_of(trainer)
-        if calibration is None or self.result is not None:
-            return
         candidates, states = self._tuned(trainer)
         with progress_task(trainer, "Sensitivity") as progress:
-            self.result = search_allocation(
+            result = search_allocation(
                 calibration,
                 candidates,
                 self.costs(calibration, candidates),
@@ -132,14 +123,15 @@ class BitAllocator(PTQCallback):
                 },
                 progress=progress,
             )
-        apply_allocation(calibration, self.result.allocation, states)
+        apply_allocation(calibration, result.allocation, states)
         console = Console(width=110)
         with console.capture() as text:
-            console.print(allocation_table(self.result))
+            console.print(allocation_table(result))
         log.info("\n%s", text.get())
         for logger in trainer.loggers:
-            costs = {f"ptq/{name}": total for name, total in self.result.allocation.costs.items()}
-            logger.log_metrics({**costs, f"ptq/{self.measuring['measure']}": self.result.measured})
+            costs = {f"ptq/{name}": total for name, total in result.allocation.costs.items()}
+            logger.log_metrics({**costs, f"ptq/{self.measuring['measure']}": result.measured})
+        return result
 
     def costs(self, calibration: Calibration, candidates: list[str]) -> list[Cost]:
         """Size, bit operations and the user's table for a calibrated module."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,32 @@ class PTQCallback(LightningCallback):
 
     role = ""
     calibration: Calibration | None = None
+
+
+class StepCallback(PTQCallback, ABC):
+    """A callback that works once on the calibrated module, when the calibration pass is over.
+
+    Attributes:
+        result: What :meth:`work` returned in the last run.
+    """
+
+    result: Any = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Check the order of the callbacks."""
+        if stage == "fit":
+            check_order(trainer)
+            self.result = None
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Do the work, once."""
+        calibration = calibration_of(trainer)
+        if calibration is not None and self.result is None:
+            self.result = self.work(trainer, calibration)
+
+    @abstractmethod
+    def work(self, trainer: Any, calibration: Calibration) -> Any:
+        """Change the calibrated module in place; what is returned becomes :attr:`result`."""
 
 
 def ptq_callbacks(trainer: Any) -> list[PTQCallback]:

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from lightning_ptq.adaquant import DEFAULT_MEMORY_LIMIT
 from lightning_ptq.bias_tuning import tune_bias
-from lightning_ptq.callbacks.base import PTQCallback, calibration_of, check_order, progress_task
+from lightning_ptq.calibration import Calibration
+from lightning_ptq.callbacks.base import StepCallback, progress_task
 from lightning_ptq.errors import QConfigError
 from lightning_ptq.outputs import ChooseOutput, Divergence
 from lightning_ptq.statistics import StatisticsResult, para_normalize, reestimate_batch_norm
@@ -17,7 +18,7 @@ Target = Literal["auto", "batch_norm", "float"]
 log = logging.getLogger(__name__)
 
 
-class StatsTuning(PTQCallback):
+class StatsTuning(StepCallback):
     """Corrects the biases that quantization brings into means and deviations; integers stay as they are.
 
     A shell around :func:`~lightning_ptq.statistics.reestimate_batch_norm`,
@@ -39,7 +40,7 @@ class StatsTuning(PTQCallback):
         seed: Of all random choices.
 
     Attributes:
-        results: A :class:`~lightning_ptq.statistics.StatisticsResult` for each step of the last run.
+        result: A :class:`~lightning_ptq.statistics.StatisticsResult` for each step of the last run.
 
     Raises:
         QConfigError: If an argument is out of its domain.
@@ -51,6 +52,7 @@ class StatsTuning(PTQCallback):
     """
 
     role = "StatsTuning"
+    result: list[StatisticsResult] | None
 
     def __init__(
         self,
@@ -75,32 +77,23 @@ class StatsTuning(PTQCallback):
         self.bias = bias
         self.tuning: dict[str, Any] = {"steps": steps, "lr": lr, "norm_affine": norm_affine}
         self.memory_limit = memory_limit
-        self.results: list[StatisticsResult] | None = None
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Check the order of the callbacks."""
-        if stage == "fit":
-            check_order(trainer)
-            self.results = None
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def work(self, trainer: Any, calibration: Calibration) -> list[StatisticsResult]:
         """Run the steps, one after the other."""
-        calibration = calibration_of(trainer)
-        if calibration is None or self.results is not None:
-            return
-        self.results = []
+        results: list[StatisticsResult] = []
         with progress_task(trainer, "Statistics") as progress:
             common: dict[str, Any] = {**self.common, "progress": progress}
             store: dict[str, Any] = {"memory_limit": self.memory_limit}
             if self.target in ("auto", "batch_norm"):
-                self.results.append(reestimate_batch_norm(calibration, **store, **common))
+                results.append(reestimate_batch_norm(calibration, **store, **common))
             if self.target in ("auto", "float"):
                 every = self.target == "float"
-                self.results.append(para_normalize(calibration, every_layer=every, **store, **common))
+                results.append(para_normalize(calibration, every_layer=every, **store, **common))
             if self.bias:
-                self.results.append(tune_bias(calibration, **self.tuning, **common))
-        for step, row in enumerate(self.results):
+                results.append(tune_bias(calibration, **self.tuning, **common))
+        for step, row in enumerate(results):
             log.info("%s: %.4g -> %.4g, %s", row.step, row.before, row.after, "kept" if row.accepted else "taken back")
             for logger in trainer.loggers:
                 values = {"ptq/statistics_before": row.before, "ptq/statistics_after": row.after}
                 logger.log_metrics({**values, "ptq/accepted": float(row.accepted)}, step=step)
+        return results

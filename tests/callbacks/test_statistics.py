@@ -42,8 +42,8 @@ def test_the_callback_does_what_the_functions_do(pl, tmp_path, target):
     calibration = calibrate(net, IMAGES.split(8), "w2a4")
     adaquant(calibration, config=ReconstructionConfig(**SHORT))
     expected = steps(calibration, target)
-    assert [(row.step, row.accepted) for row in tuning.results] == [(row.step, row.accepted) for row in expected]
-    assert [row.after for row in tuning.results] == pytest.approx([row.after for row in expected])
+    assert [(row.step, row.accepted) for row in tuning.result] == [(row.step, row.accepted) for row in expected]
+    assert [row.after for row in tuning.result] == pytest.approx([row.after for row in expected])
     assert same_state(state(module), state(net))
 
 
@@ -59,7 +59,7 @@ def test_a_whole_pipeline_ends_in_a_packed_file(pl, tmp_path, make):
     trainer(pl, tmp_path, *callbacks).fit(module, loader())
     allocator = next(callback for callback in callbacks if isinstance(callback, BitAllocator))
     assert allocator.result.allocation.costs["size"] <= allocator.result.allocation.limits["size"]
-    assert len(callbacks[-1].results) == 3
+    assert len(callbacks[-1].result) == 3
     save_packed(module, tmp_path / "packed.safetensors")
     again = load_packed(classifier(pl), tmp_path / "packed.safetensors").eval()
     torch.testing.assert_close(again(IMAGES), module.eval()(IMAGES), rtol=0, atol=0)
