@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_ptq.adaquant import Progress
 from lightning_ptq.calibration import Calibration
 from lightning_ptq.choices import Choice, Choices
+from lightning_ptq.errors import SensitivityError
 from lightning_ptq.modules import QuantLayer
 from lightning_ptq.outputs import OutputReader
 
@@ -81,6 +82,9 @@ def _calls(
     finally:
         for handle in handles:
             handle.remove()
+    if logits.dim() < 2 or not logits.requires_grad:
+        why = f"have shape {tuple(logits.shape)}, no classes among them" if logits.dim() < 2 else "carry no gradients"
+        raise SensitivityError(f"measure='fisher' needs logits with gradients, the outputs {why}. Use 'kl' or 'mse'.")
     logs = logits.float().movedim(1, -1).log_softmax(-1) if logits.dim() > 3 else logits.float().log_softmax(-1)
     flat = logs.reshape(-1, logs.shape[-1])
     drawn = torch.multinomial(flat.detach().exp(), 1, generator=generator)

@@ -208,6 +208,16 @@ def test_bad_input_is_told_and_leaves_the_module_as_it_was():
         assert same_state(state(calibration.module), before)
 
 
+@pytest.mark.parametrize(("tail", "forward", "message"), [
+    ([], lambda module, batch: torch.no_grad()(module)(batch), "outputs carry no gradients"),
+    ([nn.Linear(4, 1), nn.Flatten(0)], lambda module, batch: module(batch), r"shape \(16,\), no classes"),
+])  # fmt: skip
+def test_fisher_needs_logits_with_gradients(tail, forward, message):
+    calibration = calibrate(nn.Sequential(nn.Linear(6, 4), *tail), [seeded(1, 16, 6)], "w8a8", forward=forward)
+    with pytest.raises(SensitivityError, match=message):
+        measure_sensitivity(calibration, CANDIDATES, measure="fisher")
+
+
 def test_a_loss_that_is_nan_is_named():
     broken.on = False
     calibration = calibrate(sharp(ResNet), IMAGES, "w8a8", forward=broken)
