@@ -25,17 +25,19 @@ def fisher_rises(
 ) -> dict[str, dict[str, list[float]]]:
     """The rise of the KL divergence to second order, by layer, candidate and batch.
 
-    A layer's output moves by ``δ`` when it goes to a candidate. For labels ``y`` drawn from the network's own
-    distribution, ``KL ≈ ½ E[(δ · ∇ log p(y))²]``, the quadratic form of the Fisher information (as in BRECQ, Li et
-    al., 2021, eq. 10, but with the correlations within a sample). So a forward and a backward pass of the network,
-    and for each candidate a forward of each layer alone, do for the whole table.
+    A layer's output moves by ``δ`` when it goes to a candidate. Then ``KL ≈ ½ Σ_c p_c (δ · ∇ log p_c)²``, the quadratic
+    form of the Fisher information (as in BRECQ, Li et al., 2021, eq. 10, but with the correlations within a sample).
+    With random signs ``v``, the gradient ``g`` of ``Σ_c v_c √p_c log p_c``, the root held fixed, has
+    ``E[(δ · g)²] = Σ_c p_c (δ · ∇ log p_c)²``; unlike for labels drawn from ``p``, rare classes bring no rare, large
+    values. So a forward and a backward pass of the network, and for each candidate a forward of each layer alone, do
+    for the whole table.
 
     Args:
         calibration: The calibrated module, all layers at their base, in eval mode.
         choices: The candidates.
         base: Each layer's base.
         reader: Where the logits are read; classes are the last dimension but for images (n, c, h, w), the second.
-        seed: Of the labels.
+        seed: Of the signs.
         progress: Called with batches done, batches in all, and a text.
     """
     generator = torch.Generator(calibration.device).manual_seed(seed)
@@ -87,8 +89,9 @@ def _calls(
         raise SensitivityError(f"measure='fisher' needs logits with gradients, the outputs {why}. Use 'kl' or 'mse'.")
     logs = logits.float().movedim(1, -1).log_softmax(-1) if logits.dim() > 3 else logits.float().log_softmax(-1)
     flat = logs.reshape(-1, logs.shape[-1])
-    drawn = torch.multinomial(flat.detach().exp(), 1, generator=generator)
-    gradients = torch.autograd.grad(flat.gather(1, drawn).sum(), [t for _, t in tails], allow_unused=True)
+    signs = torch.randint(0, 2, flat.shape, generator=generator, device=flat.device) * 2 - 1
+    projection = (flat * signs * (flat.detach() / 2).exp()).sum()
+    gradients = torch.autograd.grad(projection, [t for _, t in tails], allow_unused=True)
     for (call, _), gradient in zip(tails, gradients, strict=True):
         call.gradient = gradient
     return calls
