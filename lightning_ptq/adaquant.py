@@ -151,7 +151,7 @@ class _Run:
         self.quantized_stream = Replay(self.calibration, self.units, self.store, "quantized")
         self.steps_done = 0
         work = [pairs for unit in self.units for pairs, _ in groupby(sorted(self._choices(unit), key=str))]
-        self.steps = sum(self.config.steps_for(pairs) for pairs in work)
+        self.steps = sum(self._steps(pairs) for pairs in work)
 
     def unit(self, index: int) -> None:
         """Capture, tune and, in sequential mode, hand the quantized outputs on."""
@@ -190,10 +190,14 @@ class _Run:
         def on_step(step: int) -> None:
             self.progress(before + step, self.steps, unit.name)
 
-        row = reconstruct_unit(unit, data, self.config, generator, on_step)
-        self.steps_done = before + self.config.steps_for(_qconfigs(unit))
+        steps = self._steps(_qconfigs(unit))
+        row = reconstruct_unit(unit, data, self.config, steps, generator, on_step)
+        self.steps_done = before + steps
         self.result.units.append(row)
         return row
+
+    def _steps(self, widths: list[LayerQConfig]) -> int:
+        return self.config.steps_for(widths, self.calibration.samples)
 
     def _tune_candidates(self, unit: Unit, data: UnitData) -> None:
         """Tune at each candidate, from the float weights; the calibrated widths stay in place."""

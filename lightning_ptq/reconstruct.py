@@ -54,6 +54,7 @@ def reconstruct_unit(
     unit: Unit,
     data: UnitData,
     config: ReconstructionConfig,
+    steps: int,
     generator: torch.Generator,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> UnitResult:
@@ -65,6 +66,7 @@ def reconstruct_unit(
         unit: A unit of a calibrated module in eval mode.
         data: Its inputs, with targets set.
         config: How.
+        steps: Optimisation steps; see :meth:`ReconstructionConfig.steps_for`.
         generator: Source of all randomness.
         on_step: Called with the number of steps done.
 
@@ -79,7 +81,6 @@ def reconstruct_unit(
     bits = "/".join(sorted(set(map(str, widths))))
     if before < config.tolerance_for(widths):
         return UnitResult(unit.name, bits, before, before, False, 0, time.perf_counter() - start)
-    steps = config.steps_for(widths)
     tuners = [make_tuner(unit, name, layer, config) for name, layer in unit.layers.items()]
     saved = [layer_state(layer) for layer in unit.layers.values()]
     with _tuning(unit, config, generator):

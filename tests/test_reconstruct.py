@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from helpers import build, relative_error, same_state, seeded, state
 from torch import nn
 
-from lightning_ptq import QConfig, ReconstructionConfig, calibrate
+from lightning_ptq import LayerQConfig, QConfig, ReconstructionConfig, calibrate
 from lightning_ptq.errors import QConfigError, TiedWeightWarning
 from lightning_ptq.fake_quant import FakeQuantize
 from lightning_ptq.reconstruct import reconstruct_unit
@@ -64,7 +64,8 @@ class Case:
         config = ReconstructionConfig(
             **{"steps": 60, "weight_lr": 0.05, "drop": 0.0, "batch_size": 32, "held_out": 0.125, **options}
         )
-        return reconstruct_unit(self.unit, self.data, config, torch.Generator().manual_seed(seed), on_step)
+        steps, generator = config.steps_for([], SAMPLES), torch.Generator().manual_seed(seed)
+        return reconstruct_unit(self.unit, self.data, config, steps, generator, on_step)
 
     def effective(self):
         """What the layer computes with, by the names that ``learn`` uses."""
@@ -119,6 +120,15 @@ def test_a_unit_below_the_tolerance_is_left_alone(bits, options, tuned):
     if not tuned:
         assert (result.accepted, result.error_after) == (False, result.error_before)
         assert same_state(state(case.calibration.module), before)
+
+
+@pytest.mark.parametrize(("bits", "samples", "steps"), [
+    ("w2a4", 1024, 250), ("w2a4", 5000, 250), ("w4a8", 1024, 100), ("w4a8", 256, 50), ("w8a8", 1, 1),
+])  # fmt: skip
+def test_steps_go_by_the_least_width_and_the_samples(bits, samples, steps):
+    widths = [LayerQConfig.parse(bits), LayerQConfig.parse("w8a8")]
+    assert ReconstructionConfig().steps_for(widths, samples) == steps
+    assert ReconstructionConfig(steps=7).steps_for(widths, samples) == 7
 
 
 def test_dropping_falls_to_zero_over_the_steps(monkeypatch):

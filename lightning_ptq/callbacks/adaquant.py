@@ -26,7 +26,7 @@ class AdaQuantLayerwise(StepCallback):
         granularity: ``"block"`` or ``"layer"``.
         blocks: Name patterns of the blocks, or a function of name and module, in place of the automatic search.
         candidates: Bit widths for parallel mode; by default the calibrated ones alone.
-        steps: Optimisation steps a unit; None to go by the widths.
+        steps: Optimisation steps a unit; None to go by the widths and the number of samples.
         batch_size: Samples a step.
         learn: What is tuned; see :class:`~lightning_ptq.reconstruct.ReconstructionConfig`, as for the rest.
         weight_lr: In steps of the weight grid.
