@@ -45,8 +45,8 @@ class BitAllocator(StepCallback):
         measure: ``"kl"``, ``"mse"``, ``"loss"`` or ``"fisher"``; see
             :func:`~lightning_ptq.sensitivity.measure_sensitivity`.
         output: Which tensor of the network's output ``"kl"`` and ``"mse"`` compare: a key, an index or a function.
-        rounds: Sensitivity tables to measure; those behind the first are measured around the best choice so far, and
-            make it better where no tuning follows.
+        rounds: Sensitivity tables to measure; those behind the first are measured around the best choice so far, which
+            changes only if the network measures better.
         ties: Layer-name patterns; all layers that one matches get the same widths.
         pins: Candidate by layer-name pattern.
         time_limit: Seconds for the solver.
@@ -77,7 +77,7 @@ class BitAllocator(StepCallback):
         candidates: list[str] | None = None,
         measure: Measure = "fisher",
         output: ChooseOutput | None = None,
-        rounds: int = 1,
+        rounds: int = 2,
         ties: list[str] | None = None,
         pins: Mapping[str, str] | None = None,
         time_limit: float = 60.0,

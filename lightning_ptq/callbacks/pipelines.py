@@ -39,7 +39,7 @@ def light(
     """
     return [
         CalibrationCapture(candidates[0], num_samples, **capture or {}),
-        BitAllocator(size, candidates=list(candidates), **{"rounds": 2, **(allocator or {})}),
+        BitAllocator(size, candidates=list(candidates), **allocator or {}),
         StatsTuning(seed=seed, **statistics or {}),
     ]
 

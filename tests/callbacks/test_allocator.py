@@ -45,7 +45,7 @@ def test_the_callback_does_what_the_functions_do_between_two_tunings(pl, tmp_pat
     config = ReconstructionConfig(**SHORT)
     states = adaquant(calibration, mode="parallel", candidates=CANDIDATES, config=config).states
     found = search_allocation(
-        calibration, CANDIDATES, costs(calibration), {"size": 0.25}, rounds=1, states=states,
+        calibration, CANDIDATES, costs(calibration), {"size": 0.25}, states=states,
         measuring={"measure": "fisher"},
     )  # fmt: skip
     apply_allocation(calibration, found.allocation, states)
