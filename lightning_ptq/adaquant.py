@@ -18,7 +18,7 @@ from lightning_ptq.forward import eval_mode
 from lightning_ptq.qconfig import LayerQConfig
 from lightning_ptq.reconstruct import UnitResult, reconstruct_unit
 from lightning_ptq.replay import Replay
-from lightning_ptq.store import ActivationStore, parse_bytes
+from lightning_ptq.store import ActivationStore, parse_bytes, trim_heap
 from lightning_ptq.tuners import ReconstructionConfig, layer_state, set_layer_state
 from lightning_ptq.unit_data import UnitData
 from lightning_ptq.units import BlockRule, Granularity, Unit, find_units
@@ -168,6 +168,7 @@ class _Run:
         if self.mode == "sequential":
             data.drop_targets()
             self.quantized_stream.finish(index, data.outputs(unit.module, len(self.calibration.batches), "quantized"))
+        trim_heap()
         self.result.seconds_tuning += tuned - captured
         self.result.seconds_capture += time.perf_counter() - tuned + captured - start
 
