@@ -46,7 +46,7 @@ def format(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Static types, strictly."""
-    session.install("mypy>=1.14", "nox", "-e", ".")
+    session.install("mypy>=1.14", "nox", "-e", ".[plots]")
     session.run("mypy")
 
 
