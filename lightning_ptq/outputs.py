@@ -59,9 +59,11 @@ class OutputReader:
             tensor = self.choose(output)
         elif self.choose is not None:
             try:
-                tensor = output[self.choose]
-            except (KeyError, IndexError, TypeError) as error:
-                raise SensitivityError(f"the network's output has no {self.choose!r}. {_shown(output)}") from error
+                tensor = output[self.choose] if not isinstance(output, Tensor) else None
+            except (KeyError, IndexError, TypeError):
+                tensor = None
+            if tensor is None:
+                raise SensitivityError(f"the network's output has no {self.choose!r}. {_shown(output)}")
         elif not isinstance(output, Tensor):
             leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
             tensor = leaves[0] if len(leaves) == 1 else None

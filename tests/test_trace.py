@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_ptq import prepare
-from lightning_ptq.trace import Trace, trace
+from lightning_ptq.trace import RESULT, Trace, trace
 
 
 class Pieces(nn.Module):
@@ -109,7 +109,16 @@ def keyword(net: Any, x: Tensor) -> Tensor:
     ids=["chain", "unet", "in_place", "views", "written_over", "twice", "keyword"],
 )
 def test_needed_outputs(forward: Callable, expected: dict[str, str]) -> None:
-    assert traced(forward).needed_outputs(expected) == {unit: set(needed) for unit, needed in expected.items()}
+    found = traced(forward).needed_outputs(expected)
+    found.pop(RESULT)
+    assert found == {unit: set(needed) for unit, needed in expected.items()}
+
+
+def test_outputs_that_reach_the_result_past_all_units() -> None:
+    net = attach_all(Pair(), torch.randn(3, 4))
+    assert net.needed_outputs(["left", "right"])[RESULT] == {"left", "right"}
+    watched = attach_all(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), torch.randn(3, 4))
+    assert watched.needed_outputs(["0", "2"])[RESULT] == {"2"}
 
 
 class Pair(nn.Module):
@@ -155,7 +164,9 @@ class Blocks(nn.Module):
 def test_needed_outputs_of_blocks(units: list[str], expected: dict[str, set[str]]) -> None:
     net = Blocks()
     watched = attach_all(net, torch.randn(3, 4))
-    assert watched.needed_outputs(units) == expected
+    found = watched.needed_outputs(units)
+    found.pop(RESULT)
+    assert found == expected
 
 
 @pytest.mark.parametrize(
