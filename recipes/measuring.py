@@ -136,6 +136,7 @@ def callbacks_for(
             raise SystemExit(f"the {pipeline} pipeline allocates widths, so it needs a budget. Add --budget w4a4.")
         if pipeline == "light":
             return pipelines.light(size, seed=seed, **widths)
+        del tuning["mode"]  # both, one after the other
         return pipelines.advanced(size, seed=seed, sequential=tuning, **widths)
     found: list[Any] = [CalibrationCapture(qconfig)]
     if size is not None:
