@@ -24,7 +24,7 @@ def tune_bias(
     norm_affine: bool = False,
     measure: Divergence = "kl",
     output: ChooseOutput | None = None,
-    held_out: float = 0.125,
+    held_out: float = 0.25,
     seed: int = 0,
     progress: Progress = lambda done, total, text: None,
 ) -> StatisticsResult:

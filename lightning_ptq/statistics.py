@@ -63,7 +63,7 @@ class Changes:
 def reestimate_batch_norm(
     calibration: Calibration,
     *,
-    held_out: float = 0.125,
+    held_out: float = 0.25,
     measure: str = "kl",
     output: ChooseOutput | None = None,
     memory_limit: str | int = DEFAULT_MEMORY_LIMIT,
@@ -95,7 +95,7 @@ def para_normalize(
     calibration: Calibration,
     *,
     every_layer: bool = False,
-    held_out: float = 0.125,
+    held_out: float = 0.25,
     measure: str = "kl",
     output: ChooseOutput | None = None,
     memory_limit: str | int = DEFAULT_MEMORY_LIMIT,

@@ -27,8 +27,8 @@ class StatsTuning(StepCallback):
 
     Args:
         target: What statistics the layers' outputs are brought back to. ``"batch_norm"``: those of the batch norms,
-            folded or not; ``"float"``: the float layers' own; ``"auto"``: the norm's where there is one, else the
-            float layer's; None for no such step.
+            folded or not; ``"float"``: the float layers' own; ``"auto"``: first the one, then the other, each kept
+            only if it helps; None for no such step.
         bias: Tune the biases by distillation.
         steps: Of bias tuning.
         lr: Of bias tuning, relative to the mean magnitude of a layer's biases.
@@ -63,7 +63,7 @@ class StatsTuning(StepCallback):
         norm_affine: bool = False,
         measure: Divergence = "kl",
         output: ChooseOutput | None = None,
-        held_out: float = 0.125,
+        held_out: float = 0.25,
         memory_limit: str | int = DEFAULT_MEMORY_LIMIT,
         seed: int = 0,
     ) -> None:
@@ -87,8 +87,7 @@ class StatsTuning(StepCallback):
             if self.target in ("auto", "batch_norm"):
                 results.append(reestimate_batch_norm(calibration, **store, **common))
             if self.target in ("auto", "float"):
-                every = self.target == "float"
-                results.append(para_normalize(calibration, every_layer=every, **store, **common))
+                results.append(para_normalize(calibration, every_layer=True, **store, **common))
             if self.bias:
                 results.append(tune_bias(calibration, **self.tuning, **common))
         for step, row in enumerate(results):

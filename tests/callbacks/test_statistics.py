@@ -29,7 +29,7 @@ SHORT = {"steps": 6, "batch_size": 8}
 def steps(calibration, target):
     """What the callback does, by the functions."""
     found = [reestimate_batch_norm(calibration)] if target in ("auto", "batch_norm") else []
-    found += [para_normalize(calibration, every_layer=target == "float")] if target in ("auto", "float") else []
+    found += [para_normalize(calibration, every_layer=True)] if target in ("auto", "float") else []
     return [*found, tune_bias(calibration, steps=8)]
 
 
