@@ -12,11 +12,12 @@ from lightning_ptq.choices import Choices
 from lightning_ptq.costs import Cost, bops_cost, size_cost, table_cost
 from lightning_ptq.export.packed import load_packed, save_packed
 from lightning_ptq.frontier import Frontier, frontier
+from lightning_ptq.judging import StatisticsResult
 from lightning_ptq.qconfig import LayerQConfig, QConfig, QuantSpec
 from lightning_ptq.reconstruct import UnitResult
 from lightning_ptq.refinement import AllocationResult, apply_allocation, search_allocation
 from lightning_ptq.sensitivity import SensitivityTable, measure_choice, measure_sensitivity
-from lightning_ptq.statistics import StatisticsResult, para_normalize, reestimate_batch_norm
+from lightning_ptq.statistics import para_normalize, reestimate_batch_norm
 from lightning_ptq.surgery import Prepared, prepare
 from lightning_ptq.tuners import ReconstructionConfig
 

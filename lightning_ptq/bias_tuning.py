@@ -9,9 +9,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_ptq.adaquant import Progress
 from lightning_ptq.calibration import Calibration
 from lightning_ptq.errors import QConfigError
+from lightning_ptq.judging import Changes, StatisticsResult, judged
 from lightning_ptq.modules import FoldableBatchNorm
 from lightning_ptq.outputs import ChooseOutput, Divergence, OutputReader, divergence, float_outputs
-from lightning_ptq.statistics import Changes, StatisticsResult, judged
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, _BatchNorm)
 

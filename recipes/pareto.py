@@ -12,10 +12,12 @@ from cifar10 import load
 from jsonargparse import auto_cli
 from measuring import budget_for, console, quiet, top1
 from rich.table import Table
+from torch.utils.data import DataLoader
 
 from lightning_ptq import (
+    Calibration,
     Choices,
-    LayerQConfig,
+    Frontier,
     adaquant,
     allocate_bits,
     apply_allocation,
@@ -25,6 +27,22 @@ from lightning_ptq import (
     measure_sensitivity,
     size_cost,
 )
+
+
+def show(sweep: Frontier) -> None:
+    """Print the sweep."""
+    shown = Table("budget", "bytes", f"{sweep.measure} predicted", "measured", title="Rounded to nearest")
+    for point in sweep.points:
+        cells = (point.budget, point.allocation.costs["size"], point.predicted, point.measured)
+        shown.add_row(*[f"{cell:.6g}" for cell in cells])
+    console.print(shown)
+
+
+def tuned_top1(calibration: Calibration, choice: dict[str, str], test: DataLoader, seed: int) -> float:
+    """Accuracy of the network at these widths, tuned block by block."""
+    apply_allocation(calibration, choice)
+    adaquant(calibration, seed=seed)
+    return top1(calibration.module, test)
 
 
 def main(
@@ -76,25 +94,17 @@ def main(
     sweep = frontier(table, size, budgets, measure=lambda choice: measure_choice(plain, choice))
     for ending in ("csv", "json", "png"):
         sweep.save(out / f"frontier.{ending}")
-    shown = Table("budget", "bytes", f"{measure} predicted", "measured", title="Rounded to nearest")
-    for point in sweep.points:
-        cells = (point.budget, point.allocation.costs["size"], point.predicted, point.measured)
-        shown.add_row(*[f"{cell:.6g}" for cell in cells])
-    console.print(shown)
+    show(sweep)
 
     rows = []
     for name in tuned:
-        budget = budget_for(module, calib, name)
-        settings = {"allocated": allocate_bits(table, size, {"size": budget}).choice}
+        settings = {"allocated": allocate_bits(table, size, {"size": budget_for(module, calib, name)}).choice}
         if name.startswith("w"):
-            LayerQConfig.parse(name)
             settings["uniform"] = Choices(plain, [name]).at(name)
         for kind, choice in settings.items():
             console.print(f"tuning at {name}, {kind} ...")
-            network = calibrated()
-            apply_allocation(network, choice)
-            adaquant(network, seed=seed)
-            rows.append({"size": name, "widths": kind, "top1": top1(network.module, test), "choice": choice})
+            row = {"size": name, "widths": kind, "top1": tuned_top1(calibrated(), choice, test, seed), "choice": choice}
+            rows.append(row)
     (out / "tuned.json").write_text(json.dumps(rows, indent=1))
     shown = Table("size", "widths", "top-1 %", title=f"Tuned block by block; float {top1(module, test):.2f}")
     for row in rows:

@@ -10,8 +10,9 @@ from torch import nn
 
 from lightning_ptq import QConfig, calibrate, para_normalize, reestimate_batch_norm, tune_bias
 from lightning_ptq.errors import QConfigError, StatisticsError, UnfoldedBatchNormWarning
+from lightning_ptq.judging import split_samples
 from lightning_ptq.modules import layers_in_mode
-from lightning_ptq.statistics import ChannelStatistics, split_samples, watch_outputs
+from lightning_ptq.statistics import ChannelStatistics, watch_outputs
 
 
 class Folded(nn.Module):

@@ -10,8 +10,9 @@ from lightning_ptq.bias_tuning import tune_bias
 from lightning_ptq.calibration import Calibration
 from lightning_ptq.callbacks.base import StepCallback, progress_task
 from lightning_ptq.errors import QConfigError
+from lightning_ptq.judging import StatisticsResult
 from lightning_ptq.outputs import ChooseOutput, Divergence
-from lightning_ptq.statistics import StatisticsResult, para_normalize, reestimate_batch_norm
+from lightning_ptq.statistics import para_normalize, reestimate_batch_norm
 
 Target = Literal["auto", "batch_norm", "float"]
 
@@ -40,7 +41,7 @@ class StatsTuning(StepCallback):
         seed: Of all random choices.
 
     Attributes:
-        result: A :class:`~lightning_ptq.statistics.StatisticsResult` for each step of the last run.
+        result: A :class:`~lightning_ptq.judging.StatisticsResult` for each step of the last run.
 
     Raises:
         QConfigError: If an argument is out of its domain.
