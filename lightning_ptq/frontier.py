@@ -40,12 +40,14 @@ class Frontier:
     Attributes:
         cost: The cost whose budget is swept.
         measure: What is predicted and measured.
+        unit: Of the cost.
         points: By budget, ascending.
         skipped: Budgets that no choice can meet, or that limit nothing.
     """
 
     cost: str
     measure: str
+    unit: str = ""
     points: list[FrontierPoint] = field(default_factory=list)
     skipped: list[float] = field(default_factory=list)
 
@@ -92,7 +94,7 @@ class Frontier:
         values = [p.predicted for p in self.points] + [value for _, value in measured]
         if min(values) > 0:
             axes.set_yscale("log")
-        axes.set_xlabel(self.cost)
+        axes.set_xlabel(f"{self.cost}, {self.unit}" if self.unit else self.cost)
         axes.set_ylabel(self.measure)
         axes.legend()
         axes.grid(alpha=0.3)
@@ -143,4 +145,5 @@ def frontier(
         points.append(FrontierPoint(budget, sensitivity.predict(allocation.choice), measured, allocation))
     if not points:
         raise AllocationError(f"no budget of {sorted(budgets)} is reachable: {reason}")
-    return Frontier(name, sensitivity.measure, points, skipped)
+    unit = next(cost.unit for cost in costs if cost.name == name)
+    return Frontier(name, sensitivity.measure, unit, points, skipped)
