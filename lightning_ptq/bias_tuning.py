@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_ptq.adaquant import Progress
 from lightning_ptq.calibration import Calibration
 from lightning_ptq.errors import QConfigError
+from lightning_ptq.forward import batch_size
+from lightning_ptq.gradient import Gradient
+from lightning_ptq.journal import Journal
 from lightning_ptq.judging import Changes, StatisticsResult, judged
 from lightning_ptq.modules import FoldableBatchNorm
 from lightning_ptq.outputs import ChooseOutput, Divergence, OutputReader, divergence, float_outputs
+from lightning_ptq.sharding import is_divisible
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, _BatchNorm)
 
@@ -27,6 +31,7 @@ def tune_bias(
     held_out: float = 0.25,
     seed: int = 0,
     progress: Progress = lambda done, total, text: None,
+    journal: Journal | None = None,
 ) -> StatisticsResult:
     """Tune all biases of the quantized layers so that the network's output comes close to the float one's.
 
@@ -42,6 +47,9 @@ def tune_bias(
         held_out: Share of the samples that judge the step and are not used for it.
         seed: Of the order of the batches and the choice of held-out samples.
         progress: Called with steps done, steps in all, and a text.
+        journal: Where the finished step is kept, and found again.
+
+    Several ranks (``calibration.ranks``) share each batch, if its samples can be told apart.
 
     Raises:
         StatisticsError: If there are fewer than two samples.
@@ -57,7 +65,9 @@ def tune_bias(
         _distil(part, values, steps, lr, measure, OutputReader(part, output), seed, progress)
         return Changes(list(values))
 
-    return judged("bias", calibration, work, held_out=held_out, measure=measure, output=output, seed=seed)
+    return judged(
+        "bias", calibration, work, held_out=held_out, measure=measure, output=output, seed=seed, journal=journal
+    )
 
 
 def _tuned_values(calibration: Calibration, norm_affine: bool) -> dict[str, nn.Parameter]:
@@ -93,6 +103,7 @@ def _distil(
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
+    gradients = Gradient(list(values.values()), calibration.ranks)
     order: list[int] = []
     try:
         for parameter, _ in flags:
@@ -102,10 +113,7 @@ def _distil(
         for step in range(steps):
             order = order or torch.randperm(len(targets), generator=generator).tolist()
             batch = order.pop()
-            optimizer.zero_grad(set_to_none=True)
-            found, _ = reader.read(lambda batch=batch: calibration.run(batch, gradients=True))  # type: ignore[misc]
-            with torch.enable_grad():
-                divergence(found, targets[batch], measure).mean().backward()
+            _differentiate(calibration, batch, targets[batch], measure, reader, gradients)
             optimizer.step()
             schedule.step()
             progress(step + 1, steps, "biases")
@@ -114,3 +122,28 @@ def _distil(
             parameter.requires_grad_(flag)
         for parameter in values.values():
             parameter.grad = None
+
+
+def _differentiate(
+    calibration: Calibration,
+    batch: int,
+    target: Tensor,
+    measure: Divergence,
+    reader: OutputReader,
+    gradient: Gradient,
+) -> None:
+    """The gradient of a step, on one calibration batch: in parts that ranks share, or the whole of it on rank 0."""
+    samples, ranks = len(target), calibration.ranks
+    divisible = is_divisible(calibration.batches[batch]) and batch_size(calibration.batches[batch]) == samples
+    size = -(-samples // _PARTS) if divisible else samples
+    for index, start in enumerate(range(0, samples, size)):
+        if not ranks.mine(index):
+            continue
+        rows = slice(start, min(start + size, samples))
+        found, _ = reader.read(lambda rows=rows: calibration.run(batch, True, rows if divisible else None))  # type: ignore[misc]
+        with torch.enable_grad():
+            gradient.add(divergence(found, target[rows], measure).sum() / samples)
+    gradient.reduce()
+
+
+_PARTS = 2  # as ReconstructionConfig.parts

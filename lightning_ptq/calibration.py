@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -22,6 +23,8 @@ from lightning_ptq.forward import Forward, batch_size, default_forward, run_forw
 from lightning_ptq.modules import QuantLayer
 from lightning_ptq.observers import MinMaxObserver, make_observer
 from lightning_ptq.qconfig import LayerQConfig, QConfig
+from lightning_ptq.ranks import Ranks
+from lightning_ptq.sharding import is_divisible, merge_batches, merge_observers, own_share, take_rows
 from lightning_ptq.surgery import Prepared, fold_batch_norms, prepare
 from lightning_ptq.trace import Trace, first_argument, trace
 
@@ -40,6 +43,7 @@ class Calibration:
         folded: The layer that each folded batch norm went into.
         observers: What watched the input of each layer.
         samples: How many samples the batches hold.
+        ranks: The processes that share the work; each of them holds all batches.
     """
 
     prepared: Prepared
@@ -51,6 +55,7 @@ class Calibration:
     folded: dict[str, str]
     observers: dict[str, MinMaxObserver]
     samples: int
+    ranks: Ranks = field(default_factory=Ranks)
     _qparams: dict[tuple[str, LayerQConfig], list[tuple[Tensor, Tensor]]] = field(default_factory=dict, repr=False)
 
     @property
@@ -63,9 +68,12 @@ class Calibration:
         """The root module."""
         return self.prepared.module
 
-    def run(self, index: int, gradients: bool = False) -> Any:
-        """The calibration forward on batch ``index``, in eval mode and without gradients unless asked for."""
-        return run_forward(self.module, self.forward, to_device(self.batches[index], self.device), gradients)
+    def run(self, index: int, gradients: bool = False, rows: slice | None = None) -> Any:
+        """The calibration forward on batch ``index`` or some of its samples, in eval mode and without gradients unless
+        asked for.
+        """
+        batch = self.batches[index] if rows is None else take_rows(self.batches[index], rows)
+        return run_forward(self.module, self.forward, to_device(batch, self.device), gradients)
 
     def qconfig_at(self, name: str, candidate: LayerQConfig | None = None) -> LayerQConfig:
         """The pair of specs of layer ``name`` where ``candidate`` takes the default's place.
@@ -110,24 +118,46 @@ class Calibrator:
         prepared: What :func:`~lightning_ptq.surgery.prepare` returned.
         forward: How a batch is run; see :func:`default_forward`.
         num_samples: Enough samples; :attr:`done` is then true. None for all there are.
+        ranks: The processes of the run; each observes its own batches, dealt as ``DistributedSampler`` deals samples.
+        population: Samples in the whole set, where a sampler fills up with repeats: they count once.
     """
 
-    def __init__(self, prepared: Prepared, forward: Forward = default_forward, num_samples: int | None = None) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        forward: Forward = default_forward,
+        num_samples: int | None = None,
+        ranks: Ranks | None = None,
+        population: int | None = None,
+    ) -> None:
         if num_samples is not None and num_samples < 1:
             raise CalibrationError(f"num_samples must be 1 or more, got {num_samples}.")
         self.prepared = prepared
         self.forward = forward
         self.num_samples = num_samples
+        self.ranks = ranks or Ranks()
+        self.population = population
         self.samples = 0
         self.batches: list[Any] = []
         self.device = next((p.device for p in prepared.module.parameters()), torch.device("cpu"))
+        self._first_size = self._seen = 0
         self._observers: dict[str, MinMaxObserver] = {}
         self._traces: list[Trace] = []
 
     @property
     def done(self) -> bool:
-        """True once ``num_samples`` were seen."""
-        return self.num_samples is not None and self.samples >= self.num_samples
+        """True once ``num_samples`` were seen; on all ranks behind the same batch."""
+        return self._seen >= self._share(0)
+
+    def _share(self, rank: int) -> float:
+        """How many samples are a rank's: all that a single process would have seen, dealt in turn."""
+        whole = math.inf if self.num_samples is None else self.num_samples
+        if self.ranks.world == 1:
+            return whole
+        if self._first_size and self.num_samples is not None:  # behind the batch that completes them
+            size = self._first_size
+            whole = math.ceil(self.num_samples / size) * size
+        return own_share(rank, self.ranks.world, min(whole, math.inf if self.population is None else self.population))
 
     def observe(self, batch: Any) -> Any:
         """Run one batch, watch the inputs of all layers, and keep the batch.
@@ -138,15 +168,22 @@ class Calibrator:
         Raises:
             CalibrationError: If a layer's input holds NaN or an infinity.
         """
+        self._first_size = self._first_size or batch_size(batch)
+        self._seen += batch_size(batch)
+        if self.ranks.world > 1:
+            room = self._share(self.ranks.rank) - self.samples
+            if room <= 0:
+                return None
+            if batch_size(batch) > room and is_divisible(batch):
+                batch = take_rows(batch, slice(0, int(room)))
         result: list[Any] = []
 
         def run() -> Any:
             # Registered behind the hooks of the trace, so that what observers compute counts as the layer's own.
             with ExitStack() as hooks:
                 for name, layer in self.prepared.layers.items():
-                    config = self.prepared.qconfig.for_layer(name)
-                    if config is not None:
-                        watch = self._watcher(name, config)
+                    if self.prepared.qconfig.for_layer(name) is not None:
+                        watch = self._watcher(name)
                         hooks.callback(layer.register_forward_pre_hook(watch, with_kwargs=True).remove)
                 result.append(run_forward(self.prepared.module, self.forward, to_device(batch, self.device)))
             return result[0]
@@ -157,14 +194,15 @@ class Calibrator:
         self.samples += batch_size(batch)
         return result[0]
 
-    def _watcher(self, name: str, config: LayerQConfig) -> Callable[..., None]:
-        spec = config.activation
+    def _observer(self, name: str) -> MinMaxObserver:
+        config = cast(LayerQConfig, self.prepared.qconfig.for_layer(name))
+        return make_observer(config.activation) if config.activation else MinMaxObserver(config.weight)
 
+    def _watcher(self, name: str) -> Callable[..., None]:
         def watch(layer: nn.Module, args: Any, kwargs: Any) -> None:
             x = first_argument(args, kwargs)
             if name not in self._observers:
-                observer = make_observer(spec) if spec else MinMaxObserver(config.weight)
-                self._observers[name] = observer.to(x.device)
+                self._observers[name] = self._observer(name).to(x.device)
             try:
                 self._observers[name].update(x)
             except ValueError:
@@ -181,9 +219,8 @@ class Calibrator:
         Raises:
             CalibrationError: If no batch was seen or no layer was reached.
         """
-        if not self.batches:
-            raise CalibrationError("the calibration loader is empty: no batch was seen. Give it at least one sample.")
-        if self.num_samples is not None and not self.done:
+        self._exchange()
+        if self.num_samples is not None and self.samples < self.num_samples:
             warnings.warn(
                 f"the calibration loader ended after {self.samples} samples, {self.num_samples} were asked for."
                 " Calibrating with what there is.",
@@ -209,11 +246,21 @@ class Calibrator:
             folded,
             self._observers,
             self.samples,
+            self.ranks,
         )
         for name, layer in layers.items():
             layer.reference = (layer.weight.detach(), None if layer.bias is None else layer.bias.detach().clone())
             calibration.round_to_nearest(name, calibration.qconfig_at(name))
         return calibration
+
+    def _exchange(self) -> None:
+        """Have the batches, traces and observers of all ranks."""
+        if not any(self.ranks.gather(len(self.batches))):
+            raise CalibrationError("the calibration loader is empty: no batch was seen. Give it at least one sample.")
+        here = self.device
+        self._observers = merge_observers(self.ranks, self._observers, lambda name: self._observer(name).to(here))
+        self.batches, self._traces = merge_batches(self.ranks, self.batches, self._traces)
+        self.samples = sum(map(batch_size, self.batches))
 
     def _quantized_layers(self, watched: Trace) -> dict[str, QuantLayer]:
         all_layers, qconfig = self.prepared.layers, self.prepared.qconfig
@@ -239,6 +286,7 @@ def calibrate(
     *,
     forward: Forward = default_forward,
     num_samples: int | None = None,
+    ranks: Ranks | None = None,
 ) -> Calibration:
     """Quantize a module to the nearest: prepare it, run the batches, fold batch norms, choose all scales.
 
@@ -250,6 +298,8 @@ def calibrate(
         qconfig: What to quantize, for example ``"w4a8"``.
         forward: How a batch is run: a function of module and batch.
         num_samples: Stop after the batch that completes so many samples.
+        ranks: Of several processes (:func:`~lightning_ptq.ranks.current_ranks`), each of which has batches of its own;
+            one on its own by default.
 
     Returns:
         The calibrated module and what reconstruction needs.
@@ -272,7 +322,7 @@ def calibrate(
     else:
         prepared = prepare(module, qconfig)
     try:
-        calibrator = Calibrator(prepared, forward, num_samples)
+        calibrator = Calibrator(prepared, forward, num_samples, ranks)
         for batch in batches:
             if calibrator.done:
                 break

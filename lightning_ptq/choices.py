@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from lightning_ptq.adaquant import LayerStates
 from lightning_ptq.calibration import Calibration
 from lightning_ptq.errors import QConfigError
+from lightning_ptq.journal import LayerStates
 from lightning_ptq.qconfig import LayerQConfig
 from lightning_ptq.tuners import layer_state, set_layer_state
 

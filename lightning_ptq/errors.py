@@ -33,6 +33,10 @@ class CallbackError(PTQError, RuntimeError):
     """A Trainer or an order of callbacks under which the PTQ run cannot work."""
 
 
+class RankError(PTQError, RuntimeError):
+    """Another process of the run failed or is gone, or the processes have come apart."""
+
+
 class PackedFileError(PTQError, ValueError):
     """A packed file that is damaged, of another model, or of a newer format."""
 
@@ -63,6 +67,10 @@ class TiedWeightWarning(PTQWarning):
 
 class FewSamplesWarning(PTQWarning):
     """A calibration loader that ended before ``num_samples`` were seen."""
+
+
+class ProgressWarning(PTQWarning):
+    """Saved progress that cannot be used: damaged, or of another run."""
 
 
 class RolledBackWarning(PTQWarning):

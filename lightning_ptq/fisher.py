@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,12 +40,15 @@ def fisher_rises(
         reader: Where the logits are read; classes are the last dimension but for images (n, c, h, w), the second.
         seed: Of the signs.
         progress: Called with batches done, batches in all, and a text.
+
+    Several ranks (``calibration.ranks``) share the batches.
     """
-    generator = torch.Generator(calibration.device).manual_seed(seed)
+    ranks = calibration.ranks
     rises: dict[str, dict[str, list[float]]] = {n: {c: [] for c in own} for n, own in choices.of.items()}
     total = len(calibration.batches)
-    for batch in range(total):
+    for batch in filter(ranks.mine, range(total)):
         progress(batch, total, "backward pass")
+        generator = torch.Generator(calibration.device).manual_seed(seed + batch)
         calls = _calls(calibration, reader, batch, generator)
         for name, layer in calibration.layers.items():
             for candidate in choices.of[name]:
@@ -52,7 +56,16 @@ def fisher_rises(
                 rises[name][candidate].append(_rise(layer, calls[name]))
             choices.put(name, base[name])
     progress(total, total, "backward pass")
+    everything = [_in_turn(of_rank) for of_rank in ranks.gather(rises)]
+    for name, row in rises.items():
+        for candidate in row:
+            turns = [of_rank[name, candidate] for of_rank in everything]
+            row[candidate] = [next(turns[batch % ranks.world]) for batch in range(total)]
     return rises
+
+
+def _in_turn(rises: dict[str, dict[str, list[float]]]) -> dict[tuple[str, str], Iterator[float]]:
+    return {(name, candidate): iter(values) for name, row in rises.items() for candidate, values in row.items()}
 
 
 class _Call:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_ptq.calibration import Calibration
 from lightning_ptq.errors import QConfigError, StatisticsError
 from lightning_ptq.forward import batch_size, eval_mode
+from lightning_ptq.journal import Journal, Piece
+from lightning_ptq.modules import QuantLayer
 from lightning_ptq.outputs import ChooseOutput, Meter
+from lightning_ptq.sharding import is_divisible, take_rows
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,18 @@ def judged(
     measure: str,
     output: ChooseOutput | None,
     seed: int,
+    journal: Journal | None = None,
 ) -> StatisticsResult:
-    """Do ``work`` on a part of the samples; take it back unless the held-out rest says that it helped."""
+    """Do ``work`` on a part of the samples; take it back unless the held-out rest says that it helped.
+
+    What came of it is kept in the journal, and taken from there by a run that was cut off behind it.
+    """
+    ranks, module = calibration.ranks, calibration.module
+    known = ranks.first(lambda: journal.read(step) if journal else None)
+    if known is not None:
+        _put(calibration, known.states.get(step, {}))
+        return StatisticsResult(**{**known.facts, "layers": tuple(known.facts["layers"])})
     tune, rest = split_samples(calibration, held_out, seed)
-    module = calibration.module
     with eval_mode(module):
         meter = Meter(rest, measure, output)
         before = meter.mean()
@@ -65,6 +75,7 @@ def judged(
         done = Changes()
         try:
             done = work(tune)
+            ranks.spread(_tensors(module).values())
             after = meter.mean()
         except BaseException:
             _put_back(module, saved)
@@ -72,7 +83,12 @@ def judged(
         accepted = after < before
         if not accepted:
             _put_back(module, saved)
-    return StatisticsResult(step, before, after, accepted, tuple(done.layers), done.skipped)
+    result = StatisticsResult(step, before, after, accepted, tuple(done.layers), done.skipped)
+    if journal is not None and ranks.rank == 0:
+        now = _tensors(module)
+        moved = {key: value for key, value in now.items() if key not in saved or not torch.equal(value, saved[key])}
+        journal.write(step, Piece({step: moved}, asdict(result)))
+    return result
 
 
 def split_samples(calibration: Calibration, held_out: float, seed: int) -> tuple[Calibration, Calibration]:
@@ -111,18 +127,28 @@ def _with(calibration: Calibration, batches: list[Any], traces: list[Any]) -> Ca
 
 
 def _rows(batch: Any, rows: slice) -> Any:
-    leaves, spec = tree_flatten(batch)
-    size = batch_size(batch)
-    if any(not isinstance(leaf, Tensor) or leaf.dim() == 0 or len(leaf) != size for leaf in leaves):
+    if not is_divisible(batch):
         raise StatisticsError(
             "the calibration set is one batch that cannot be divided, so nothing can be held out. Use a smaller batch"
             " size, or held_out=0 to judge on the samples that are tuned on."
         )
-    return tree_unflatten([leaf[rows] for leaf in leaves], spec)
+    return take_rows(batch, rows)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {k: v for k, v in module.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
+
+
+@torch.no_grad()
+def _put(calibration: Calibration, values: dict[str, Tensor]) -> None:
+    """Set tensors of the module; a bias that is not there yet is added to its layer."""
+    here = _tensors(calibration.module)
+    for key, value in values.items():
+        if key in here:
+            here[key].copy_(value)
+        else:
+            layer = cast(QuantLayer, calibration.module.get_submodule(key.rpartition(".")[0]))
+            layer.set_weight(layer.weight, value.to(calibration.device), keep_weight=True)
 
 
 @torch.no_grad()

@@ -139,9 +139,11 @@ class Meter:
         self.samples = [len(target) for target in self.targets]
 
     def measure_all(self) -> list[float]:
-        """The measure of the module as it is, by batch."""
-        runs = range(len(self.calibration.batches))
-        return [self(batch, lambda batch=batch: self.calibration.run(batch)) for batch in runs]  # type: ignore[misc]
+        """The measure of the module as it is, by batch; several ranks share the batches."""
+        ranks, runs = self.calibration.ranks, range(len(self.calibration.batches))
+        own = {b: self(b, lambda b=b: self.calibration.run(b)) for b in filter(ranks.mine, runs)}  # type: ignore[misc]
+        found = {batch: value for of_rank in ranks.gather(own) for batch, value in of_rank.items()}
+        return [found[batch] for batch in runs]
 
     def mean(self) -> float:
         """The measure of the module as it is, over all samples."""

@@ -7,18 +7,20 @@ the unit is a layer or a block.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_ptq.fake_quant import FakeQuantize
+from lightning_ptq.fake_quant import ActivationDrop, FakeQuantize
+from lightning_ptq.gradient import Gradient
 from lightning_ptq.qconfig import LayerQConfig
-from lightning_ptq.tuners import ReconstructionConfig, Tuner, layer_state, make_tuner, set_layer_state
+from lightning_ptq.ranks import Ranks
+from lightning_ptq.tuners import ReconstructionConfig, Tuner, layer_state, layer_tensors, make_tuner, set_layer_state
 from lightning_ptq.unit_data import Group, Minibatch, Sample, UnitData, float_leaves, run_unit
 from lightning_ptq.units import Unit
 
@@ -49,6 +51,12 @@ class UnitResult:
     seconds: float
     curve: tuple[tuple[int, float], ...] = field(default=(), repr=False)
 
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> UnitResult:
+        """From what ``dataclasses.asdict`` made of one, also if it has gone through JSON."""
+        curve = tuple((int(step), float(loss)) for step, loss in fields["curve"])
+        return cls(**{**fields, "curve": curve})
+
 
 def reconstruct_unit(
     unit: Unit,
@@ -57,6 +65,7 @@ def reconstruct_unit(
     steps: int,
     generator: torch.Generator,
     on_step: Callable[[int], None] = lambda step: None,
+    ranks: Ranks | None = None,
 ) -> UnitResult:
     """Tune the quantized layers of ``unit`` so that its outputs come close to the targets in ``data``.
 
@@ -67,28 +76,30 @@ def reconstruct_unit(
         data: Its inputs, with targets set.
         config: How.
         steps: Optimisation steps; see :meth:`ReconstructionConfig.steps_for`.
-        generator: Source of all randomness.
+        generator: Source of all randomness; in the same state on all ranks.
         on_step: Called with the number of steps done.
+        ranks: The processes that share each step; all of them have the unit and its data.
 
     Returns:
         The errors before and after, and whether the tuned state was kept.
     """
-    start = time.perf_counter()
+    start, ranks = time.perf_counter(), ranks or Ranks()
     tune, held_out = data.split(config.held_out, generator)
-    judged = [(group, part) for group, rows in data.batches(held_out, 64) for part, _ in data.chunks(rows)]
-    before = held_out_error(unit.module, judged)
+    judged = [(group, chunk.rows) for group, rows in data.batches(held_out, 64) for chunk in data.chunks(rows)]
+    before = ranks.first(lambda: held_out_error(unit.module, judged))
     widths = [cast(LayerQConfig, layer.qconfig) for layer in unit.layers.values()]
     bits = "/".join(sorted(set(map(str, widths))))
     if before < config.tolerance_for(widths):
         return UnitResult(unit.name, bits, before, before, False, 0, time.perf_counter() - start)
     tuners = [make_tuner(unit, name, layer, config) for name, layer in unit.layers.items()]
     saved = [layer_state(layer) for layer in unit.layers.values()]
-    with _tuning(unit, config, generator):
+    with _tuning(unit, config, generator) as drop:
         batches = _shuffled(data, tune, config.batch_size, steps, generator)
-        curve = _optimise(unit.module, tuners, data, batches, steps, on_step)
+        curve = _optimise(unit.module, tuners, data, batches, steps, config, drop, ranks, on_step)
     for tuner in tuners:
         tuner.write()
-    after = held_out_error(unit.module, judged)
+    ranks.spread(tensor for layer in unit.layers.values() for tensor in layer_tensors(layer).values())
+    after = ranks.first(lambda: held_out_error(unit.module, judged))
     accepted = after < before
     if not accepted:
         for layer, state in zip(unit.layers.values(), saved, strict=True):
@@ -113,6 +124,9 @@ def _optimise(
     data: UnitData,
     batches: Iterator[Minibatch],
     steps: int,
+    config: ReconstructionConfig,
+    drop: ActivationDrop,
+    ranks: Ranks,
     on_step: Callable[[int], None],
 ) -> list[tuple[int, float]]:
     groups = [group for tuner in tuners for group in tuner.groups()]
@@ -120,20 +134,20 @@ def _optimise(
         return []
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    gradient = Gradient([variable for group in groups for variable in group["params"]], ranks)
     power = _power(data)
     curve: list[tuple[int, float]] = []
     for step, (group, rows) in enumerate(batches):
-        for tuner in tuners:
-            tuner.anneal(step / steps)
-        optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        for part, share in data.chunks(rows):
-            error = share * _relative_error(module, tuners, group, part, power)
-            penalty = share * torch.stack([tuner.penalty(step / steps) for tuner in tuners]).sum()
-            (error + penalty).backward()
-            total += error.item()
+        drop.start_step(config.drop * (1 - step / steps))
+        for index, chunk in enumerate(data.chunks(rows, config.parts)):
+            if ranks.mine(index):
+                drop.start_part(chunk.part, chunk.samples)
+                error = chunk.share * _relative_error(module, tuners, group, chunk.rows, power)
+                penalty = chunk.share * torch.stack([tuner.penalty(step / steps) for tuner in tuners]).sum()
+                gradient.add(error + penalty, error)
+        total = gradient.reduce()
         if step % max(1, steps // 50) == 0:
-            curve.append((step, total))
+            curve.append((step, float(total)))
         optimizer.step()
         schedule.step()
         on_step(step + 1)
@@ -168,7 +182,7 @@ def _power(data: UnitData) -> list[float]:
 
 
 @contextmanager
-def _tuning(unit: Unit, config: ReconstructionConfig, generator: torch.Generator) -> Iterator[None]:
+def _tuning(unit: Unit, config: ReconstructionConfig, generator: torch.Generator) -> Iterator[ActivationDrop]:
     """Gradients for the variables only, activations dropped; AdaRound's weights are on the grid already."""
     frozen = [p for p in unit.module.parameters() if p.requires_grad]
     quantizers = [q for layer in unit.layers.values() if (q := layer.input_fake_quant) is not None]
@@ -177,16 +191,17 @@ def _tuning(unit: Unit, config: ReconstructionConfig, generator: torch.Generator
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
+        drop = ActivationDrop(generator)
         for quantizer in quantizers:
-            quantizer.generator = generator
+            quantizer.drop = drop
         for quantizer in weights:
             quantizer.enabled = not soft
         with torch.enable_grad():
-            yield
+            yield drop
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
         for quantizer in quantizers:
-            quantizer.drop_probability, quantizer.generator = 0.0, None
+            quantizer.drop = None
         for quantizer in weights:
             quantizer.enabled = True

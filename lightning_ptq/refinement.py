@@ -18,6 +18,7 @@ from lightning_ptq.calibration import Calibration
 from lightning_ptq.choices import Choice, Choices, TunedStates
 from lightning_ptq.costs import Cost
 from lightning_ptq.errors import AllocationError
+from lightning_ptq.journal import Journal
 from lightning_ptq.sensitivity import SensitivityTable, measure_choice, measure_sensitivity
 
 
@@ -71,6 +72,7 @@ def search_allocation(
     measuring: Mapping[str, Any] | None = None,
     solving: Mapping[str, Any] | None = None,
     progress: Progress = lambda done, total, text: None,
+    journal: Journal | None = None,
 ) -> AllocationResult:
     """Measure sensitivities, allocate, measure again around the allocation, and keep the best that was measured.
 
@@ -86,6 +88,7 @@ def search_allocation(
         measuring: Further arguments of :func:`~lightning_ptq.sensitivity.measure_sensitivity`.
         solving: Further arguments of :func:`~lightning_ptq.allocation.allocate_bits`.
         progress: As in :func:`~lightning_ptq.sensitivity.measure_sensitivity`.
+        journal: Where finished entries of the tables are kept, and found again.
 
     Raises:
         AllocationError: If nothing fits the budgets.
@@ -95,7 +98,7 @@ def search_allocation(
         raise AllocationError(f"rounds must be 1 or more, got {rounds}.")
     measuring = {"measure": "kl", **(measuring or {})}
     search = _Search(
-        calibration, candidates, costs, budgets, states, measuring, solving or {}, max_degradation, progress
+        calibration, candidates, costs, budgets, states, measuring, solving or {}, max_degradation, progress, journal
     )
     first = sensitivity or search.table(None)
     search.start(first)
@@ -118,15 +121,25 @@ class _Search:
     solving: Mapping[str, Any]
     max_degradation: float | None
     progress: Progress
+    journal: Journal | None
     rounds: list[Round] = field(default_factory=list)
 
     def table(self, base: Choice | None) -> SensitivityTable:
         return measure_sensitivity(
-            self.calibration, self.candidates, base=base, states=self.states, progress=self.progress, **self.measuring
+            self.calibration,
+            self.candidates,
+            base=base,
+            states=self.states,
+            progress=self.progress,
+            journal=self.journal and self.journal.inner(f"around {base}"),
+            **self.measuring,
         )
 
     def solve(self, table: SensitivityTable, max_rise: float | None = None) -> BitAllocation:
-        return allocate_bits(table, self.costs, self.budgets, max_degradation=max_rise, **self.solving)
+        """The solution of rank 0, on all ranks."""
+        return self.calibration.ranks.first(
+            lambda: allocate_bits(table, self.costs, self.budgets, max_degradation=max_rise, **self.solving)
+        )
 
     def measure(self, choice: Choice) -> float:
         same = {key: self.measuring[key] for key in ("measure", "output") if key in self.measuring}

@@ -12,14 +12,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
-from lightning_ptq.adaquant import DEFAULT_MEMORY_LIMIT, Progress
+from lightning_ptq.adaquant import DEFAULT_MEMORY_LIMIT, Progress, deal_out
 from lightning_ptq.calibration import Calibration
 from lightning_ptq.choices import Choice, Choices, TunedStates
 from lightning_ptq.errors import QConfigError, SensitivityError
 from lightning_ptq.fisher import fisher_rises
 from lightning_ptq.forward import eval_mode
+from lightning_ptq.journal import Journal, Piece
 from lightning_ptq.outputs import ChooseOutput, Meter
 from lightning_ptq.replay import Replay, near
 from lightning_ptq.store import ActivationStore
@@ -85,6 +86,7 @@ def measure_sensitivity(
     memory_limit: str | int = DEFAULT_MEMORY_LIMIT,
     seed: int = 0,
     progress: Progress = lambda done, total, text: None,
+    journal: Journal | None = None,
 ) -> SensitivityTable:
     """Measure the sensitivity of every layer at every candidate on the calibration set.
 
@@ -102,6 +104,9 @@ def measure_sensitivity(
         memory_limit: For activations, as in :func:`~lightning_ptq.adaquant.adaquant`.
         seed: Of the random signs of ``"fisher"``.
         progress: Called with entries done, entries in all, and the layer's name.
+        journal: Where finished entries are kept, and found again.
+
+    Several ranks (``calibration.ranks``) share the entries, or for ``"fisher"`` the batches.
 
     Raises:
         QConfigError: If the candidates do not contain the base, or an argument is unknown.
@@ -128,7 +133,7 @@ def measure_sensitivity(
         if measure == "fisher":
             rises = fisher_rises(calibration, choices, at_base, meter.reader, seed, progress)
         else:
-            rises = _Sweep(calibration, choices, at_base, meter, before, store, progress).rises()
+            rises = _Sweep(calibration, choices, at_base, meter, before, store, progress, journal).rises()
     means = {name: {c: _mean(v, meter.samples) for c, v in row.items()} for name, row in rises.items()}
     errors = {name: {c: _standard_error(v, meter.samples) for c, v in row.items()} for name, row in rises.items()}
     value, seconds = _mean(before, meter.samples), time.perf_counter() - start
@@ -182,36 +187,51 @@ class _Sweep:
         before: list[float],
         store: ActivationStore,
         progress: Progress,
+        journal: Journal | None,
     ) -> None:
         self.calibration, self.choices, self.base, self.meter = calibration, choices, base, meter
-        self.before, self.store, self.progress = before, store, progress
+        self.before, self.store, self.progress, self.journal = before, store, progress, journal
         self.units = find_units(calibration.module, calibration.trace)
         self.replay = Replay(calibration, self.units, store, "quantized", whole=True)
         self.batches = range(len(calibration.batches))
-        self.entries = sum(len(own) - 1 for own in choices.of.values())
+        entries = [f"{n} {c}" for n, own in choices.of.items() for c in own if c != base[n]]
+        self.kept = journal.keys() & set(entries) if journal else set()
+        self.owners = deal_out(dict.fromkeys(entries, 1.0), calibration.ranks.gather(self.kept))
+        self.entries = sum(rank == calibration.ranks.rank for rank in self.owners.values())
         self.done = 0
 
     def rises(self) -> dict[str, dict[str, list[float]]]:
         """The rise by layer, candidate and batch."""
-        found: dict[str, dict[str, list[float]]] = {}
+        found: dict[str, list[float]] = {}
         for index, unit in enumerate(self.units):
             replace = self._replaceable()
             for name in unit.layers:
-                found[name] = {c: self._rise(name, c, replace) for c in self.choices.of[name]}
+                for candidate in self.choices.of[name]:
+                    key = f"{name} {candidate}"
+                    if self.owners.get(key) == self.calibration.ranks.rank:
+                        found[key] = self._entry(key, name, candidate, replace)
                 self.choices.put(name, self.base[name])
             if index + 1 < len(self.units):
                 self._finish(index, unit)
-        return {name: found[name] for name in self.choices.of}
+        merged = {key: values for of_rank in self.calibration.ranks.gather(found) for key, values in of_rank.items()}
+        zeros = [0.0] * len(self.before)
+        return {n: {c: merged.get(f"{n} {c}", zeros) for c in own} for n, own in self.choices.of.items()}
+
+    def _entry(self, key: str, name: str, candidate: str, replace: bool) -> list[float]:
+        """Measured, or from the journal."""
+        self.progress(self.done, self.entries, key)
+        known = self.journal.read(key) if self.journal and key in self.kept else None
+        rises = known.facts["rises"] if known else self._rise(name, candidate, replace)
+        if self.journal is not None and known is None:
+            self.journal.write(key, Piece(facts={"rises": rises}))
+        self.done += 1
+        self.progress(self.done, self.entries, key)
+        return cast("list[float]", rises)
 
     def _rise(self, name: str, candidate: str, replace: bool) -> list[float]:
-        if candidate == self.base[name]:
-            return [0.0] * len(self.before)
-        self.progress(self.done, self.entries, f"{name} {candidate}")
         self.choices.put(name, candidate)
         what = f"layer {name!r} at {candidate}"
         values = [self.meter(b, lambda b=b: self.replay.run(b, replace), what) for b in self.batches]  # type: ignore[misc]
-        self.done += 1
-        self.progress(self.done, self.entries, f"{name} {candidate}")
         return [value - base for value, base in zip(values, self.before, strict=True)]
 
     def _replaceable(self) -> bool:

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_ptq.adaquant import DEFAULT_MEMORY_LIMIT, Progress
 from lightning_ptq.calibration import Calibration
 from lightning_ptq.fake_quant import FakeQuantize
+from lightning_ptq.journal import Journal
 from lightning_ptq.judging import Changes, StatisticsResult, judged
 from lightning_ptq.modules import FoldableBatchNorm, QuantLayer, layers_in_mode
 from lightning_ptq.outputs import ChooseOutput
@@ -37,6 +38,7 @@ def reestimate_batch_norm(
     memory_limit: str | int = DEFAULT_MEMORY_LIMIT,
     seed: int = 0,
     progress: Progress = lambda done, total, text: None,
+    journal: Journal | None = None,
 ) -> StatisticsResult:
     """Bring the outputs of layers whose batch norm was folded back to the norm's statistics.
 
@@ -52,11 +54,13 @@ def reestimate_batch_norm(
         memory_limit: For activations.
         seed: Of the choice of held-out samples.
         progress: Called with layers done, layers in all, and the layer's name.
+        journal: Where the finished step is kept, and found again.
 
     Raises:
         StatisticsError: If there are fewer than two samples.
     """
-    return _normalize("batch_norm", calibration, "batch_norm", held_out, measure, output, memory_limit, seed, progress)
+    judging = {"held_out": held_out, "measure": measure, "output": output, "seed": seed, "journal": journal}
+    return _normalize("batch_norm", calibration, "batch_norm", memory_limit, progress, judging)
 
 
 def para_normalize(
@@ -69,6 +73,7 @@ def para_normalize(
     memory_limit: str | int = DEFAULT_MEMORY_LIMIT,
     seed: int = 0,
     progress: Progress = lambda done, total, text: None,
+    journal: Journal | None = None,
 ) -> StatisticsResult:
     """Bring the outputs of layers without a batch norm (transformers) back to the float layers' statistics.
 
@@ -84,32 +89,29 @@ def para_normalize(
         memory_limit: For activations.
         seed: Of the held-out samples.
         progress: As above.
+        journal: As above.
 
     Raises:
         StatisticsError: If there are fewer than two samples.
     """
     target: _Target = "every" if every_layer else "others"
-    return _normalize(
-        "para_normalization", calibration, target, held_out, measure, output, memory_limit, seed, progress
-    )
+    judging = {"held_out": held_out, "measure": measure, "output": output, "seed": seed, "journal": journal}
+    return _normalize("para_normalization", calibration, target, memory_limit, progress, judging)
 
 
 def _normalize(
     step: str,
     calibration: Calibration,
     target: _Target,
-    held_out: float,
-    measure: str,
-    output: ChooseOutput | None,
     memory_limit: str | int,
-    seed: int,
     progress: Progress,
+    judging: dict[str, Any],
 ) -> StatisticsResult:
     def work(part: Calibration) -> Changes:
         with ActivationStore(memory_limit) as store:
             return _Normalizer(part, target, store, progress).run()
 
-    return judged(step, calibration, work, held_out=held_out, measure=measure, output=output, seed=seed)
+    return judged(step, calibration, work, **judging)
 
 
 class ChannelStatistics:

@@ -6,6 +6,7 @@ executed and not at the code. Values are told apart by their storage, so views a
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -78,6 +79,10 @@ class Trace:
     def alike(self, other: Trace) -> bool:
         """True if the same operators, outside the quantizable layers, and modules ran in the same order."""
         return self._course() == other._course()
+
+    def digest(self) -> str:
+        """A checksum, equal for traces that are :meth:`alike`."""
+        return hashlib.sha256(repr(self._course()).encode()).hexdigest()
 
     def _course(self) -> list[tuple[str, str]]:
         layers = set(self.layer_order)

@@ -47,6 +47,8 @@ class ReconstructionConfig:
         drop: Probability that an activation keeps its float value in the first step (QDrop, Wei et al., 2022); it
             falls to 0 linearly, so that the last steps see the activations that the quantized unit will see.
         held_out: Share of the samples on which tuning is judged and which it does not see.
+        parts: A step's samples are computed in so many parts, one after the other, or at once on as many ranks: the
+            result is the same on any number of ranks, of which no more than this share a step.
         tolerance: A unit whose held-out error is below this to begin with is not tuned; None for 2e-3 where all widths
             are 8 bits, for there is mostly nothing to gain, and 0 below.
 
@@ -64,6 +66,7 @@ class ReconstructionConfig:
     rounding: Literal["continuous", "adaround"] = "continuous"
     drop: float = 0.5
     held_out: float = 0.0625
+    parts: int = 2
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
@@ -73,7 +76,7 @@ class ReconstructionConfig:
             raise QConfigError(f"learn holds {unknown}, which cannot be learned. Choose from {list(LEARNABLE)}.")
         if self.rounding not in ("continuous", "adaround"):
             raise QConfigError(f"rounding must be 'continuous' or 'adaround', got {self.rounding!r}.")
-        for name in ("steps", "batch_size"):
+        for name in ("steps", "batch_size", "parts"):
             value = getattr(self, name)
             if not (isinstance(value, int) and value >= 1) and (name, value) != ("steps", None):
                 raise QConfigError(f"{name} must be 1 or more, got {value!r}. Write a whole number.")
@@ -111,7 +114,7 @@ class Tuner:
     def __init__(self, prefix: str, layer: QuantLayer, config: ReconstructionConfig) -> None:
         self.prefix, self.layer, self.config = prefix, layer, config
         self.quantizer = cast(FakeQuantize, layer.weight_fake_quant)
-        self.start = {name: tensor.detach().clone() for name, tensor in _tensors(layer).items()}
+        self.start = {name: tensor.detach().clone() for name, tensor in layer_tensors(layer).items()}
         learn = set(config.learn) - ({"weight", "weight_scale"} if layer.tied else set())
         self.variables: dict[str, tuple[Tensor, float]] = {}
         for name, part, rate in (
@@ -152,11 +155,6 @@ class Tuner:
         shape, _ = self.layer.channel_layout()
         return step if step.numel() > 1 else step.expand(torch.Size(shape).numel())
 
-    def anneal(self, progress: float) -> None:
-        """Set what changes over the steps; ``progress`` runs from 0 to 1."""
-        if self.layer.input_fake_quant is not None:
-            self.layer.input_fake_quant.drop_probability = self.config.drop * (1 - progress)
-
     def penalty(self, progress: float) -> Tensor:
         """What is added to the loss; ``progress`` runs from 0 to 1."""
         return torch.zeros((), device=self.layer.weight.device)
@@ -166,7 +164,7 @@ class Tuner:
         """Put the tuned values into the layer, the weight on its grid."""
         for part, (variable, _) in self.variables.items():
             if part not in ("weight", "bias"):
-                buffer = _tensors(self.layer)[part]
+                buffer = layer_tensors(self.layer)[part]
                 value = self._value(part, variable)
                 buffer.copy_(self._whole(value) if part.endswith("zero_point") else value)
         weight, bias = self.layer.weight, self.layer.bias
@@ -241,7 +239,8 @@ def _magnitude(bias: Tensor) -> Tensor:
     return torch.where(mean > 0, mean, torch.ones_like(mean))
 
 
-def _tensors(layer: QuantLayer) -> dict[str, Tensor]:
+def layer_tensors(layer: QuantLayer) -> dict[str, Tensor]:
+    """What tuning changes of a layer, by name: its parameters, scales and zero points."""
     parameters = dict(layer.named_parameters(remove_duplicate=False))
     buffers = {name: buffer for name, buffer in layer.named_buffers() if "fake_quant" in name}
     return {**parameters, **buffers}
@@ -249,13 +248,13 @@ def _tensors(layer: QuantLayer) -> dict[str, Tensor]:
 
 def layer_state(layer: QuantLayer) -> dict[str, Tensor]:
     """A copy of what tuning changes: weight, bias, scales and zero points."""
-    return {name: tensor.detach().clone() for name, tensor in _tensors(layer).items()}
+    return {name: tensor.detach().clone() for name, tensor in layer_tensors(layer).items()}
 
 
 @torch.no_grad()
 def set_layer_state(layer: QuantLayer, state: dict[str, Tensor]) -> None:
     """Put back what :func:`layer_state` copied; the layer must have the same widths."""
-    for name, tensor in _tensors(layer).items():
+    for name, tensor in layer_tensors(layer).items():
         tensor.copy_(state[name])
 
 

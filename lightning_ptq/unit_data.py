@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -165,16 +166,26 @@ class UnitData:
         cut = min(cut, len(samples) - 1)
         return order[cut:], order[:cut] or order
 
-    def chunks(self, rows: Tensor | slice) -> list[tuple[Tensor | slice, float]]:
-        """The rows of a mini-batch in parts whose activations stay small, each with its share of the whole.
+    def chunks(self, rows: Tensor | slice, parts: int = 1) -> list[Chunk]:
+        """A mini-batch in parts: where it is to be divided among ranks, and so that activations stay small.
 
         Gradients add up to those of the mini-batch. On the CPU small parts are several times faster: activations
         beyond some 32 MB are mapped afresh by the allocator each time, page by page.
         """
-        if isinstance(rows, slice) or rows.device.type != "cpu":
-            return [(rows, 1.0)]
-        size = max(1, _CHUNK_BYTES // self.row_bytes)
-        return [(part, len(part) / len(rows)) for part in rows.split(size)]
+        if isinstance(rows, slice):
+            count = rows.stop - rows.start
+            return [Chunk(rows, slice(0, count), count)]
+        size = -(-len(rows) // parts)
+        if self.device.type == "cpu":
+            size = min(size, max(1, _CHUNK_BYTES // self.row_bytes))
+        ends = [*range(0, len(rows), size), len(rows)]
+        return [Chunk(rows[a:b], slice(a, b), len(rows)) for a, b in pairwise(ends)]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs are."""
+        leaves = (leaf for group in self.groups for leaf in group.inputs if isinstance(leaf, Tensor))
+        return next((leaf.device for leaf in leaves), torch.device("cpu"))
 
     def batches(self, samples: list[Sample], size: int, generator: torch.Generator | None = None) -> list[Minibatch]:
         """The samples in mini-batches of one group each, shuffled if a generator is given."""
@@ -194,6 +205,26 @@ class UnitData:
         if generator is not None:
             result = [result[i] for i in _shuffle(len(result), generator).tolist()]
         return result
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of a mini-batch.
+
+    Attributes:
+        rows: Of the group.
+        part: The same, as positions in the mini-batch.
+        samples: In the mini-batch.
+    """
+
+    rows: Tensor | slice
+    part: slice
+    samples: int
+
+    @property
+    def share(self) -> float:
+        """Of the mini-batch."""
+        return float((self.part.stop - self.part.start) / self.samples)
 
 
 Sample = tuple[int, int]

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_ptq import LayerQConfig, QConfig, ReconstructionConfig, calibrate
 from lightning_ptq.errors import QConfigError, TiedWeightWarning
-from lightning_ptq.fake_quant import FakeQuantize
+from lightning_ptq.fake_quant import ActivationDrop
 from lightning_ptq.reconstruct import reconstruct_unit
 from lightning_ptq.replay import Call
 from lightning_ptq.store import ActivationStore
@@ -133,8 +133,8 @@ def test_steps_go_by_the_least_width_and_the_samples(bits, samples, steps):
 
 def test_dropping_falls_to_zero_over_the_steps(monkeypatch):
     case = Case(*LAYERS["linear"])
-    seen, own = [], FakeQuantize._drop
-    monkeypatch.setattr(FakeQuantize, "_drop", lambda q, x, y: seen.append(q.drop_probability) or own(q, x, y))
+    seen, own = [], ActivationDrop.start_step
+    monkeypatch.setattr(ActivationDrop, "start_step", lambda drop, p: seen.append(p) or own(drop, p))
     case.tune(steps=4, drop=0.8)
     assert seen == pytest.approx([0.8, 0.6, 0.4, 0.2])
 
@@ -267,7 +267,7 @@ def test_flags_gradients_and_quantizers_are_as_before(rounding, fails):
     assert torch.equal(case.layer.weight.grad, torch.ones_like(case.layer.weight))
     assert case.layer.bias.grad is None
     for quantizer in (case.layer.weight_fake_quant, case.layer.input_fake_quant):
-        assert (quantizer.enabled, quantizer.drop_probability, quantizer.generator) == (True, 0.0, None)
+        assert (quantizer.enabled, quantizer.drop) == (True, None)
     assert torch.is_grad_enabled()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from lightning_ptq.adaquant import DEFAULT_MEMORY_LIMIT, AdaQuantMode, AdaQuantResult, adaquant, check_arguments
 from lightning_ptq.calibration import Calibration
 from lightning_ptq.callbacks.base import StepCallback, progress_task
+from lightning_ptq.journal import Journal
 from lightning_ptq.tuners import ReconstructionConfig
 from lightning_ptq.units import BlockRule, Granularity
 
@@ -36,6 +37,7 @@ class AdaQuantLayerwise(StepCallback):
         rounding: ``"continuous"`` or ``"adaround"``.
         drop: Probability that an activation keeps its float value in the first step; falls to 0.
         held_out: Share of the samples that tuning is judged on.
+        parts: A step is computed in so many parts; no more ranks than this share a step of sequential mode.
         tolerance: Units of less error than this are not tuned; None for 2e-3 at 8 bits, 0 below.
         memory_limit: For activations; beyond it they go to memory-mapped files.
         seed: Of all random choices.
@@ -71,6 +73,7 @@ class AdaQuantLayerwise(StepCallback):
         rounding: str = _DEFAULTS.rounding,
         drop: float = _DEFAULTS.drop,
         held_out: float = _DEFAULTS.held_out,
+        parts: int = _DEFAULTS.parts,
         tolerance: float | None = _DEFAULTS.tolerance,
         memory_limit: str | int = DEFAULT_MEMORY_LIMIT,
         seed: int = 0,
@@ -87,6 +90,7 @@ class AdaQuantLayerwise(StepCallback):
             rounding=rounding,  # type: ignore[arg-type]  # checked by ReconstructionConfig
             drop=drop,
             held_out=held_out,
+            parts=parts,
             tolerance=tolerance,
         )
         check_arguments(mode, granularity, candidates, memory_limit)
@@ -102,7 +106,7 @@ class AdaQuantLayerwise(StepCallback):
         """Distinct for a parallel and a sequential instance in one list."""
         return self._generate_state_key(mode=self.mode, granularity=self.granularity, seed=self.seed)
 
-    def work(self, trainer: Any, calibration: Calibration) -> AdaQuantResult:
+    def work(self, trainer: Any, calibration: Calibration, journal: Journal | None = None) -> AdaQuantResult:
         """Tune the calibrated module."""
         with progress_task(trainer, f"AdaQuant {self.mode}") as progress:
             result = adaquant(
@@ -115,6 +119,7 @@ class AdaQuantLayerwise(StepCallback):
                 memory_limit=self.memory_limit,
                 seed=self.seed,
                 progress=progress,
+                journal=journal,
             )
         accepted = sum(row.accepted for row in result.units)
         steps = sum(row.steps > 0 for row in result.units)

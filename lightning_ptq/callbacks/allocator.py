@@ -14,6 +14,7 @@ from lightning_ptq.callbacks.base import StepCallback, progress_task, ptq_callba
 from lightning_ptq.choices import Choices, TunedStates
 from lightning_ptq.costs import Cost, Table, bops_cost, size_cost, table_cost
 from lightning_ptq.errors import AllocationError, QConfigError
+from lightning_ptq.journal import Journal
 from lightning_ptq.outputs import ChooseOutput
 from lightning_ptq.qconfig import LayerQConfig
 from lightning_ptq.refinement import AllocationResult, apply_allocation, search_allocation
@@ -102,7 +103,7 @@ class BitAllocator(StepCallback):
         self.pins = pins or {}
         self.time_limit = time_limit
 
-    def work(self, trainer: Any, calibration: Calibration) -> AllocationResult:
+    def work(self, trainer: Any, calibration: Calibration, journal: Journal | None = None) -> AllocationResult:
         """Allocate, and give the layers their widths."""
         candidates, states = self._tuned(trainer)
         with progress_task(trainer, "Sensitivity") as progress:
@@ -122,6 +123,7 @@ class BitAllocator(StepCallback):
                     "minimise": self.minimise,
                 },
                 progress=progress,
+                journal=journal,
             )
         apply_allocation(calibration, result.allocation, states)
         console = Console(width=110)

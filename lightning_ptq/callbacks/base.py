@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_ptq.adaquant import Progress
 from lightning_ptq.calibration import Calibration
 from lightning_ptq.errors import CallbackError
+from lightning_ptq.journal import Journal
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback as LightningCallback
@@ -32,7 +33,8 @@ ORDER = (
 )
 """Roles of the callbacks, each with the modes it may have at its place."""
 
-_REFUSED_STRATEGIES = ("FSDP", "DeepSpeed", "ModelParallel", "XLA")
+_WAY_OUT = "Use strategy='ddp', or strategy='auto' on one device."
+_TAKEN = ("SingleDeviceStrategy", "DDPStrategy")
 
 
 class PTQCallback(LightningCallback):
@@ -64,13 +66,19 @@ class StepCallback(PTQCallback, ABC):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Do the work, once."""
-        calibration = calibration_of(trainer)
-        if calibration is not None and self.result is None:
-            self.result = self.work(trainer, calibration)
+        capture = capture_of(trainer)
+        if capture is not None and capture.calibration is not None and self.result is None:
+            self.result = self.work(trainer, capture.calibration, capture.journal_for(trainer, self))
 
     @abstractmethod
-    def work(self, trainer: Any, calibration: Calibration) -> Any:
-        """Change the calibrated module in place; what is returned becomes :attr:`result`."""
+    def work(self, trainer: Any, calibration: Calibration, journal: Journal | None = None) -> Any:
+        """Change the calibrated module in place; what is returned becomes :attr:`result`.
+
+        Args:
+            trainer: Of the run.
+            calibration: The calibrated module.
+            journal: For finished pieces of the work.
+        """
 
 
 def ptq_callbacks(trainer: Any) -> list[PTQCallback]:
@@ -96,9 +104,9 @@ def check_order(trainer: Any) -> None:
         )
 
 
-def calibration_of(trainer: Any) -> Calibration | None:
-    """What the trainer's CalibrationCapture has calibrated; None before it is done."""
-    return next((c.calibration for c in ptq_callbacks(trainer) if c.role == "CalibrationCapture"), None)
+def capture_of(trainer: Any) -> Any:
+    """The trainer's CalibrationCapture, or None."""
+    return next((c for c in ptq_callbacks(trainer) if c.role == "CalibrationCapture"), None)
 
 
 def check_trainer(trainer: Any) -> None:
@@ -108,20 +116,14 @@ def check_trainer(trainer: Any) -> None:
         CallbackError: Saying what to use instead.
     """
     strategy = type(trainer.strategy).__name__
-    if any(part in strategy for part in _REFUSED_STRATEGIES):
-        raise CallbackError(
-            f"PTQ does not work under {strategy}, which shards the module. Use strategy='auto' on one device."
-        )
     start_method = getattr(trainer.strategy, "_start_method", None)
     if start_method in ("spawn", "fork", "forkserver"):
         raise CallbackError(
-            f"PTQ does not work under a strategy that runs fit in a process of its own ({start_method}): the quantized"
-            " module would be lost with it. Use strategy='auto' on one device."
+            f"PTQ does not work under a strategy that runs fit in processes of its own ({start_method}, as in"
+            f" notebooks): the quantized module would be lost with it. {_WAY_OUT} In a notebook, use one device."
         )
-    if trainer.world_size > 1:
-        raise CallbackError(
-            f"PTQ runs on one process for now, the Trainer has {trainer.world_size}. Use devices=1, num_nodes=1."
-        )
+    if not {cls.__name__ for cls in type(trainer.strategy).__mro__} & set(_TAKEN):
+        raise CallbackError(f"PTQ does not work under {strategy}, which shards or moves the module. {_WAY_OUT}")
     if str(trainer.precision).endswith("-true") and not str(trainer.precision).startswith("32"):
         raise CallbackError(
             f"PTQ needs the weights in float32, the Trainer has precision={trainer.precision!r}."
@@ -131,7 +133,23 @@ def check_trainer(trainer: Any) -> None:
 
 @contextmanager
 def progress_task(trainer: Any, title: str) -> Iterator[Progress]:
-    """A task on the trainer's progress bar: rich, tqdm, or none if the bar is disabled."""
+    """A task on the trainer's progress bar: rich, tqdm, or none if the bar is disabled.
+
+    Each report of progress is also where the run notices that it is to stop.
+    """
+    capture = capture_of(trainer)
+    with _bar_task(trainer, title) as show:
+
+        def report(done: int, total: int, text: str) -> None:
+            show(done, total, text)
+            if capture is not None:
+                capture.check_stop(trainer)
+
+        yield report
+
+
+@contextmanager
+def _bar_task(trainer: Any, title: str) -> Iterator[Progress]:
     bar = trainer.progress_bar_callback
     rich = getattr(bar, "progress", None)
     if bar is None or not getattr(bar, "is_enabled", False):

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import DistributedSampler, SequentialSampler
+
 from lightning_ptq.calibration import Calibration, Calibrator
-from lightning_ptq.callbacks.base import PTQCallback, check_order, check_trainer, isolate_rng
+from lightning_ptq.callbacks.base import PTQCallback, check_order, check_trainer, isolate_rng, ptq_callbacks
 from lightning_ptq.callbacks.muting import Step, calibration_forward, muted
+from lightning_ptq.callbacks.resuming import FOLDER, Journals
+from lightning_ptq.callbacks.stopping import StopRequest
 from lightning_ptq.errors import CalibrationError
+from lightning_ptq.journal import Journal
+from lightning_ptq.patching import attributes
 from lightning_ptq.qconfig import QConfig
+from lightning_ptq.ranks import Ranks, current_ranks
 from lightning_ptq.surgery import Prepared, prepare
 
 log = logging.getLogger(__name__)
@@ -38,6 +45,8 @@ class CalibrationCapture(PTQCallback):
         weight_observer: ``"mse"``, ``"minmax"`` or ``"percentile"``.
         activation_observer: The same for activations.
         percentile: For the percentile observers, the share of values to keep, in percent.
+        resume: Keep the progress of the run on disk until it is over, and go on from there if it was cut off.
+        resume_dir: Where; by default the folder ``ptq_progress`` in the Trainer's ``default_root_dir``.
         save_checkpoint: Whether to leave a checkpoint ``quantized.ckpt`` in the directory of the Trainer's
             ``ModelCheckpoint``, which itself writes nothing when no optimizer steps.
 
@@ -68,6 +77,8 @@ class CalibrationCapture(PTQCallback):
         activation_observer: str = "mse",
         percentile: float = 99.99,
         save_checkpoint: bool = True,
+        resume: bool = True,
+        resume_dir: str | None = None,
     ) -> None:
         super().__init__()
         self.qconfig = QConfig.parse(
@@ -85,10 +96,16 @@ class CalibrationCapture(PTQCallback):
         self.num_samples = num_samples
         self.step = step
         self.save_checkpoint = save_checkpoint
+        self.resume = resume
+        self.resume_dir = resume_dir
         self.calibration: Calibration | None = None
         self._prepared: Prepared | None = None
         self._calibrator: Calibrator | None = None
         self._restore = ExitStack()
+        self._ranks = Ranks()
+        self._stop = StopRequest()
+        self._error: Exception | None = None
+        self._journals: Journals | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Check the trainer, swap the layers, mute the training."""
@@ -96,6 +113,7 @@ class CalibrationCapture(PTQCallback):
             return
         check_order(trainer)
         check_trainer(trainer)
+        self._ranks, self._stop, self._error, self._journals = current_ranks(), StopRequest(), None, None
         pl_module.configure_model()
         self.calibration = self._calibrator = None
         with ExitStack() as stack:
@@ -103,6 +121,7 @@ class CalibrationCapture(PTQCallback):
             self._prepared = prepare(pl_module, self.qconfig)
             stack.callback(self._undo_unless_finished)
             stack.enter_context(isolate_rng())
+            stack.enter_context(_unshuffled(trainer))
             stack.enter_context(muted(pl_module, self._observe, self._done))
             self._forward = forward
             self._restore = stack.pop_all()
@@ -110,14 +129,23 @@ class CalibrationCapture(PTQCallback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """The module is on its device now."""
         if self._prepared is not None:
-            self._calibrator = Calibrator(self._prepared, self._forward, self.num_samples)
+            _check_same_length(trainer, self._ranks)
+            self._restore.enter_context(self._stop.watching(self._ranks.world))
+            self._calibrator = Calibrator(
+                self._prepared, self._forward, self.num_samples, self._ranks, _population(trainer)
+            )
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Choose all scales; the callbacks behind this one go on from there."""
         if self.calibration is not None or self._calibrator is None:
             return
+        self._ranks.agree(self._error)
         self.calibration = self._calibrator.finish()
         self._calibrator = None
+        if self.resume:
+            folder = Path(self.resume_dir or Path(trainer.default_root_dir) / FOLDER)
+            stages = [callback for callback in ptq_callbacks(trainer) if callback is not self]
+            self._journals = Journals(folder, self.calibration, stages)
         trainer.should_stop = True
         log.info(
             "calibrated %d layers on %d samples, folded %d batch norms",
@@ -128,8 +156,11 @@ class CalibrationCapture(PTQCallback):
         """The run is over: keep the quantized layers, leave a checkpoint."""
         if self.calibration is None:
             return
+        self._ranks.check_same(dict(pl_module.state_dict()))
         self.calibration.release()
         self._prepared = None
+        if self._journals is not None:
+            self._journals.remove()
         if self.save_checkpoint:
             for checkpoint in trainer.checkpoint_callbacks:
                 if getattr(checkpoint, "dirpath", None):
@@ -154,8 +185,18 @@ class CalibrationCapture(PTQCallback):
             self._restore.close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Unmute the module and put its float layers back."""
+        """Unmute the module and put its float layers back; the other ranks learn of it."""
         self._restore.close()
+        self._ranks.leave(exception)
+
+    def journal_for(self, trainer: Any, stage: PTQCallback) -> Journal | None:
+        """Where a callback behind this one keeps its progress; None with ``resume=False``."""
+        return self._journals.of(stage) if self._journals else None
+
+    def check_stop(self, trainer: Any) -> None:
+        """Raise if the run is to stop: SIGTERM has come, or another rank has failed."""
+        self._stop.check(trainer)
+        self._ranks.poll()
 
     def _undo_unless_finished(self) -> None:
         if self._prepared is not None:
@@ -163,8 +204,46 @@ class CalibrationCapture(PTQCallback):
             self._prepared = self._calibrator = self.calibration = None
 
     def _observe(self, batch: Any) -> None:
-        if self._calibrator is not None:
+        if self._calibrator is None or self._error is not None:
+            return
+        try:
             self._calibrator.observe(batch)
+        except Exception as error:
+            if self._ranks.world == 1:
+                raise
+            self._error = error  # the pass goes on, for Lightning's loop waits for every rank at each batch
 
     def _done(self) -> bool:
         return self._calibrator is None or self._calibrator.done
+
+
+@contextmanager
+def _unshuffled(trainer: Any) -> Iterator[None]:
+    """Under DDP Lightning shuffles whatever is trained on; here a loader that does not shuffle keeps its order."""
+    connector = trainer._data_connector
+    own = connector._prepare_dataloader
+
+    def prepare_dataloader(dataloader: Any, shuffle: bool, mode: Any = None) -> Any:
+        batch_sampler = getattr(dataloader, "batch_sampler", None)
+        sampler = getattr(batch_sampler, "sampler", getattr(dataloader, "sampler", None))
+        return own(dataloader, shuffle=shuffle and not isinstance(sampler, SequentialSampler), mode=mode)
+
+    with attributes(connector, {"_prepare_dataloader": prepare_dataloader}):
+        yield
+
+
+def _check_same_length(trainer: Any, ranks: Ranks) -> None:
+    lengths = ranks.gather(trainer.num_training_batches)
+    if len(set(lengths)) > 1:
+        raise CalibrationError(
+            f"the ranks have {lengths} calibration batches, which would leave some waiting for others. Use a"
+            " DistributedSampler (Lightning does by default), or a sampler that gives every rank as many."
+        )
+
+
+def _population(trainer: Any) -> int | None:
+    """Samples in the set, where a distributed sampler fills the ranks' shares up with repeats; None elsewhere."""
+    loader = trainer.train_dataloader
+    samplers = (getattr(getattr(loader, "batch_sampler", None), "sampler", None), getattr(loader, "sampler", None))
+    found = next((sampler for sampler in samplers if isinstance(sampler, DistributedSampler)), None)
+    return None if found is None or found.drop_last else len(found.dataset)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from lightning_ptq.bias_tuning import tune_bias
 from lightning_ptq.calibration import Calibration
 from lightning_ptq.callbacks.base import StepCallback, progress_task
 from lightning_ptq.errors import QConfigError
+from lightning_ptq.journal import Journal
 from lightning_ptq.judging import StatisticsResult
 from lightning_ptq.outputs import ChooseOutput, Divergence
 from lightning_ptq.statistics import para_normalize, reestimate_batch_norm
@@ -79,11 +80,11 @@ class StatsTuning(StepCallback):
         self.tuning: dict[str, Any] = {"steps": steps, "lr": lr, "norm_affine": norm_affine}
         self.memory_limit = memory_limit
 
-    def work(self, trainer: Any, calibration: Calibration) -> list[StatisticsResult]:
+    def work(self, trainer: Any, calibration: Calibration, journal: Journal | None = None) -> list[StatisticsResult]:
         """Run the steps, one after the other."""
         results: list[StatisticsResult] = []
         with progress_task(trainer, "Statistics") as progress:
-            common: dict[str, Any] = {**self.common, "progress": progress}
+            common: dict[str, Any] = {**self.common, "progress": progress, "journal": journal}
             store: dict[str, Any] = {"memory_limit": self.memory_limit}
             if self.target in ("auto", "batch_norm"):
                 results.append(reestimate_batch_norm(calibration, **store, **common))

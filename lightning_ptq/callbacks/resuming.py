@@ -1,0 +1,95 @@
+"""Where a run keeps its progress, and how it tells that progress on disk is its own."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from lightning_ptq.calibration import Calibration
+from lightning_ptq.errors import ProgressWarning
+from lightning_ptq.journal import Journal
+from lightning_ptq.ranks import digest
+
+log = logging.getLogger(__name__)
+
+FOLDER = "ptq_progress"
+_NO_SETTING = ("calibration", "result", "journals")
+
+
+class Journals:
+    """The journals of a run's stages, in one folder.
+
+    A stage's pieces are its own if the calibrated module, the calibration data, and the settings of this stage and all
+    before it are the same.
+
+    Args:
+        folder: For the files.
+        calibration: The calibrated module, before the first stage.
+        stages: The callbacks that work on it, in order.
+    """
+
+    def __init__(self, folder: Path, calibration: Calibration, stages: list[Any]) -> None:
+        self.folder = folder
+        known = fingerprint(calibration)
+        self._stages: list[tuple[Any, Journal]] = []
+        for stage in stages:
+            known = hashlib.sha256(f"{known} {settings(stage)}".encode()).hexdigest()
+            self._stages.append((stage, Journal(folder, known)))
+        found = sum(len(journal.keys()) for _, journal in self._stages)
+        if found:
+            log.info("going on from %d finished pieces of work in %s", found, folder)
+        elif any(self._files()):
+            warnings.warn(
+                f"{folder} holds the progress of another run (another model, configuration or calibration set); this"
+                " one starts afresh. Delete the folder if that run is not to go on.",
+                ProgressWarning,
+                stacklevel=2,
+            )
+
+    def of(self, stage: Any) -> Journal | None:
+        """The journal of a callback."""
+        return next((journal for known, journal in self._stages if known is stage), None)
+
+    def remove(self) -> None:
+        """Delete this run's files, and the folder if nothing else is in it: the run is finished."""
+        for _, journal in self._stages:
+            journal.remove()
+        with suppress(OSError):
+            self.folder.rmdir()
+
+    def _files(self) -> Iterator[Path]:
+        return self.folder.glob("*.safetensors")
+
+
+def fingerprint(calibration: Calibration) -> str:
+    """A checksum of the calibrated module and the calibration set."""
+    from lightning_ptq import __version__
+
+    found = hashlib.sha256(f"{__version__} {torch.__version__} {calibration.prepared.qconfig}".encode())
+    for name, value in calibration.module.state_dict().items():
+        found.update(name.encode())
+        found.update(_checksum(value))
+    for batch in calibration.batches:
+        for leaf in tree_leaves(batch):
+            found.update(_checksum(leaf))
+    return found.hexdigest()
+
+
+def settings(callback: Any) -> str:
+    """What a callback was told, as text."""
+    told = {k: v for k, v in vars(callback).items() if not k.startswith("_") and k not in _NO_SETTING}
+    shown = {k: getattr(v, "__qualname__", "") or repr(v) for k, v in sorted(told.items())}
+    return f"{callback.role} {shown}"
+
+
+def _checksum(value: Any) -> bytes:
+    return (digest([value]) if isinstance(value, Tensor) else str(value)).encode()

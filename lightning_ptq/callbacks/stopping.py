@@ -1,0 +1,46 @@
+"""Ending a run in good order when the system asks for it."""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class StopRequest:
+    """Whether SIGTERM has come.
+
+    Lightning looks for it between batches only, and its handler, under DDP, waits for ranks that may be busy for
+    minutes. The library looks at each step of its work.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def check(self, trainer: Any) -> None:
+        """Raise Lightning's ``SIGTERMException`` if SIGTERM has come."""
+        if self.received:
+            package = type(trainer).__module__.split(".trainer")[0]
+            raise importlib.import_module(f"{package}.utilities.exceptions").SIGTERMException
+
+    @contextmanager
+    def watching(self, world: int) -> Iterator[None]:
+        """Take SIGTERM inside the ``with`` block; a handler that is there is called too, on a single process."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.getsignal(signal.SIGTERM)
+
+        def handle(signum: int, frame: Any) -> None:
+            self.received = True
+            if world == 1 and callable(before):
+                before(signum, frame)
+
+        signal.signal(signal.SIGTERM, handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)

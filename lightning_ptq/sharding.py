@@ -1,0 +1,103 @@
+"""The calibration set of several ranks put together: all of them end up with what a single process would have.
+
+Batches are dealt to ranks as ``DistributedSampler`` deals samples: rank ``r`` of ``w`` has samples ``r, r + w, ...``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from lightning_ptq.forward import batch_size
+from lightning_ptq.observers import MinMaxObserver
+from lightning_ptq.ranks import Ranks
+from lightning_ptq.trace import Trace
+
+
+def is_divisible(batch: Any) -> bool:
+    """Whether every part of the batch is a tensor with one row a sample."""
+    leaves, _ = tree_flatten(batch)
+    return all(isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == batch_size(batch) for leaf in leaves)
+
+
+def take_rows(batch: Any, rows: slice) -> Any:
+    """Some samples of a divisible batch."""
+    leaves, spec = tree_flatten(batch)
+    return tree_unflatten([leaf[rows] for leaf in leaves], spec)
+
+
+def own_share(rank: int, world: int, samples: float) -> float:
+    """How many of the first so many samples of the whole set are a rank's.
+
+    Example:
+        >>> [own_share(rank, 3, 10) for rank in range(3)]
+        [4, 3, 3]
+    """
+    return samples if samples == math.inf else (samples - rank + world - 1) // world
+
+
+def merge_observers(
+    ranks: Ranks, observers: dict[str, MinMaxObserver], make: Callable[[str], MinMaxObserver]
+) -> dict[str, MinMaxObserver]:
+    """Merge the observers of each layer over the ranks, by the reductions that their states declare.
+
+    Args:
+        ranks: The processes.
+        observers: This rank's, by layer; changed in place.
+        make: A new observer for a layer that this rank never reached.
+    """
+    if ranks.world == 1:
+        return observers
+    names = list(dict.fromkeys(name for found in ranks.gather(list(observers)) for name in found))
+    for name in names:
+        observer = observers.setdefault(name, make(name))
+        observer.sync(dist_sync_fn=gather_all_tensors, distributed_available=lambda: True)
+    return {name: observers[name] for name in names}
+
+
+def merge_batches(ranks: Ranks, batches: list[Any], traces: list[Trace]) -> tuple[list[Any], list[Trace]]:
+    """All ranks' calibration batches with their traces, in the order of the whole set.
+
+    Where the forward did the same on all of them and batches can be divided, they are cut anew, so that their number
+    and size are what a single process would have had. Others are put behind one another, rank by rank in turn.
+    """
+    if ranks.world == 1:
+        return batches, traces
+    courses = set().union(*ranks.gather({trace.digest() for trace in traces}))
+    divisible = all(all(found) for found in ranks.gather([is_divisible(batch) for batch in batches]))
+    everything = ranks.gather(batches)
+    if len(courses) == 1 and divisible:
+        whole = _recut(everything)
+        return whole, [traces[0]] * len(whole)
+    shared: dict[str, Trace] = {}
+    return _in_turn(everything), [shared.setdefault(t.digest(), t) for t in _in_turn(ranks.gather(traces))]
+
+
+def _in_turn(by_rank: list[list[Any]]) -> list[Any]:
+    longest = max(len(found) for found in by_rank)
+    return [found[i] for i in range(longest) for found in by_rank if i < len(found)]
+
+
+def _recut(by_rank: list[list[Any]]) -> list[Any]:
+    """Samples in turn from each rank, in batches of the size of the first one."""
+    size = batch_size(by_rank[0][0])
+    _, spec = tree_flatten(by_rank[0][0])
+    columns = []
+    for i in range(spec.num_leaves):
+        parts = [[tree_flatten(batch)[0][i] for batch in batches] for batches in by_rank]
+        columns.append(_interleave([torch.cat(leaves) for leaves in parts if leaves]))
+    pieces = [column.split(size) for column in columns]
+    return [tree_unflatten([piece[i] for piece in pieces], spec) for i in range(len(pieces[0]))]
+
+
+def _interleave(parts: list[Tensor]) -> Tensor:
+    count = len(parts)
+    order = [(row * count + rank, rank, row) for rank, part in enumerate(parts) for row in range(len(part))]
+    starts = torch.tensor([0, *map(len, parts)]).cumsum(0).tolist()
+    return torch.cat(parts)[[starts[rank] + row for _, rank, row in sorted(order)]]
