@@ -122,7 +122,7 @@ def check_trainer(trainer: Any) -> None:
             f"PTQ does not work under a strategy that runs fit in processes of its own ({start_method}, as in"
             f" notebooks): the quantized module would be lost with it. {_WAY_OUT} In a notebook, use one device."
         )
-    if not {cls.__name__ for cls in type(trainer.strategy).__mro__} & set(_TAKEN):
+    if "XLA" in strategy or not {cls.__name__ for cls in type(trainer.strategy).__mro__} & set(_TAKEN):
         raise CallbackError(f"PTQ does not work under {strategy}, which shards or moves the module. {_WAY_OUT}")
     if str(trainer.precision).endswith("-true") and not str(trainer.precision).startswith("32"):
         raise CallbackError(

@@ -131,6 +131,7 @@ class CalibrationCapture(PTQCallback):
         if self._prepared is not None:
             _check_same_length(trainer, self._ranks)
             self._restore.enter_context(self._stop.watching(self._ranks.world))
+            self._restore.enter_context(_no_waiting(trainer))
             self._calibrator = Calibrator(
                 self._prepared, self._forward, self.num_samples, self._ranks, _population(trainer)
             )
@@ -230,6 +231,26 @@ def _unshuffled(trainer: Any) -> Iterator[None]:
 
     with attributes(connector, {"_prepare_dataloader": prepare_dataloader}):
         yield
+
+
+@contextmanager
+def _no_waiting(trainer: Any) -> Iterator[None]:
+    """No rank waits for another in the calibration pass, so that one that fails holds up nobody.
+
+    DDP would send buffers round at each batch, and Lightning whether SIGTERM has come.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    muted = {"_broadcast_sigterm_tensor": lambda: None} if hasattr(loop, "_broadcast_sigterm_tensor") else {}
+    model = trainer.strategy.model
+    synced = getattr(model, "broadcast_buffers", None)
+    with attributes(loop, muted):
+        try:
+            if synced is not None:
+                model.broadcast_buffers = False
+            yield
+        finally:
+            if synced is not None:
+                model.broadcast_buffers = synced
 
 
 def _check_same_length(trainer: Any, ranks: Ranks) -> None:

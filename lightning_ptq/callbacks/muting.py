@@ -135,6 +135,8 @@ def muted(module: Any, on_batch: Callable[[Any], None], done: Callable[[], bool]
             stack.callback(
                 _restore_metric, metric, {name: copy.deepcopy(metric.__dict__[name]) for name in _states(metric)}
             )
+        if "forward" not in vars(module):  # under DDP Lightning leaves one of its own on the instance
+            stack.callback(vars(module).pop, "forward", None)
         stack.enter_context(attributes(module, replaced))
         yield
 

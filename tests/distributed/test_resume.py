@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed.processes import Processes, run
+from distributed.test_pipeline import CANDIDATES, SAMPLES
+from helpers import IMAGES, LABELS, classifier, same_state, state, trainer
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_ptq import AdaQuantLayerwise, BitAllocator, CalibrationCapture, StatsTuning
+from lightning_ptq.errors import ProgressWarning
+from lightning_ptq.journal import Journal, Piece
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::lightning_ptq.errors.RolledBackWarning"),
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+    pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`"),
+]
+
+
+def quantized(root: Path, world: int = 1, steps: int = 30, scale: float = 1.0, qconfig: str = "w8a8") -> Any:
+    import pytorch_lightning as pl
+
+    module = classifier(pl)
+    with torch.no_grad():
+        module.net[0].weight.mul_(scale)
+    callbacks = [
+        CalibrationCapture(qconfig),
+        AdaQuantLayerwise("parallel", candidates=CANDIDATES, steps=steps, batch_size=8),
+        BitAllocator(0.3, measure="kl"),
+        AdaQuantLayerwise(steps=steps, batch_size=8),
+        StatsTuning(steps=steps),
+    ]
+    several = {"strategy": "ddp", "devices": world} if world > 1 else {}
+    loader = DataLoader(TensorDataset(IMAGES[:SAMPLES], LABELS[:SAMPLES]), 8)
+    trainer(pl, root, *callbacks, **several).fit(module, loader)
+    return state(module)
+
+
+def pieces(root: Path) -> list[Path]:
+    return sorted(root.glob("ptq_progress/*.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What a run that nobody cuts off ends with."""
+    return run(1, quantized, tmp_path_factory.mktemp("whole"))[0]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_path, whole, world, seed):
+    draw = random.Random(seed)
+    kills = 0
+    while True:
+        processes = Processes(world, quantized, tmp_path, world)
+        before, more, deadline = len(pieces(tmp_path)), draw.randint(1, 9), time.monotonic() + 60
+        while any(p.is_alive() for p in processes.processes) and len(pieces(tmp_path)) < before + more:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        if not any(p.is_alive() for p in processes.processes):
+            break
+        time.sleep(draw.random() * 0.03)
+        processes.kill(signal.SIGKILL)
+        for process in processes.processes:
+            process.join()
+        kills += 1
+    assert kills >= 2
+    for found in processes.wait():
+        assert same_state(found, whole)
+    assert not (tmp_path / "ptq_progress").exists()
+
+
+def cut_off(root: Path, monkeypatch: Any, **options: Any) -> None:
+    """A run that fails in its last stage."""
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(StatsTuning, "work", lambda *args: 1 / 0)
+        quantized(root, **options)
+    assert pieces(root)
+
+
+def test_damaged_progress_is_named_and_done_again(tmp_path, monkeypatch, whole):
+    cut_off(tmp_path, monkeypatch)
+    for damage, path in zip((b"", b"{", b"\0" * 400), pieces(tmp_path)[::5], strict=False):
+        path.write_bytes(damage)
+    flipped = bytearray(pieces(tmp_path)[1].read_bytes())
+    flipped[-3] ^= 1
+    pieces(tmp_path)[1].write_bytes(bytes(flipped))
+    damaged = [str(path) for path in (pieces(tmp_path)[1], *pieces(tmp_path)[::5][:3])]
+    with pytest.warns(ProgressWarning) as caught:
+        found = quantized(tmp_path)
+    assert same_state(found, whole)
+    assert all(any(path in str(warning.message) for warning in caught) for path in damaged)
+
+
+@pytest.mark.parametrize("change", [{"steps": 31}, {"scale": 1.01}, {"qconfig": "w6a6"}], ids=str)
+def test_progress_of_another_run_is_not_used(tmp_path, monkeypatch, change):
+    cut_off(tmp_path, monkeypatch, **change)
+    theirs = pieces(tmp_path)
+    expected = quantized(tmp_path / "elsewhere")
+    with pytest.warns(ProgressWarning, match="progress of another run"):
+        found = quantized(tmp_path)
+    assert same_state(found, expected)
+    assert pieces(tmp_path) == theirs
+
+
+def test_nothing_is_tuned_twice(tmp_path, monkeypatch, whole):
+    cut_off(tmp_path, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["lightning_ptq.adaquant"], "reconstruct_unit", lambda *args: 1 / 0)
+        patch.setattr(sys.modules["lightning_ptq.sensitivity"]._Sweep, "_rise", lambda *args: 1 / 0)
+        assert same_state(quantized(tmp_path), whole)
+
+
+def test_a_piece_comes_back_as_it_was(tmp_path):
+    journal = Journal(tmp_path / "new", "fingerprint")
+    states = {"a.b": {"scale": torch.rand(3, 1), "zero_point": torch.tensor(3, dtype=torch.int32)}, "": {}}
+    assert journal.read("unit") is None
+    assert journal.keys() == set()
+    journal.write("unit", Piece(states, {"row": [1, 2.5, None]}))
+    found = journal.read("unit")
+    assert found.facts == {"row": [1, 2.5, None]}
+    assert {n: {k: v.tolist() for k, v in s.items()} for n, s in found.states.items()} == {
+        "a.b": {k: v.tolist() for k, v in states["a.b"].items()}
+    }
+    assert journal.keys() == {"unit"}
+    assert journal.inner("table").read("unit") is None
+    assert Journal(tmp_path / "new", "another").keys() == set()
+    journal.remove()
+    assert journal.keys() == set()
