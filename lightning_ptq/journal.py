@@ -90,41 +90,18 @@ class Journal:
         Warns:
             ProgressWarning: If its file is damaged, naming it.
         """
-        path = self._path(key)
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            header = json.loads(metadata["header"])
-            sound = hashlib.sha256(metadata["header"].encode()).hexdigest() == metadata["checksum"]
-            ordered = [tensors[str(i)] for i in range(len(tensors))]
-            if not sound or digest(ordered) != header["tensors"]:
-                raise ValueError("its checksum does not fit")
-        except FileNotFoundError:
-            return None
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
-            warnings.warn(
-                f"the saved progress {path} is damaged ({error}), so this piece is done again.",
-                ProgressWarning,
-                stacklevel=2,
-            )
-            return None
-        states: LayerStates = {}
-        for (first, second), tensor in zip(header["names"], ordered, strict=True):
-            states.setdefault(first, {})[second] = tensor
-        return Piece(states, header["facts"])
+        found = _load(self._path(key))
+        return found[1] if found else None
 
     def keys(self) -> set[str]:
-        """The keys of all sound pieces."""
-        found: set[str] = set()
-        for path in self.directory.glob(f"{self._prefix}-*.safetensors"):
-            try:
-                with safe_open(path, "pt") as file:
-                    found.add(json.loads((file.metadata() or {})["header"])["key"])
-            except (SafetensorError, KeyError, ValueError, OSError):
-                continue  # told when it is read
-        mine = {key.removeprefix(self.part) for key in found if key.startswith(self.part)}
-        return {key for key in mine if self.read(key) is not None}
+        """The keys of all sound pieces.
+
+        Warns:
+            ProgressWarning: Naming each damaged file.
+        """
+        found = [_load(path) for path in sorted(self.directory.glob(f"{self._prefix}-*.safetensors"))]
+        keys = [loaded[0] for loaded in found if loaded]
+        return {key.removeprefix(self.part) for key in keys if key.startswith(self.part)}
 
     def remove(self) -> None:
         """Delete the files of all pieces, also of inner journals."""
@@ -138,3 +115,29 @@ class Journal:
     def _path(self, key: str) -> Path:
         name = hashlib.sha256((self.part + key).encode()).hexdigest()[:16]
         return self.directory / f"{self._prefix}-{name}.safetensors"
+
+
+def _load(path: Path) -> tuple[str, Piece] | None:
+    """The key and the piece in a file; None if there is no such file, or it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        header = json.loads(metadata["header"])
+        sound = hashlib.sha256(metadata["header"].encode()).hexdigest() == metadata["checksum"]
+        ordered = [tensors[str(i)] for i in range(len(tensors))]
+        if not sound or digest(ordered) != header["tensors"]:
+            raise ValueError("its checksum does not fit")
+    except FileNotFoundError:
+        return None
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        warnings.warn(
+            f"the saved progress {path} is damaged ({error}), so this piece is done again.",
+            ProgressWarning,
+            stacklevel=3,
+        )
+        return None
+    states: LayerStates = {}
+    for (first, second), tensor in zip(header["names"], ordered, strict=True):
+        states.setdefault(first, {})[second] = tensor
+    return header["key"], Piece(states, header["facts"])

@@ -375,7 +375,9 @@ def test_what_cannot_work_is_refused_and_leaves_the_module_as_it_was(pl, tmp_pat
 @pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAStrategy"])
 def test_strategies_that_shard_the_module_are_refused(strategy):
     run = SimpleNamespace(strategy=type(strategy, (), {})(), world_size=1, precision="32-true")
-    with pytest.raises(CallbackError, match=f"PTQ does not work under {strategy}.*Use strategy='ddp', or strategy='auto'"):
+    with pytest.raises(
+        CallbackError, match=f"PTQ does not work under {strategy}.*Use strategy='ddp', or strategy='auto'"
+    ):
         check_trainer(run)
 
 

@@ -173,5 +173,7 @@ def test_repeats_of_a_sampler_count_once(tmp_path, shuffle):
     for (samples, images), counted in run(2, own_sampler, tmp_path, shuffle):
         assert samples == 13
         assert counted == 13 * 25
-        assert sorted(images.flatten(1).sum(1).tolist()) == pytest.approx(sorted(IMAGES[:13].flatten(1).sum(1).tolist()))
+        assert sorted(images.flatten(1).sum(1).tolist()) == pytest.approx(
+            sorted(IMAGES[:13].flatten(1).sum(1).tolist())
+        )
         assert shuffle or torch.equal(images, IMAGES[:13])
