@@ -20,7 +20,7 @@ from lightning_ptq.journal import Journal
 from lightning_ptq.patching import attributes
 from lightning_ptq.qconfig import QConfig
 from lightning_ptq.ranks import Ranks, current_ranks
-from lightning_ptq.surgery import Prepared, prepare
+from lightning_ptq.surgery import Prepared, is_prepared, prepare
 
 log = logging.getLogger(__name__)
 
@@ -108,8 +108,9 @@ class CalibrationCapture(PTQCallback):
         self._journals: Journals | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Check the trainer, swap the layers, mute the training."""
+        """Check the trainer, swap the layers, mute the training; elsewhere, be ready for a quantized checkpoint."""
         if stage != "fit":
+            self._restore.enter_context(_quantized_on_load(pl_module, self.qconfig))
             return
         check_order(trainer)
         check_trainer(trainer)
@@ -128,7 +129,7 @@ class CalibrationCapture(PTQCallback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """The module is on its device now."""
-        if self._prepared is not None:
+        if self._prepared is not None and not self._restored():
             _check_same_length(trainer, self._ranks)
             self._restore.enter_context(self._stop.watching(self._ranks.world))
             self._restore.enter_context(_no_waiting(trainer))
@@ -173,17 +174,24 @@ class CalibrationCapture(PTQCallback):
                     trainer.save_checkpoint(path)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Lightning skips the epoch of an empty loader without a word."""
-        if self._prepared is not None:
-            raise CalibrationError(
-                "no calibration batch was seen: the loader is empty, or max_epochs or limit_train_batches is 0."
-                " Give fit a loader with at least one sample, and max_epochs=1."
+        """Lightning skips the epoch of an empty loader, or of a run that ``ckpt_path`` says is over, without a word."""
+        if self._prepared is None:
+            return
+        if self._restored():
+            log.info(
+                "the checkpoint is that of a finished run: the module is quantized as it says, nothing is left to do"
             )
+            self._prepared = None
+            return
+        raise CalibrationError(
+            "no calibration batch was seen: the loader is empty, max_epochs or limit_train_batches is 0, or ckpt_path"
+            " is a checkpoint of the training, which is over. Give fit a loader with at least one sample and"
+            " max_epochs=1, and load trained weights by MyModule.load_from_checkpoint."
+        )
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Unmute the module."""
-        if stage == "fit":
-            self._restore.close()
+        self._restore.close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Unmute the module and put its float layers back; the other ranks learn of it."""
@@ -198,6 +206,11 @@ class CalibrationCapture(PTQCallback):
         """Raise if the run is to stop: SIGTERM has come, or another rank has failed."""
         self._stop.check(trainer)
         self._ranks.poll()
+
+    def _restored(self) -> bool:
+        """Whether a checkpoint has made the layers quantized ones."""
+        layers = self._prepared.layers.values() if self._prepared is not None else ()
+        return self.calibration is None and any(layer.qconfig is not None for layer in layers)
 
     def _undo_unless_finished(self) -> None:
         if self._prepared is not None:
@@ -216,6 +229,21 @@ class CalibrationCapture(PTQCallback):
 
     def _done(self) -> bool:
         return self._calibrator is None or self._calibrator.done
+
+
+@contextmanager
+def _quantized_on_load(module: Any, qconfig: QConfig) -> Iterator[None]:
+    """A float module is prepared when the Trainer loads a quantized checkpoint into it."""
+    own = module.on_load_checkpoint
+
+    def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
+        own(checkpoint)
+        quantized = any(key.endswith("weight_fake_quant.scale") for key in checkpoint.get("state_dict", {}))
+        if quantized and not is_prepared(module):
+            prepare(module, QConfig(qconfig.default))
+
+    with attributes(module, {"on_load_checkpoint": on_load_checkpoint}):
+        yield
 
 
 @contextmanager
