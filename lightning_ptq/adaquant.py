@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from lightning_ptq.calibration import Calibration
 from lightning_ptq.errors import QConfigError, RolledBackWarning
 from lightning_ptq.forward import eval_mode
 from lightning_ptq.journal import Journal, LayerStates, Piece
+from lightning_ptq.plan import MemoryPlan, plan_memory
 from lightning_ptq.qconfig import LayerQConfig
 from lightning_ptq.ranks import Ranks
 from lightning_ptq.reconstruct import UnitResult, reconstruct_unit
@@ -62,6 +63,7 @@ def adaquant(
     seed: int = 0,
     progress: Progress = lambda done, total, text: None,
     journal: Journal | None = None,
+    announce: Callable[[MemoryPlan], None] | None = None,
 ) -> AdaQuantResult:
     """Tune every unit of a calibrated module so that its output comes close to the float one's.
 
@@ -74,10 +76,12 @@ def adaquant(
         blocks: Name patterns of the blocks, or a function of name and module, in place of the automatic search.
         candidates: Bit widths for parallel mode, such as ``["w8a8", "w4a4"]``; by default the calibrated ones alone.
         config: Steps, rates and what is learned.
-        memory_limit: For activations: what goes beyond is kept in memory-mapped files.
+        memory_limit: For activations: what goes beyond is kept in memory-mapped files, and where the disk is too small
+            for that, computed again.
         seed: Of all random choices; the global random state is neither used nor changed.
         progress: Called with steps done, steps in all, and the unit's name.
         journal: Where finished units are kept, and found again by a run that was cut off.
+        announce: Called before the work with the plan of memory and time.
 
     Several ranks (``calibration.ranks``) share each step in sequential mode, and the units in parallel mode; they all
     end with the same tuned module and result.
@@ -87,6 +91,7 @@ def adaquant(
 
     Raises:
         QConfigError: If an argument does not fit.
+        CalibrationError: If what a single unit needs fits neither into the limit nor onto the disk.
 
     Warns:
         RolledBackWarning: Naming the units that tuning did not improve.
@@ -107,6 +112,8 @@ def adaquant(
         units = find_units(calibration.module, calibration.trace, granularity, blocks)
         widths = [LayerQConfig.parse(candidate) for candidate in candidates or ()]
         run = kind(calibration, units, store, config or ReconstructionConfig(), seed, progress, journal, widths)
+        if announce is not None:
+            announce(run.plan)
         result = run.all()
         result.peak_activation_bytes = store.peak
     _warn_of_rolled_back(result)
@@ -153,12 +160,22 @@ class _Run:
     journal: Journal | None
     candidates: list[LayerQConfig]
     result: AdaQuantResult = field(default_factory=AdaQuantResult)
+    sequential: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self.ranks = self.calibration.ranks
-        self.float_stream = Replay(self.calibration, self.units, self.store, "float")
         self.steps_done = 0
-        self.steps = 0
+        counts = self.steps_by_unit()
+        self.steps = sum(counts)
+        self.plan = plan_memory(
+            self.calibration, self.units, self.store.limit, counts, self.config.batch_size, self.sequential
+        )
+        self.keep = not any(self.ranks.gather(self.plan.where == "recomputed"))
+        self.float_stream = Replay(self.calibration, self.units, self.store, "float", keep=self.keep)
+
+    @abstractmethod
+    def steps_by_unit(self) -> list[int]:
+        """Optimisation steps of each unit on this rank."""
 
     def all(self) -> AdaQuantResult:
         """Every unit, one after the other."""
@@ -193,10 +210,14 @@ class _Run:
 class _Sequential(_Run):
     """Each unit gets the inputs that it gets in the quantized model; all ranks share its steps."""
 
+    sequential = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.quantized_stream = Replay(self.calibration, self.units, self.store, "quantized")
-        self.steps = sum(self._steps(_qconfigs(unit)) for unit in self.units)
+        self.quantized_stream = Replay(self.calibration, self.units, self.store, "quantized", keep=self.keep)
+
+    def steps_by_unit(self) -> list[int]:
+        return [self._steps(_qconfigs(unit)) for unit in self.units]
 
     def unit(self, index: int) -> float:
         """Capture, tune or take from the journal, and hand the quantized outputs on."""
@@ -214,7 +235,8 @@ class _Sequential(_Run):
         self.result.units.append(self._tune_and_keep(unit, data) if known is None else self._take(unit, known))
         seconds = time.perf_counter() - start
         data.drop_targets()
-        self.quantized_stream.finish(index, data.outputs(unit.module, batches, "quantized"))
+        if self.keep:
+            self.quantized_stream.finish(index, data.outputs(unit.module, batches, "quantized"))
         return seconds
 
     def _tune_and_keep(self, unit: Unit, data: UnitData) -> UnitResult:
@@ -233,14 +255,17 @@ class _Parallel(_Run):
     """Each unit gets the float model's inputs and is tuned at every candidate; each is one rank's."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        self.ranks = self.calibration.ranks
         self.names = self.candidates or [self.calibration.prepared.qconfig.default]
         self.kept = self.journal.keys() if self.journal else set()
         costs = self._costs()
         self.owners = deal_out(costs, self.ranks.gather(self.kept & set(costs)))
-        self.steps = sum(self._all_steps(unit) for unit in self.units if self._mine(unit))
         self.rows: dict[str, list[dict[str, Any]]] = {}
         self.tuned: LayerStates = {}
+        super().__post_init__()
+
+    def steps_by_unit(self) -> list[int]:
+        return [self._all_steps(unit) if self._mine(unit) else 0 for unit in self.units]
 
     def _mine(self, unit: Unit) -> bool:
         return self.owners[unit.name] == self.ranks.rank

@@ -74,6 +74,7 @@ class Replay:
         store: Where tensors are kept.
         stream: ``"float"``: every unit gets what it gets in the float model. ``"quantized"``: what it gets when all
             units before it are quantized as they are now.
+        keep: Keep the outputs of finished units. If not, each unit's inputs come from a forward from the start.
         whole: Keep what :meth:`run` needs too: outputs that reach the forward's result past all later units.
     """
 
@@ -84,12 +85,14 @@ class Replay:
         store: ActivationStore,
         stream: Stream,
         whole: bool = False,
+        keep: bool = True,
     ) -> None:
         self.calibration = calibration
         self.units = units
         self.store = store
         self.stream = stream
         self.whole = whole
+        self.keep = keep
         names = [unit.name for unit in units]
         by_trace = {id(trace): trace.needed_outputs(names) for trace in calibration.traces}
         self.needed = [by_trace[id(trace)] for trace in calibration.traces]  # by batch
@@ -120,6 +123,8 @@ class Replay:
 
     def finish(self, index: int, outputs: list[list[Call]]) -> None:
         """Take the outputs of unit ``index``; those that no later unit needs are dropped."""
+        if not self.keep:
+            return
         self.done[self.units[index].name] = outputs
         self._drop_unneeded(index)
 

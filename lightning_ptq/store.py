@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import os
 import re
+import shutil
 import sys
 import tempfile
 import weakref
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ptq.errors import QConfigError
+from lightning_ptq.errors import CalibrationError, QConfigError
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -89,6 +90,12 @@ class ActivationStore:
             self.peak = max(self.peak, self.in_memory)
             weakref.finalize(tensor, self._released, size, None)
             return tensor
+        if size > disk_room(self._parent):
+            raise CalibrationError(
+                f"{size} bytes of activations fit neither into memory_limit nor onto the disk, which has"
+                f" {disk_room(self._parent)} to spare. Raise memory_limit, point TMPDIR to a larger disk, or calibrate"
+                " with fewer samples."
+            )
         if self._directory is None:
             self._directory = tempfile.TemporaryDirectory(prefix="lightning_ptq_", dir=self._parent)
         path = os.path.join(self._directory.name, f"{self._files}.bin")
@@ -122,6 +129,11 @@ class ActivationStore:
         self.on_disk -= size
         if os.path.exists(path):
             os.unlink(path)
+
+
+def disk_room(directory: str | None = None) -> int:
+    """Bytes that activations may take of the disk with the temporary files: nine tenths of what is free."""
+    return int(shutil.disk_usage(directory or tempfile.gettempdir()).free * 0.9)
 
 
 def _map_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_ptq.adaquant import DEFAULT_MEMORY_LIMIT, AdaQuantMode, AdaQuantResult, adaquant, check_arguments
 from lightning_ptq.calibration import Calibration
-from lightning_ptq.callbacks.base import StepCallback, progress_task
+from lightning_ptq.callbacks.base import StepCallback, progress_task, rank_zero_info
 from lightning_ptq.journal import Journal
 from lightning_ptq.tuners import ReconstructionConfig
 from lightning_ptq.units import BlockRule, Granularity
@@ -120,6 +120,7 @@ class AdaQuantLayerwise(StepCallback):
                 seed=self.seed,
                 progress=progress,
                 journal=journal,
+                announce=lambda plan: rank_zero_info(f"AdaQuant {self.mode}: {plan}"),
             )
         accepted = sum(row.accepted for row in result.units)
         steps = sum(row.steps > 0 for row in result.units)

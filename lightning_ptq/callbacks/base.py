@@ -16,12 +16,14 @@ from lightning_ptq.journal import Journal
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback as LightningCallback
+    from pytorch_lightning.utilities.rank_zero import rank_zero_info as rank_zero_info  # type: ignore[attr-defined]
     from pytorch_lightning.utilities.seed import isolate_rng as isolate_rng
 else:
     # A Trainer of either package takes its own Callback class, so the callbacks derive from each that is installed.
     _packages = [p for p in ("pytorch_lightning", "lightning") if importlib.util.find_spec(p)]
     _modules = [importlib.import_module("lightning.pytorch" if p == "lightning" else p) for p in _packages]
     isolate_rng = importlib.import_module(f"{_modules[0].__name__}.utilities.seed").isolate_rng
+    rank_zero_info = importlib.import_module(f"{_modules[0].__name__}.utilities.rank_zero").rank_zero_info
     LightningCallback = type("LightningCallback", tuple(m.Callback for m in _modules), {"__module__": __name__})
 
 ORDER = (

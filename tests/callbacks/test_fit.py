@@ -256,8 +256,9 @@ def test_the_checkpoint_loads_into_a_prepared_module_and_into_the_trainer(pl, tm
     assert other.validate(fresh, loader(), ckpt_path=path, verbose=False) == scores
 
 
-@pytest.mark.parametrize("with_callbacks", [True, False])
-@pytest.mark.parametrize("task", ["validate", "test", "fit"])
+@pytest.mark.parametrize(("task", "with_callbacks"), [
+    ("validate", True), ("validate", False), ("test", True), ("test", False), ("fit", True),
+])  # fmt: skip
 def test_a_checkpoint_of_a_finished_run_is_taken_by_a_new_trainer(pl, tmp_path, task, with_callbacks):
     first = classifier(pl)
     run = trainer(

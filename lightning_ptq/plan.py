@@ -1,0 +1,137 @@
+"""What a run over the units will hold and how long it will take, told before the work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from lightning_ptq.calibration import Calibration
+from lightning_ptq.errors import CalibrationError
+from lightning_ptq.forward import batch_size
+from lightning_ptq.modules import layers_in_mode
+from lightning_ptq.store import disk_room
+from lightning_ptq.units import Unit
+
+_STEP = 6.0  # forwards of the float unit that a step of tuning takes for the same samples, measured on ResNet-20
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Where activations will be.
+
+    Attributes:
+        most: Bytes of activations held at a time, at most.
+        limit: What of it may be in memory.
+        unit: The unit at which that is.
+        where: ``"memory"``; ``"disk"``: what exceeds the limit goes to memory-mapped files; ``"recomputed"``: the disk
+            is too small for all, so each unit's inputs come from a forward from the start.
+        seconds: Estimated time.
+    """
+
+    most: int
+    limit: int
+    unit: str
+    where: Literal["memory", "disk", "recomputed"]
+    seconds: float
+
+    def __str__(self) -> str:
+        place = {
+            "memory": "all in memory",
+            "disk": f"{_bytes(max(0, self.most - self.limit))} of them in memory-mapped files",
+            "recomputed": "with nothing kept between units, for the disk is too small: each is computed from the start",
+        }[self.where]
+        return (
+            f"up to {_bytes(self.most)} of activations at a time (at {self.unit}), {place};"
+            f" about {max(1, round(self.seconds))} s"
+        )
+
+
+def plan_memory(
+    calibration: Calibration, units: Sequence[Unit], limit: int, steps: Sequence[int], batch: int, sequential: bool
+) -> MemoryPlan:
+    """Work out what tuning will hold, from one watched forward of the first batch.
+
+    Args:
+        calibration: The calibrated module.
+        units: In execution order.
+        limit: Bytes that may be in memory.
+        steps: Optimisation steps of each unit here.
+        batch: Samples a step.
+        sequential: Two streams are kept, the float and the quantized one.
+
+    Raises:
+        CalibrationError: If what a single unit needs fits neither into the limit nor onto the disk.
+    """
+    shares, seconds = _watch(calibration, units)
+    scale = calibration.samples / batch_size(calibration.batches[0])
+    streams = 2 if sequential else 1
+    needed = calibration.trace.needed_outputs([unit.name for unit in units])
+    kept, alone = [], []
+    for index, unit in enumerate(units):
+        inputs, outputs = shares[unit.name]
+        later = set().union(*(needed[other.name] for other in units[index:]))
+        crossing = sum(shares[other.name][1] for other in units[:index] if other.name in later)
+        alone.append(scale * (inputs + streams * outputs))
+        kept.append(alone[-1] + scale * streams * crossing)
+    most = max(kept)
+    room = limit + disk_room()
+    if max(alone) > room:
+        worst = units[alone.index(max(alone))].name
+        raise CalibrationError(
+            f"the inputs and outputs of unit {worst!r} take {_bytes(max(alone))}, but memory_limit and the free disk"
+            f" space make {_bytes(room)}. Calibrate with fewer samples, raise memory_limit, point TMPDIR to a larger"
+            " disk, or choose smaller units."
+        )
+    where: Any = "memory" if most <= limit else "disk" if most <= room else "recomputed"
+    forwards = sum(seconds.values()) * scale * streams * (len(units) / 2 if where == "recomputed" else 2)
+    per_sample = {name: value / batch_size(calibration.batches[0]) for name, value in seconds.items()}
+    tuning = sum(_STEP * per_sample[unit.name] * n * batch for unit, n in zip(units, steps, strict=True))
+    return MemoryPlan(round(most), limit, units[kept.index(most)].name, where, forwards + tuning)
+
+
+def _watch(calibration: Calibration, units: Sequence[Unit]) -> tuple[dict[str, tuple[int, int]], dict[str, float]]:
+    """Bytes of inputs and outputs of each unit for the first batch, and seconds of its forward."""
+    sizes = {unit.name: (0, 0) for unit in units}
+    seconds = {unit.name: 0.0 for unit in units}
+    started: dict[str, float] = {}
+
+    def before(name: str) -> Any:
+        def hook(module: Any, args: Any, kwargs: Any) -> None:
+            started[name] = time.perf_counter()
+            sizes[name] = sizes[name][0] + _size((args, kwargs)), sizes[name][1]
+
+        return hook
+
+    def after(name: str) -> Any:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            seconds[name] += time.perf_counter() - started[name]
+            sizes[name] = sizes[name][0], sizes[name][1] + _size(output)
+
+        return hook
+
+    handles = [unit.module.register_forward_pre_hook(before(unit.name), with_kwargs=True) for unit in units]
+    handles += [unit.module.register_forward_hook(after(unit.name)) for unit in units]
+    try:
+        with layers_in_mode(calibration.module, "float"):
+            calibration.run(0)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sizes, seconds
+
+
+def _size(tree: Any) -> int:
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"

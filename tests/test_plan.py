@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import ResNet, Transformer, build, same_state, seeded, state, token_batches
+
+from lightning_ptq import QConfig, ReconstructionConfig, adaquant, calibrate
+from lightning_ptq.errors import CalibrationError
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_ptq.errors.PTQWarning")
+
+CONFIG = ReconstructionConfig(steps=5, batch_size=8)
+NETS = {
+    "resnet": lambda: (build(ResNet), seeded(1, 40, 2, 6, 6).split(8)),
+    "transformer": lambda: (build(lambda: Transformer(16)), token_batches(5)),
+}
+
+
+def calibration_of(name):
+    net, batches = NETS[name]()
+    return calibrate(net, batches, QConfig.parse("w3a4", first_last_bits=None))
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("mode", ["sequential", "parallel"])
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+def test_the_plan_is_what_is_held_at_most(name, mode, granularity):
+    plans = []
+    result = adaquant(calibration_of(name), mode=mode, granularity=granularity, config=CONFIG, announce=plans.append)
+    assert plans[0].where == "memory"
+    assert 0.5 * plans[0].most <= result.peak_activation_bytes <= 1.5 * plans[0].most
+    assert "all in memory" in str(plans[0])
+    assert plans[0].unit in str(plans[0])
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("mode", ["sequential", "parallel"])
+def test_a_small_disk_means_computing_again_with_the_same_result(name, mode, monkeypatch):
+    plans, nets = [], []
+    for limit, room in (("1GiB", 10**9), (0, 10**9), (0, None)):
+        calibration = calibration_of(name)
+        if room is None:  # so much that the plan for the disk is too big, yet any unit fits
+            room = round(0.99 * plans[0].most)
+        monkeypatch.setattr("lightning_ptq.plan.disk_room", lambda room=room: room)
+        adaquant(calibration, mode=mode, granularity="layer", config=CONFIG, memory_limit=limit, announce=plans.append)
+        nets.append(state(calibration.module))
+    assert [plan.where for plan in plans] == ["memory", "disk", "recomputed"]
+    assert "memory-mapped" in str(plans[1])
+    assert "computed from the start" in str(plans[2])
+    assert all(same_state(net, nets[0]) for net in nets)
+
+
+def test_what_fits_nowhere_is_told_before_the_work(monkeypatch):
+    calibration = calibration_of("resnet")
+    before = state(calibration.module)
+    monkeypatch.setattr("lightning_ptq.plan.disk_room", lambda: 100)
+    with pytest.raises(CalibrationError, match="unit 'blocks.0' take .* fewer samples, raise memory_limit"):
+        adaquant(calibration, config=CONFIG, memory_limit=0)
+    assert same_state(state(calibration.module), before)
+    assert not torch.is_inference_mode_enabled()
