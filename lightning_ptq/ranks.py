@@ -1,12 +1,13 @@
 """The processes of a run: the one place that knows of ``torch.distributed``.
 
-Every exchange starts with :meth:`Ranks.agree`, so a rank that fails anywhere meets the others there, and all of them
-end with its message instead of waiting for it.
+A rank that fails says so (:meth:`Ranks.leave`), and whoever waits for it in an exchange looks for that: all ranks end
+with its message instead of waiting for ever.
 """
 
 from __future__ import annotations
 
 import hashlib
+import pickle
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
@@ -23,7 +24,8 @@ from lightning_ptq.errors import RankError
 T = TypeVar("T")
 
 _PATIENCE = timedelta(days=7)  # a rank may rightly wait as long as another one tunes
-_FAREWELL = timedelta(seconds=20)
+_LOOK = timedelta(seconds=1)  # how often a rank that waits looks whether another one has failed
+_FAREWELL = 20.0  # seconds that a rank that failed gives the others to learn of it
 
 
 class Ranks:
@@ -46,24 +48,11 @@ class Ranks:
         """Whether piece ``index`` of work that is dealt out in turn is this rank's."""
         return index % self.world == self.rank
 
-    def agree(self, error: BaseException | None = None) -> None:
-        """Go on only if all ranks do.
-
-        Args:
-            error: Why this rank does not.
-
-        Raises:
-            BaseException: ``error``, if there is one.
-            RankError: With the message of another rank that failed.
-        """
-        if error is not None:
-            raise error
-
     def poll(self) -> None:
         """Raise :class:`RankError` if another rank has failed; looks at most once a second, and waits for nobody."""
 
     def leave(self, error: BaseException) -> None:
-        """Tell the others, who may still be at work, that this rank has failed; raises nothing."""
+        """Tell the others, who may still be at work, that this rank has failed, and wait until they know."""
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, by rank; anything that can be pickled."""
@@ -96,90 +85,90 @@ class ProcessRanks(Ranks):
 
     def __init__(self) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        # On the CPU: it keeps no GPU waiting.
+        # Objects travel over the CPU; tensors as the default group does it, for example by NCCL.
         self._control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
-        self._data = cast(dist.ProcessGroup, dist.new_group())
-        self._failed = False
+        self._data = cast(dist.ProcessGroup, dist.new_group(timeout=_PATIENCE))
         self._looked = 0.0
         self._store = dist.distributed_c10d._get_default_store()
-        self._key = f"lightning_ptq/{self._objects(uuid.uuid4().hex)[0]}"
-
-    def agree(self, error: BaseException | None = None) -> None:
-        """See :class:`Ranks`."""
-        self._agree(error, _PATIENCE)
-        if error is not None:
-            raise error
-
-    def _agree(self, error: BaseException | None, patience: timedelta) -> None:
-        flag = torch.tensor([0 if error is None else 1])
-        try:
-            cast(Any, dist.all_reduce(flag, group=self._control, async_op=True)).wait(patience)
-            said = self._objects(_told(error)) if flag.item() else []
-        except RuntimeError as lost:
-            self._failed = True
-            raise RankError(f"rank {self.rank} has lost another process: {lost}.") from lost
-        if said:
-            self._failed = True
-            if error is None:
-                rank, message = next((rank, text) for rank, text in enumerate(said) if text)
-                raise RankError(f"rank {rank} failed, so all others stop. It says: {message}")
-
-    def _objects(self, value: Any) -> list[Any]:
-        found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, value, group=self._control)
-        return found
+        self._key = "lightning_ptq"
+        self._key += self._objects(uuid.uuid4().hex)[0]
 
     def poll(self) -> None:
         """See :class:`Ranks`."""
-        if self._failed or time.monotonic() - self._looked < 1:
+        if time.monotonic() - self._looked < _LOOK.total_seconds():
             return
         self._looked = time.monotonic()
-        if self._store.check([self._key]):
-            raise RankError(f"another rank failed. It says: {self._store.get(self._key).decode()}")
+        try:
+            failed = self._store.get(self._key).decode() if self._store.check([self._key]) else ""
+        except RuntimeError as lost:
+            raise RankError(f"rank {self.rank} has lost rank 0: {lost}.") from lost
+        if failed:
+            raise RankError(f"another rank failed, so all stop. {failed}")
 
     def leave(self, error: BaseException) -> None:
         """See :class:`Ranks`."""
-        if self._failed:
-            return
         with suppress(Exception):  # whatever is out of order now, the error itself is what matters
             if not self._store.check([self._key]):
-                self._store.set(self._key, f"rank {self.rank}: {_told(error)}")
-            self._agree(error, _FAREWELL)
-        self._failed = True
+                self._store.set(self._key, f"Rank {self.rank} says: {type(error).__name__}: {error}")
+            self._store.add(f"{self._key} known", 1)
+            deadline = time.monotonic() + _FAREWELL
+            while self._store.add(f"{self._key} known", 0) < self.world and time.monotonic() < deadline:
+                time.sleep(0.02)
+
+    def _wait(self, work: Any, on_gpu: bool = False) -> None:
+        """Wait for an exchange, or for the news that a rank has failed."""
+        while on_gpu and not work.is_completed():  # NCCL takes a wait that times out for an error
+            self.poll()
+        while True:
+            try:
+                work.wait(_LOOK)
+                return
+            except RuntimeError as error:
+                if work.is_completed():
+                    self._looked = 0.0
+                    self.poll()  # the one who is lost may have said why
+                    raise RankError(f"rank {self.rank} has lost another process: {error}.") from error
+                self.poll()
+
+    def _objects(self, value: Any) -> list[Any]:
+        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        sizes = torch.zeros(self.world, dtype=torch.int64)
+        sizes[self.rank] = len(data)
+        self._wait(dist.all_reduce(sizes, group=self._control, async_op=True))
+        longest = int(sizes.max())
+        found = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.world)]
+        padded = torch.cat([data, data.new_zeros(longest - len(data))])
+        self._wait(dist.all_gather(found, padded, group=self._control, async_op=True))
+        return [pickle.loads(part[:size].numpy().tobytes()) for part, size in zip(found, sizes.tolist(), strict=True)]
 
     def gather(self, value: T) -> list[T]:
         """See :class:`Ranks`."""
-        self.agree()
         return self._objects(value)
 
     def first(self, work: Callable[[], T]) -> T:
         """See :class:`Ranks`."""
-        box: list[Any] = [None]
+        box: Any = None
         error: BaseException | None = None
         if self.rank == 0:
             try:
-                box = [(work(), None)]
+                box = (work(), None)
             except Exception as raised:
-                box, error = [(None, raised)], raised
-        self.agree()
-        dist.broadcast_object_list(box, src=0, group=self._control)
-        value, failure = box[0]
+                box, error = (None, raised), raised
+        value, failure = self._objects(box)[0]
         if failure is not None:
             raise error or failure
         return cast(T, value)
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """See :class:`Ranks`."""
-        self.agree()
-        dist.all_reduce(tensor, group=self._data)
+        self._wait(dist.all_reduce(tensor, group=self._data, async_op=True), tensor.is_cuda)
         return tensor
 
     def spread(self, tensors: Iterable[Tensor]) -> None:
         """See :class:`Ranks`."""
-        self.agree()
         for tensor in tensors:
             whole = tensor.detach().contiguous()
-            dist.broadcast(whole, src=0, group=self._data)
+            self._wait(dist.broadcast(whole, src=0, group=self._data, async_op=True), whole.is_cuda)
             tensor.detach().copy_(whole)
 
     def check_same(self, tensors: Mapping[str, Tensor]) -> None:
@@ -206,7 +195,3 @@ def digest(tensors: Iterable[Tensor]) -> str:
         found.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
         found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
-
-
-def _told(error: BaseException | None) -> str | None:
-    return None if error is None else f"{type(error).__name__}: {error}"

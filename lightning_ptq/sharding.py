@@ -69,14 +69,19 @@ def merge_batches(ranks: Ranks, batches: list[Any], traces: list[Trace]) -> tupl
     """
     if ranks.world == 1:
         return batches, traces
-    courses = set().union(*ranks.gather({trace.digest() for trace in traces}))
-    divisible = all(all(found) for found in ranks.gather([is_divisible(batch) for batch in batches]))
-    everything = ranks.gather(batches)
-    if len(courses) == 1 and divisible:
-        whole = _recut(everything)
-        return whole, [traces[0]] * len(whole)
-    shared: dict[str, Trace] = {}
-    return _in_turn(everything), [shared.setdefault(t.digest(), t) for t in _in_turn(ranks.gather(traces))]
+    alike = len(set().union(*ranks.gather({trace.digest() for trace in traces}))) == 1
+    recut = alike and all(ranks.gather(all(is_divisible(batch) for batch in batches)))
+    size = next(found for found in ranks.gather(batch_size(batches[0]) if batches else 0) if found)
+    whole: list[Any] = []
+    for turn in range(max(ranks.gather(len(batches)))):  # turn by turn, so that no set is in memory twice
+        own = _compact(batches[turn]) if turn < len(batches) else None
+        found = [batch for batch in ranks.gather(own) if batch is not None]
+        whole += _recut(found, size) if recut else found
+    if recut:
+        shared = next(of_rank for of_rank in ranks.gather(traces[:1]) if of_rank)[0]
+        return whole, [traces[0] if traces else shared] * len(whole)
+    known: dict[str, Trace] = {}
+    return whole, [known.setdefault(t.digest(), t) for t in _in_turn(ranks.gather(traces))]
 
 
 def _in_turn(by_rank: list[list[Any]]) -> list[Any]:
@@ -84,20 +89,21 @@ def _in_turn(by_rank: list[list[Any]]) -> list[Any]:
     return [found[i] for i in range(longest) for found in by_rank if i < len(found)]
 
 
-def _recut(by_rank: list[list[Any]]) -> list[Any]:
-    """Samples in turn from each rank, in batches of the size of the first one."""
-    size = batch_size(by_rank[0][0])
-    _, spec = tree_flatten(by_rank[0][0])
-    columns = []
-    for i in range(spec.num_leaves):
-        parts = [[tree_flatten(batch)[0][i] for batch in batches] for batches in by_rank]
-        columns.append(_interleave([torch.cat(leaves) for leaves in parts if leaves]))
-    pieces = [column.split(size) for column in columns]
-    return [tree_unflatten([piece[i] for piece in pieces], spec) for i in range(len(pieces[0]))]
+def _compact(batch: Any) -> Any:
+    """The batch without what its tensors are views of, which would travel with them."""
+    leaves, spec = tree_flatten(batch)
+    return tree_unflatten([leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+
+
+def _recut(batches: list[Any], size: int) -> list[Any]:
+    """Samples in turn from one batch of each rank, in batches of ``size``."""
+    spec = tree_flatten(batches[0])[1]
+    columns = zip(*(tree_flatten(batch)[0] for batch in batches), strict=True)
+    pieces = [_interleave(list(column)).split(size) for column in columns]
+    return [tree_unflatten([piece[i].clone() for piece in pieces], spec) for i in range(len(pieces[0]))]
 
 
 def _interleave(parts: list[Tensor]) -> Tensor:
-    count = len(parts)
-    order = [(row * count + rank, rank, row) for rank, part in enumerate(parts) for row in range(len(part))]
+    order = sorted((row, rank) for rank, part in enumerate(parts) for row in range(len(part)))
     starts = torch.tensor([0, *map(len, parts)]).cumsum(0).tolist()
-    return torch.cat(parts)[[starts[rank] + row for _, rank, row in sorted(order)]]
+    return torch.cat(parts)[[starts[rank] + row for row, rank in order]]

@@ -54,7 +54,7 @@ def test_what_fits_nowhere_is_told_before_the_work(monkeypatch):
     calibration = calibration_of("resnet")
     before = state(calibration.module)
     monkeypatch.setattr("lightning_ptq.plan.disk_room", lambda: 100)
-    with pytest.raises(CalibrationError, match="unit 'blocks.0' take .* fewer samples, raise memory_limit"):
+    with pytest.raises(CalibrationError, match=r"unit 'blocks\.0' take .* fewer samples, raise memory_limit"):
         adaquant(calibration, config=CONFIG, memory_limit=0)
     assert same_state(state(calibration.module), before)
     assert not torch.is_inference_mode_enabled()

@@ -141,7 +141,8 @@ class CalibrationCapture(PTQCallback):
         """Choose all scales; the callbacks behind this one go on from there."""
         if self.calibration is not None or self._calibrator is None:
             return
-        self._ranks.agree(self._error)
+        if self._error is not None:
+            raise self._error
         self.calibration = self._calibrator.finish()
         self._calibrator = None
         if self.resume:

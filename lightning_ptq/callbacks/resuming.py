@@ -61,9 +61,9 @@ class Journals:
 
     def remove(self) -> None:
         """Delete this run's files, and the folder if nothing else is in it: the run is finished."""
-        for _, journal in self._stages:
-            journal.remove()
-        with suppress(OSError):
+        with suppress(OSError):  # another rank may be at it too
+            for _, journal in self._stages:
+                journal.remove()
             self.folder.rmdir()
 
     def _files(self) -> Iterator[Path]:
