@@ -119,16 +119,16 @@ class ProcessRanks(Ranks):
         """Wait for an exchange, or for the news that a rank has failed."""
         while on_gpu and not work.is_completed():  # NCCL takes a wait that times out for an error
             self.poll()
-        while True:
-            try:
+        while not work.is_completed():
+            with suppress(RuntimeError):  # a wait that is over before the exchange; what else it is, the last one tells
                 work.wait(_LOOK)
-                return
-            except RuntimeError as error:
-                if work.is_completed():
-                    self._looked = 0.0
-                    self.poll()  # the one who is lost may have said why
-                    raise RankError(f"rank {self.rank} has lost another process: {error}.") from error
-                self.poll()
+            self.poll()
+        try:
+            work.wait()
+        except RuntimeError as lost:
+            self._looked = 0.0
+            self.poll()  # the one who is lost may have said why
+            raise RankError(f"rank {self.rank} has lost another process: {lost}.") from lost
 
     def _objects(self, value: Any) -> list[Any]:
         data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)

@@ -89,6 +89,9 @@ def exchanges() -> Any:
     summed = ranks.sum_(torch.tensor([ranks.rank + 1.0]))
     found = [ranks.gather(ranks.rank), ranks.first(lambda: f"of {ranks.rank}"), tensor.tolist(), summed.item()]
     ranks.check_same({"same": tensor})
+    for pause in (1.5, 0.98, 0.99, 1.0, 1.01, 1.02):  # longer than a rank waits before it looks around, or just as long
+        time.sleep(pause * ranks.rank)
+        assert ranks.gather(pause) == [pause, pause]
     try:
         ranks.first(lambda: 1 / 0)
     except ZeroDivisionError as error:
