@@ -26,7 +26,8 @@ class StatisticsResult:
         step: Which one: ``"batch_norm"``, ``"para_normalization"`` or ``"bias"``.
         before: The measure between the outputs of the float and the quantized network on held-out samples.
         after: The same behind the step.
-        accepted: False if the step did not lower it and everything is as it was.
+        accepted: False if the step did not lower it by more than twice the standard error over the samples, and
+            everything is as it was.
         layers: The layers, or unfolded batch norms, that the step changed (or would have).
         skipped: Why others stayed as they are, by name.
     """
@@ -70,17 +71,18 @@ def judged(
     tune, rest = split_samples(calibration, held_out, seed)
     with eval_mode(module):
         meter = Meter(rest, measure, output)
-        before = meter.mean()
+        first = meter.each()
         saved = {key: value.detach().clone() for key, value in _tensors(module).items()}
         done = Changes()
         try:
             done = work(tune)
             ranks.spread(_tensors(module).values())
-            after = meter.mean()
+            second = meter.each()
         except BaseException:
             _put_back(module, saved)
             raise
-        accepted = after < before
+        before, after = (meter.mean(values) for values in (first, second))
+        accepted = is_better(torch.cat(second), torch.cat(first))
         if not accepted:
             _put_back(module, saved)
     result = StatisticsResult(step, before, after, accepted, tuple(done.layers), done.skipped)
@@ -89,6 +91,22 @@ def judged(
         moved = {key: value for key, value in now.items() if key not in saved or not torch.equal(value, saved[key])}
         journal.write(step, Piece({step: moved}, asdict(result)))
     return result
+
+
+def is_better(after: Tensor, before: Tensor) -> bool:
+    """Whether the mean is lower by more than twice its standard error, sample by sample.
+
+    A few samples on which the network is unsure make up most of a divergence; a step that happens to suit them is not
+    worth having.
+
+    Example:
+        >>> before = torch.tensor([1.0, 2.0, 3.0, 4.0])
+        >>> is_better(before - 0.1, before), is_better(torch.tensor([0.9, 2.1, 3.1, 2.0]), before)
+        (True, False)
+    """
+    gain = before - after
+    noise = gain.std() / len(gain) ** 0.5 if len(gain) > 1 else gain.new_zeros(())
+    return bool(gain.mean() > 2 * noise)
 
 
 def split_samples(calibration: Calibration, held_out: float, seed: int) -> tuple[Calibration, Calibration]:

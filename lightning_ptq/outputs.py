@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
@@ -140,15 +140,19 @@ class Meter:
 
     def measure_all(self) -> list[float]:
         """The measure of the module as it is, by batch; several ranks share the batches."""
+        return [float(values.mean()) for values in self.each()]
+
+    def each(self) -> list[Tensor]:
+        """The measure of the module as it is for each sample, by batch; for ``"loss"``, one value a batch."""
         ranks, runs = self.calibration.ranks, range(len(self.calibration.batches))
-        own = {b: self(b, lambda b=b: self.calibration.run(b)) for b in filter(ranks.mine, runs)}  # type: ignore[misc]
-        found = {batch: value for of_rank in ranks.gather(own) for batch, value in of_rank.items()}
+        own = {b: self._values(b, lambda b=b: self.calibration.run(b), "the base") for b in filter(ranks.mine, runs)}  # type: ignore[misc]
+        found = {batch: values for of_rank in ranks.gather(own) for batch, values in of_rank.items()}
         return [found[batch] for batch in runs]
 
-    def mean(self) -> float:
-        """The measure of the module as it is, over all samples."""
-        values = self.measure_all()
-        return sum(v * n for v, n in zip(values, self.samples, strict=True)) / sum(self.samples)
+    def mean(self, values: list[Tensor] | None = None) -> float:
+        """The measure of the module as it is, or of what :meth:`each` returned, over all samples."""
+        found = [float(of_batch.mean()) for of_batch in (self.each() if values is None else values)]
+        return sum(v * n for v, n in zip(found, self.samples, strict=True)) / sum(self.samples)
 
     def __call__(self, batch: int, run: Callable[[], Any], what: str = "the base") -> float:
         """The measure of the forward that ``run`` does on a batch.
@@ -156,17 +160,20 @@ class Meter:
         Raises:
             SensitivityError: If it is NaN, or the forward returns no loss.
         """
+        return float(self._values(batch, run, what).mean())
+
+    def _values(self, batch: int, run: Callable[[], Any], what: str) -> Tensor:
         output, result = self.reader.read(run)
         if self.measure == "loss":
-            value = _loss(result)
+            values = torch.tensor([_loss(result)], dtype=torch.float64)
         else:
-            value = divergence(output, self.targets[batch], cast(Any, self.measure)).mean().item()
-        if not math.isfinite(value):
+            values = divergence(output, self.targets[batch], cast(Any, self.measure)).detach()
+        if not torch.isfinite(values).all():
             raise SensitivityError(
-                f"the {self.measure} with {what} is {value} on calibration batch {batch}."
+                f"the {self.measure} with {what} is {float(values.mean())} on calibration batch {batch}."
                 " Check the module's output on that batch."
             )
-        return value
+        return values
 
 
 def _loss(result: Any) -> float:

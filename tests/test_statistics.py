@@ -192,14 +192,21 @@ STEPS = {
 
 
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
-def test_what_does_not_help_on_held_out_samples_is_taken_back(step, monkeypatch):
+@pytest.mark.parametrize(("gains", "accepted"), [
+    ([0.0, 0.0, 0.0, 0.0], False),
+    ([0.1, 0.1, 0.2, 0.1], True),  # all a little better
+    ([4.0, 0.0, -0.1, 0.0], False),  # one sample much better: better in the mean, but not beyond doubt
+    ([-0.1, -0.1, -0.2, -0.1], False),
+])  # fmt: skip
+def test_what_does_not_help_beyond_doubt_on_held_out_samples_is_taken_back(step, gains, accepted, monkeypatch):
     calibration = calibrate(build(lambda: nn.Sequential(nn.Linear(6, 4, bias=False))).eval(), batches(FLAT), "w2a8")
-    values = iter([1.0, 1.0])
-    monkeypatch.setattr("lightning_ptq.outputs.Meter.mean", lambda meter: next(values))
+    after = 1 - torch.tensor(gains, dtype=torch.float64)
+    values = iter([[torch.ones_like(after)], [after]])
+    monkeypatch.setattr("lightning_ptq.outputs.Meter.each", lambda meter: next(values))
     before = state(calibration.module)
     result = step(calibration)
-    assert (result.accepted, result.before, result.after) == (False, 1.0, 1.0)
-    assert same_state(state(calibration.module), before)
+    assert (result.accepted, result.before, result.after) == (accepted, 1.0, pytest.approx(float(after.mean())))
+    assert same_state(state(calibration.module), before) != accepted
 
 
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
