@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, cast
@@ -28,6 +28,7 @@ from lightning_ptq.unit_data import UnitData
 from lightning_ptq.units import Unit, find_units
 
 Measure = Literal["kl", "mse", "loss", "fisher"]
+_Rises = dict[str, dict[str, list[float]]]
 MEASURES = ("kl", "mse", "loss", "fisher")
 
 
@@ -131,13 +132,26 @@ def measure_sensitivity(
         meter = Meter(calibration, measure, output)
         before = meter.measure_all()
         if measure == "fisher":
-            rises = fisher_rises(calibration, choices, at_base, meter.reader, seed, progress)
+            rises = _kept(calibration, journal, lambda: fisher_rises(
+                calibration, choices, at_base, meter.reader, seed, progress
+            ))  # fmt: skip
         else:
             rises = _Sweep(calibration, choices, at_base, meter, before, store, progress, journal).rises()
     means = {name: {c: _mean(v, meter.samples) for c, v in row.items()} for name, row in rises.items()}
     errors = {name: {c: _standard_error(v, meter.samples) for c, v in row.items()} for name, row in rises.items()}
     value, seconds = _mean(before, meter.samples), time.perf_counter() - start
     return SensitivityTable(measure, at_base, value, means, errors, calibration.samples, seconds)
+
+
+def _kept(calibration: Calibration, journal: Journal | None, work: Callable[[], _Rises]) -> _Rises:
+    """What ``work`` finds, or has found in a run that was cut off behind it."""
+    known = calibration.ranks.first(lambda: journal.read("all") if journal else None)
+    if known is not None:
+        return cast(_Rises, known.facts["rises"])
+    rises = work()
+    if journal is not None and calibration.ranks.rank == 0:
+        journal.write("all", Piece(facts={"rises": rises}))
+    return rises
 
 
 def measure_choice(
@@ -200,7 +214,7 @@ class _Sweep:
         self.entries = sum(rank == calibration.ranks.rank for rank in self.owners.values())
         self.done = 0
 
-    def rises(self) -> dict[str, dict[str, list[float]]]:
+    def rises(self) -> _Rises:
         """The rise by layer, candidate and batch."""
         found: dict[str, list[float]] = {}
         for index, unit in enumerate(self.units):

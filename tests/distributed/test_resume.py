@@ -26,7 +26,9 @@ pytestmark = [
 ]
 
 
-def quantized(root: Path, world: int = 1, steps: int = 30, scale: float = 1.0, qconfig: str = "w8a8") -> Any:
+def quantized(
+    root: Path, world: int = 1, steps: int = 30, scale: float = 1.0, qconfig: str = "w8a8", measure: Any = "kl"
+) -> Any:
     import pytorch_lightning as pl
 
     module = classifier(pl)
@@ -35,7 +37,7 @@ def quantized(root: Path, world: int = 1, steps: int = 30, scale: float = 1.0, q
     callbacks = [
         CalibrationCapture(qconfig),
         AdaQuantLayerwise("parallel", candidates=CANDIDATES, steps=steps, batch_size=8),
-        BitAllocator(0.3, measure="kl"),
+        BitAllocator(0.3, measure=measure),
         AdaQuantLayerwise(steps=steps, batch_size=8),
         StatsTuning(steps=steps),
     ]
@@ -113,12 +115,15 @@ def test_progress_of_another_run_is_not_used(tmp_path, monkeypatch, change):
     assert pieces(tmp_path) == theirs
 
 
-def test_nothing_is_tuned_twice(tmp_path, monkeypatch, whole):
-    cut_off(tmp_path, monkeypatch)
+@pytest.mark.parametrize("measure", ["kl", "fisher"])
+def test_nothing_is_done_twice(tmp_path, monkeypatch, measure):
+    whole = quantized(tmp_path / "whole", measure=measure)
+    cut_off(tmp_path, monkeypatch, measure=measure)
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules["lightning_ptq.adaquant"], "reconstruct_unit", lambda *args: 1 / 0)
         patch.setattr(sys.modules["lightning_ptq.sensitivity"]._Sweep, "_rise", lambda *args: 1 / 0)
-        assert same_state(quantized(tmp_path), whole)
+        patch.setattr(sys.modules["lightning_ptq.sensitivity"], "fisher_rises", lambda *args: 1 / 0)
+        assert same_state(quantized(tmp_path, measure=measure), whole)
 
 
 def test_a_piece_comes_back_as_it_was(tmp_path):
