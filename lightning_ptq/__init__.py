@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_ptq.adaquant import AdaQuantResult, adaquant
+from lightning_ptq.adaquant import adaquant
 from lightning_ptq.allocation import BitAllocation, allocate_bits
 from lightning_ptq.bias_tuning import tune_bias
-from lightning_ptq.calibration import Calibration, Calibrator, calibrate
+from lightning_ptq.calibrated import Calibration
+from lightning_ptq.calibration import Calibrator, calibrate
 from lightning_ptq.choices import Choices
 from lightning_ptq.costs import Cost, bops_cost, size_cost, table_cost
 from lightning_ptq.export.packed import load_packed, save_packed
@@ -20,6 +21,7 @@ from lightning_ptq.sensitivity import SensitivityTable, measure_choice, measure_
 from lightning_ptq.statistics import para_normalize, reestimate_batch_norm
 from lightning_ptq.surgery import Prepared, prepare
 from lightning_ptq.tuners import ReconstructionConfig
+from lightning_ptq.tuning_run import AdaQuantResult
 
 if TYPE_CHECKING:
     from lightning_ptq.callbacks import AdaQuantLayerwise, BitAllocator, CalibrationCapture, StatsTuning

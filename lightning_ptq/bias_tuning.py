@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_ptq.adaquant import Progress
-from lightning_ptq.calibration import Calibration
+from lightning_ptq.calibrated import Calibration
 from lightning_ptq.errors import QConfigError
 from lightning_ptq.forward import batch_size
 from lightning_ptq.gradient import Gradient
@@ -16,6 +15,7 @@ from lightning_ptq.judging import Changes, StatisticsResult, judged
 from lightning_ptq.modules import FoldableBatchNorm
 from lightning_ptq.outputs import ChooseOutput, Divergence, OutputReader, divergence, float_outputs
 from lightning_ptq.sharding import is_divisible
+from lightning_ptq.tuning_run import Progress
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, _BatchNorm)
 

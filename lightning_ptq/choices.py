@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from lightning_ptq.calibration import Calibration
+from lightning_ptq.calibrated import Calibration
 from lightning_ptq.errors import QConfigError
 from lightning_ptq.journal import LayerStates
 from lightning_ptq.qconfig import LayerQConfig

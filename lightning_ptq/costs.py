@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_ptq.calibration import Calibration
+from lightning_ptq.calibrated import Calibration
 from lightning_ptq.choices import Choices
 from lightning_ptq.errors import AllocationError
 from lightning_ptq.export.packed import packed_bytes, packed_tensors

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ptq.adaquant import Progress
-from lightning_ptq.calibration import Calibration
+from lightning_ptq.calibrated import Calibration
 from lightning_ptq.choices import Choice, Choices
 from lightning_ptq.errors import SensitivityError
 from lightning_ptq.modules import QuantLayer
 from lightning_ptq.outputs import OutputReader
+from lightning_ptq.tuning_run import Progress
 
 
 def fisher_rises(

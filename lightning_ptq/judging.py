@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_ptq.calibration import Calibration
+from lightning_ptq.calibrated import Calibration
 from lightning_ptq.errors import QConfigError, StatisticsError
 from lightning_ptq.forward import batch_size, eval_mode
 from lightning_ptq.journal import Journal, Piece

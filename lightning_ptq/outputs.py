@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from lightning_ptq.calibration import Calibration
+from lightning_ptq.calibrated import Calibration
 from lightning_ptq.errors import QConfigError, SensitivityError
 from lightning_ptq.modules import layers_in_mode
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lightning_ptq.calibration import Calibration
+from lightning_ptq.calibrated import Calibration
 from lightning_ptq.errors import CalibrationError
 from lightning_ptq.forward import batch_size
 from lightning_ptq.modules import layers_in_mode

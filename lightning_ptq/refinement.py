@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lightning_ptq.adaquant import Progress
 from lightning_ptq.allocation import BitAllocation, allocate_bits
-from lightning_ptq.calibration import Calibration
+from lightning_ptq.calibrated import Calibration
 from lightning_ptq.choices import Choice, Choices, TunedStates
 from lightning_ptq.costs import Cost
 from lightning_ptq.errors import AllocationError
 from lightning_ptq.journal import Journal
 from lightning_ptq.sensitivity import SensitivityTable, measure_choice, measure_sensitivity
+from lightning_ptq.tuning_run import Progress
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from lightning_ptq.calibration import Calibration
+from lightning_ptq.calibrated import Calibration
 from lightning_ptq.errors import CalibrationError
 from lightning_ptq.modules import layers_in_mode
 from lightning_ptq.patching import attributes

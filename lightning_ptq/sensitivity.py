@@ -14,16 +14,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, cast
 
-from lightning_ptq.adaquant import DEFAULT_MEMORY_LIMIT, Progress, deal_out
-from lightning_ptq.calibration import Calibration
+from lightning_ptq.adaquant import DEFAULT_MEMORY_LIMIT
+from lightning_ptq.calibrated import Calibration
 from lightning_ptq.choices import Choice, Choices, TunedStates
 from lightning_ptq.errors import QConfigError, SensitivityError
 from lightning_ptq.fisher import fisher_rises
 from lightning_ptq.forward import eval_mode
 from lightning_ptq.journal import Journal, Piece
 from lightning_ptq.outputs import ChooseOutput, Meter
+from lightning_ptq.parallel_run import deal_out
 from lightning_ptq.replay import Replay, near
 from lightning_ptq.store import ActivationStore
+from lightning_ptq.tuning_run import Progress
 from lightning_ptq.unit_data import UnitData
 from lightning_ptq.units import Unit, find_units
 

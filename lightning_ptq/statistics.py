@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_ptq.adaquant import DEFAULT_MEMORY_LIMIT, Progress
-from lightning_ptq.calibration import Calibration
+from lightning_ptq.adaquant import DEFAULT_MEMORY_LIMIT
+from lightning_ptq.calibrated import Calibration
 from lightning_ptq.fake_quant import FakeQuantize
 from lightning_ptq.journal import Journal
 from lightning_ptq.judging import Changes, StatisticsResult, judged
@@ -23,6 +23,7 @@ from lightning_ptq.outputs import ChooseOutput
 from lightning_ptq.replay import Call, Replay
 from lightning_ptq.store import ActivationStore
 from lightning_ptq.trace import first_argument
+from lightning_ptq.tuning_run import Progress
 from lightning_ptq.unit_data import run_unit
 from lightning_ptq.units import Unit, find_units
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from lightning_ptq.adaquant import DEFAULT_MEMORY_LIMIT, AdaQuantMode, AdaQuantResult, adaquant, check_arguments
-from lightning_ptq.calibration import Calibration
+from lightning_ptq.adaquant import DEFAULT_MEMORY_LIMIT, AdaQuantMode, adaquant, check_arguments
+from lightning_ptq.calibrated import Calibration
 from lightning_ptq.callbacks.base import StepCallback, progress_task, rank_zero_info
 from lightning_ptq.journal import Journal
 from lightning_ptq.tuners import ReconstructionConfig
+from lightning_ptq.tuning_run import AdaQuantResult
 from lightning_ptq.units import BlockRule, Granularity
 
 log = logging.getLogger(__name__)

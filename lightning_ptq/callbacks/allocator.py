@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lightning_ptq.calibration import Calibration
+from lightning_ptq.calibrated import Calibration
 from lightning_ptq.callbacks.adaquant import AdaQuantLayerwise
 from lightning_ptq.callbacks.base import StepCallback, progress_task, ptq_callbacks
 from lightning_ptq.choices import Choices, TunedStates

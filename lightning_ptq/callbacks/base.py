@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from lightning_ptq.adaquant import Progress
-from lightning_ptq.calibration import Calibration
+from lightning_ptq.calibrated import Calibration
 from lightning_ptq.errors import CallbackError
 from lightning_ptq.journal import Journal
+from lightning_ptq.tuning_run import Progress
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback as LightningCallback

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch.utils.data import DistributedSampler, SequentialSampler
 
-from lightning_ptq.calibration import Calibration, Calibrator
+from lightning_ptq.calibrated import Calibration
+from lightning_ptq.calibration import Calibrator
 from lightning_ptq.callbacks.base import PTQCallback, check_order, check_trainer, isolate_rng, ptq_callbacks
 from lightning_ptq.callbacks.muting import Step, calibration_forward, muted
 from lightning_ptq.callbacks.resuming import FOLDER, Journals
@@ -51,7 +52,7 @@ class CalibrationCapture(PTQCallback):
             ``ModelCheckpoint``, which itself writes nothing when no optimizer steps.
 
     Attributes:
-        calibration: The :class:`~lightning_ptq.calibration.Calibration`, from the end of the pass to the end of fit.
+        calibration: The :class:`~lightning_ptq.calibrated.Calibration`, from the end of the pass to the end of fit.
 
     Raises:
         QConfigError: If the config cannot be read.

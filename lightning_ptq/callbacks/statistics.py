@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from lightning_ptq.adaquant import DEFAULT_MEMORY_LIMIT
 from lightning_ptq.bias_tuning import tune_bias
-from lightning_ptq.calibration import Calibration
+from lightning_ptq.calibrated import Calibration
 from lightning_ptq.callbacks.base import StepCallback, progress_task
 from lightning_ptq.errors import QConfigError
 from lightning_ptq.journal import Journal

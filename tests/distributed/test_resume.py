@@ -120,7 +120,7 @@ def test_nothing_is_done_twice(tmp_path, monkeypatch, measure):
     whole = quantized(tmp_path / "whole", measure=measure)
     cut_off(tmp_path, monkeypatch, measure=measure)
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["lightning_ptq.adaquant"], "reconstruct_unit", lambda *args: 1 / 0)
+        patch.setattr(sys.modules["lightning_ptq.tuning_run"], "reconstruct_unit", lambda *args: 1 / 0)
         patch.setattr(sys.modules["lightning_ptq.sensitivity"]._Sweep, "_rise", lambda *args: 1 / 0)
         patch.setattr(sys.modules["lightning_ptq.sensitivity"], "fisher_rises", lambda *args: 1 / 0)
         assert same_state(quantized(tmp_path, measure=measure), whole)

@@ -1,0 +1,169 @@
+"""Parallel mode: units are independent, so each is tuned at every candidate, and by one rank."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from typing import Any
+
+from torch import Tensor
+
+from lightning_ptq.calibrated import Calibration
+from lightning_ptq.journal import LayerStates, Piece
+from lightning_ptq.qconfig import LayerQConfig
+from lightning_ptq.ranks import Ranks
+from lightning_ptq.reconstruct import UnitResult
+from lightning_ptq.tuning_run import AdaQuantResult, Run, set_unit_states, unit_qconfigs, unit_states
+from lightning_ptq.unit_data import UnitData
+from lightning_ptq.units import Unit
+
+
+class ParallelRun(Run):
+    """Each unit gets the float model's inputs and is tuned at every candidate; each is one rank's."""
+
+    def __post_init__(self) -> None:
+        self.ranks = self.calibration.ranks
+        self.names = self.candidates or [self.calibration.prepared.qconfig.default]
+        self.kept = self.journal.keys() if self.journal else set()
+        costs = self._costs()
+        self.owners = deal_out(costs, self.ranks.gather(self.kept & set(costs)))
+        self.rows: dict[str, list[dict[str, Any]]] = {}
+        self.tuned: LayerStates = {}
+        super().__post_init__()
+
+    def steps_by_unit(self) -> list[int]:
+        """Optimisation steps of each unit on this rank."""
+        return [self._all_steps(unit) if self._mine(unit) else 0 for unit in self.units]
+
+    def _mine(self, unit: Unit) -> bool:
+        return self.owners[unit.name] == self.ranks.rank
+
+    def _all_steps(self, unit: Unit) -> int:
+        return sum(self._steps(pairs) for pairs, _ in groupby(sorted(self._choices(unit), key=str)))
+
+    def _costs(self) -> dict[str, float]:
+        """Estimated time of each unit: multiply-accumulates and activations, by optimisation steps."""
+        if self.ranks.world == 1:
+            return dict.fromkeys((unit.name for unit in self.units), 1.0)
+        work = layer_work(self.calibration)
+        return {unit.name: sum(work[name] for name in unit.layers) * self._all_steps(unit) for unit in self.units}
+
+    def all(self) -> AdaQuantResult:
+        """Every unit's float outputs, the own units' tuning, and an exchange."""
+        super().all()
+        everything = self.ranks.gather((self.rows, self.tuned, self.result.seconds_tuning))
+        rows = {name: found for of_rank, _, _ in everything for name, found in of_rank.items()}
+        tuned = {name: found for _, of_rank, _ in everything for name, found in of_rank.items()}
+        self.result.seconds_tuning = max(seconds for _, _, seconds in everything)
+        for unit in self.units:
+            self.result.units += [UnitResult.of(row) for row in rows[unit.name]]
+            self._put(unit, {key: state for key, state in tuned.items() if key in self._keys(unit)})
+        return self.result
+
+    def unit(self, index: int) -> float:
+        """Capture; tune the unit if it is this rank's."""
+        unit, batches = self.units[index], len(self.calibration.batches)
+        data = UnitData(self.float_stream.inputs(index), self.store)
+        outputs = data.outputs(unit.module, batches, "float")
+        if not self._mine(unit):
+            self.float_stream.finish(index, outputs)
+            return 0.0
+        piece = self.journal.read(unit.name) if self.journal and unit.name in self.kept else None
+        if piece is None:
+            data.set_targets(outputs, unit.module)
+        self.float_stream.finish(index, outputs)
+        start = time.perf_counter()
+        if piece is None:
+            piece = self._tune_candidates(unit, data)
+            if self.journal is not None:
+                self.journal.write(unit.name, piece)
+        else:
+            self.steps_done += self._all_steps(unit)
+        self.rows[unit.name] = piece.facts["rows"]
+        self.tuned.update(piece.states)
+        return time.perf_counter() - start
+
+    def _tune_candidates(self, unit: Unit, data: UnitData) -> Piece:
+        """Tune at each candidate, from the float weights; the calibrated widths stay in place."""
+        own, choices = unit_qconfigs(unit), self._choices(unit)
+        rows: list[dict[str, Any]] = []
+        states: dict[str, dict[str, Tensor]] = {}
+        for pairs in choices:
+            key = _key(pairs)
+            if all(f"{key}:{name}" in states for name in unit.layers):
+                continue  # the first and last layer, for example, are alike at several candidates
+            self._round_to_nearest(unit, pairs)
+            rows.append(asdict(self._tune(unit, data, Ranks())))
+            states |= {f"{key}:{name}": state for name, state in unit_states(unit).items()}
+        self._round_to_nearest(unit, own)
+        return Piece(states, {"rows": rows})
+
+    def _keys(self, unit: Unit) -> set[str]:
+        return {f"{_key(pairs)}:{name}" for pairs in self._choices(unit) for name in unit.layers}
+
+    def _put(self, unit: Unit, states: LayerStates) -> None:
+        """Note the tuned states by candidate; those at the calibrated widths go into the layers."""
+        own, choices = unit_qconfigs(unit), self._choices(unit)
+        for candidate, pairs in zip(self.names, choices, strict=True):
+            found = {name: states[f"{_key(pairs)}:{name}"] for name in unit.layers}
+            self.result.states.setdefault(str(candidate), {}).update(found)
+            if pairs == own:
+                set_unit_states(unit, found)
+
+    def _round_to_nearest(self, unit: Unit, pairs: list[LayerQConfig]) -> None:
+        for name, pair in zip(unit.layers, pairs, strict=True):
+            self.calibration.round_to_nearest(name, pair)
+
+    def _choices(self, unit: Unit) -> list[list[LayerQConfig]]:
+        """The widths of the unit's layers at each candidate; the calibrated ones if there are no candidates."""
+        if not self.candidates:
+            return [unit_qconfigs(unit)]
+        return [[self.calibration.qconfig_at(name, candidate) for name in unit.layers] for candidate in self.candidates]
+
+
+def deal_out(costs: Mapping[str, float], kept: Sequence[set[str]]) -> dict[str, int]:
+    """The rank that each piece of work goes to: the costliest first, each to the rank with the least so far.
+
+    Args:
+        costs: By name.
+        kept: For each rank, pieces that it has done already.
+
+    Example:
+        >>> deal_out({"a": 3.0, "b": 2.0, "c": 2.0, "d": 1.0}, [set(), {"d"}])
+        {'a': 0, 'b': 1, 'c': 1, 'd': 1}
+    """
+    owners = {name: rank for rank in reversed(range(len(kept))) for name in kept[rank]}
+    load = [0.0] * len(kept)
+    for name in sorted(costs, key=lambda name: -costs[name]):
+        if name not in owners:
+            owners[name] = load.index(min(load))
+            load[owners[name]] += costs[name]
+    return {name: owners[name] for name in costs}
+
+
+def layer_work(calibration: Calibration) -> dict[str, float]:
+    """The effort of each layer for one sample: multiply-accumulates, plus what activations cost, in the same unit."""
+    found = dict.fromkeys(calibration.layers, 0.0)
+
+    def watch(name: str) -> Any:
+        def hook(layer: Any, args: Any, output: Tensor) -> None:
+            found[name] += output.numel() * (layer.weight.numel() / layer.weight.shape[0] + _WORK_OF_ACTIVATION)
+
+        return hook
+
+    handles = [layer.register_forward_hook(watch(name)) for name, layer in calibration.layers.items()]
+    try:
+        calibration.run(0)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+_WORK_OF_ACTIVATION = 256  # multiply-accumulates that quantizing a value and going back through it are worth
+
+
+def _key(pairs: list[LayerQConfig]) -> str:
+    return "/".join(map(str, pairs))
