@@ -68,6 +68,7 @@ def adaquant(
         RolledBackWarning: Naming the units that tuning did not improve.
 
     Example:
+        >>> import torch
         >>> from lightning_ptq import QConfig, calibrate
         >>> _ = torch.manual_seed(0)
         >>> net = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))

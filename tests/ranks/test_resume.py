@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from distributed.processes import Processes, run
-from distributed.test_pipeline import CANDIDATES, SAMPLES
 from helpers import IMAGES, LABELS, classifier, same_state, state, trainer
+from ranks.processes import Processes, run
+from ranks.test_pipeline import CANDIDATES, SAMPLES
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ptq import AdaQuantLayerwise, BitAllocator, CalibrationCapture, StatsTuning

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed.processes import Processes, run
 from helpers import IMAGES, LABELS, Snapshot, classifier, loader, trainer
+from ranks.processes import Processes, run
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_ptq import AdaQuantLayerwise, CalibrationCapture

@@ -3,8 +3,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from distributed.processes import run
 from helpers import IMAGES, LABELS, classifier, same_state, state, trainer
+from ranks.processes import run
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ptq import AdaQuantLayerwise, BitAllocator, CalibrationCapture, StatsTuning
