@@ -23,7 +23,7 @@ from lightning_ptq.units import Unit
 LEARNABLE = ("weight", "bias", "weight_scale", "activation_scale", "activation_zero_point")
 
 
-DEFAULT_STEPS = {2: 250, 3: 200, 4: 100, 5: 60, 6: 60, 7: 40, 8: 40}
+DEFAULT_STEPS = {2: 200, 3: 200, 4: 100, 5: 60, 6: 60, 7: 40, 8: 40}
 """Steps by bit width with 1024 samples or more: the coarser the grid, the more there is to gain, and the longer it
 takes."""
 

@@ -123,7 +123,7 @@ def test_a_unit_below_the_tolerance_is_left_alone(bits, options, tuned):
 
 
 @pytest.mark.parametrize(("bits", "samples", "steps"), [
-    ("w2a4", 1024, 250), ("w2a4", 5000, 250), ("w4a8", 1024, 100), ("w4a8", 256, 50), ("w8a8", 1, 1),
+    ("w2a4", 1024, 200), ("w2a4", 5000, 200), ("w4a8", 1024, 100), ("w4a8", 256, 50), ("w8a8", 1, 1),
 ])  # fmt: skip
 def test_steps_go_by_the_least_width_and_the_samples(bits, samples, steps):
     widths = [LayerQConfig.parse(bits), LayerQConfig.parse("w8a8")]
