@@ -16,6 +16,7 @@ from cifar10 import load
 from jsonargparse import auto_cli
 from measuring import console, peak_rss_mb, quiet
 from rich.table import Table
+from torch.utils.data import DataLoader, Subset
 
 from lightning_ptq import QConfig, ReconstructionConfig, adaquant, calibrate
 from lightning_ptq.ranks import current_ranks, digest
@@ -30,11 +31,9 @@ def measure(data: Path, weights: Path, mode: str, qconfig: str, steps: int | Non
     torch.set_num_threads(1)
     ranks = current_ranks()
     module, loader, _ = load(data, weights, calibration, 0)
-    batches = [images for images, _ in loader]
-    if ranks.world > 1:  # as a DistributedSampler deals them out
-        whole = torch.cat(batches)[ranks.rank :: ranks.world]
-        batches = list(whole.split(loader.batch_size or 1))
-    calibrated = calibrate(module.net, batches, QConfig.parse(qconfig), ranks=ranks)
+    images: Any = loader.dataset
+    own = Subset(images, range(ranks.rank, len(images), ranks.world))  # as a DistributedSampler deals them out
+    calibrated = calibrate(module.net, DataLoader(own, loader.batch_size), QConfig.parse(qconfig), ranks=ranks)
     result = adaquant(
         calibrated,
         mode=mode,  # type: ignore[arg-type]
