@@ -215,7 +215,8 @@ class _Problem:
             raise AllocationError(self._joint_message(limits, max_rise, time_limit))
         if not model.num_solutions:
             raise AllocationError(f"the solver found no choice within {time_limit} s ({status.name}). Give it more.")
-        picks = [max(range(len(row)), key=lambda k, row=row: row[k].x) for row in chosen]  # type: ignore[misc]
+        shares = [[float(x.x) for x in row] for row in chosen]
+        picks = [row.index(max(row)) for row in shares]
         by_group = zip(self.groups, picks, strict=True)
         named = {layer: candidates[k] for (layers, candidates), k in by_group for layer in layers}
         choice = {layer: named[layer] for layer in self.rises}

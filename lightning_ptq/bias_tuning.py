@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -15,6 +17,7 @@ from lightning_ptq.judging import Changes, StatisticsResult, judged
 from lightning_ptq.modules import FoldableBatchNorm
 from lightning_ptq.outputs import ChooseOutput, Divergence, OutputReader, divergence, float_outputs
 from lightning_ptq.sharding import is_divisible
+from lightning_ptq.tuners import ReconstructionConfig
 from lightning_ptq.tuning_run import Progress
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, _BatchNorm)
@@ -135,15 +138,12 @@ def _differentiate(
     """The gradient of a step, on one calibration batch: in parts that ranks share, or the whole of it on rank 0."""
     samples, ranks = len(target), calibration.ranks
     divisible = is_divisible(calibration.batches[batch]) and batch_size(calibration.batches[batch]) == samples
-    size = -(-samples // _PARTS) if divisible else samples
+    size = -(-samples // ReconstructionConfig.parts) if divisible else samples
     for index, start in enumerate(range(0, samples, size)):
         if not ranks.mine(index):
             continue
         rows = slice(start, min(start + size, samples))
-        found, _ = reader.read(lambda rows=rows: calibration.run(batch, True, rows if divisible else None))  # type: ignore[misc]
+        found, _ = reader.read(partial(calibration.run, batch, True, rows if divisible else None))
         with torch.enable_grad():
             gradient.add(divergence(found, target[rows], measure).sum() / samples)
     gradient.reduce()
-
-
-_PARTS = 2  # as ReconstructionConfig.parts

@@ -8,18 +8,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor, nn
 
 from lightning_ptq.calibrated import Calibration
 from lightning_ptq.choices import Choices
 from lightning_ptq.errors import AllocationError
 from lightning_ptq.export.packed import packed_bytes, packed_tensors
-from lightning_ptq.forward import batch_size
-from lightning_ptq.modules import QuantLayer
+from lightning_ptq.plan import layer_work
 from lightning_ptq.qconfig import LayerQConfig
-from lightning_ptq.trace import first_argument
 
 Table = Mapping[str, Mapping[str, float]]
 """A number for each layer and candidate."""
@@ -86,22 +81,7 @@ def bops_cost(calibration: Calibration, choices: Choices) -> Cost:
 
 def multiply_accumulates(calibration: Calibration) -> dict[str, float]:
     """Multiply-accumulates of each layer for one sample, from the shapes in one calibration forward."""
-    found = dict.fromkeys(calibration.layers, 0.0)
-
-    def watch(name: str) -> Any:
-        def hook(layer: QuantLayer, args: Any, kwargs: Any, output: Tensor) -> None:
-            found[name] += _macs(layer, first_argument(args, kwargs), output)
-
-        return hook
-
-    handles = [layer.register_forward_hook(watch(name), with_kwargs=True) for name, layer in calibration.layers.items()]
-    try:
-        calibration.run(0)
-    finally:
-        for handle in handles:
-            handle.remove()
-    samples = batch_size(calibration.batches[0])
-    return {name: total / samples for name, total in found.items()}
+    return {name: work.macs for name, work in layer_work(calibration).items()}
 
 
 def table_cost(name: str, table: Table | str | os.PathLike[str], choices: Choices) -> Cost:
@@ -138,13 +118,6 @@ def _read_csv(path: Path) -> dict[str, dict[str, float]]:
             return {row.pop("layer"): {k: float(v) for k, v in row.items() if v not in (None, "")} for row in reader}
         except ValueError as error:
             raise AllocationError(f"{path} holds a value that is no number ({error}).") from error
-
-
-def _macs(layer: QuantLayer, x: Tensor, output: Tensor) -> float:
-    """Every weight is used once per output position (per input position if transposed)."""
-    if isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d)):
-        return layer.weight.numel() * (x.numel() / layer.weight.shape[0])
-    return layer.weight.numel() * (output.numel() / layer.weight.shape[0])
 
 
 def _bit_product(pair: LayerQConfig) -> int:

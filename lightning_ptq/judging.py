@@ -128,8 +128,8 @@ def split_samples(calibration: Calibration, held_out: float, seed: int) -> tuple
     if count == 1:
         samples = calibration.samples
         cut = samples - min(max(round(samples * held_out), 1), samples - 1)
-        return tuple(_with(calibration, [_rows(calibration.batches[0], part)], [calibration.trace])
-                     for part in (slice(0, cut), slice(cut, samples)))  # type: ignore[return-value]  # fmt: skip
+        tune, rest = (_rows(calibration.batches[0], rows) for rows in (slice(0, cut), slice(cut, samples)))
+        return _with(calibration, [tune], [calibration.trace]), _with(calibration, [rest], [calibration.trace])
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     cut = min(max(round(count * held_out), 1), count - 1)
 

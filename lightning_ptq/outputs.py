@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -116,7 +117,7 @@ def float_outputs(calibration: Calibration, reader: OutputReader) -> list[Tensor
     """The float network's output on each calibration batch, on the CPU."""
     with layers_in_mode(calibration.module, "float"):
         batches = range(len(calibration.batches))
-        return [reader.read(lambda batch=batch: calibration.run(batch))[0].detach().cpu() for batch in batches]  # type: ignore[misc]
+        return [reader.read(partial(calibration.run, batch))[0].detach().cpu() for batch in batches]
 
 
 class Meter:
@@ -145,7 +146,7 @@ class Meter:
     def each(self) -> list[Tensor]:
         """The measure of the module as it is for each sample, by batch; for ``"loss"``, one value a batch."""
         ranks, runs = self.calibration.ranks, range(len(self.calibration.batches))
-        own = {b: self._values(b, lambda b=b: self.calibration.run(b), "the base") for b in filter(ranks.mine, runs)}  # type: ignore[misc]
+        own = {b: self._values(b, partial(self.calibration.run, b), "the base") for b in filter(ranks.mine, runs)}
         found = {batch: values for of_rank in ranks.gather(own) for batch, values in of_rank.items()}
         return [found[batch] for batch in runs]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_ptq.calibrated import Calibration
 from lightning_ptq.journal import LayerStates, Piece
+from lightning_ptq.plan import layer_work
 from lightning_ptq.qconfig import LayerQConfig
 from lightning_ptq.ranks import Ranks
 from lightning_ptq.reconstruct import UnitResult
@@ -47,7 +47,8 @@ class ParallelRun(Run):
         """Estimated time of each unit: multiply-accumulates and activations, by optimisation steps."""
         if self.ranks.world == 1:
             return dict.fromkeys((unit.name for unit in self.units), 1.0)
-        work = layer_work(self.calibration)
+        layers = layer_work(self.calibration)
+        work = {name: of_layer.macs + _WORK_OF_ACTIVATION * of_layer.outputs for name, of_layer in layers.items()}
         return {unit.name: sum(work[name] for name in unit.layers) * self._all_steps(unit) for unit in self.units}
 
     def all(self) -> AdaQuantResult:
@@ -141,25 +142,6 @@ def deal_out(costs: Mapping[str, float], kept: Sequence[set[str]]) -> dict[str, 
             owners[name] = load.index(min(load))
             load[owners[name]] += costs[name]
     return {name: owners[name] for name in costs}
-
-
-def layer_work(calibration: Calibration) -> dict[str, float]:
-    """The effort of each layer for one sample: multiply-accumulates, plus what activations cost, in the same unit."""
-    found = dict.fromkeys(calibration.layers, 0.0)
-
-    def watch(name: str) -> Any:
-        def hook(layer: Any, args: Any, output: Tensor) -> None:
-            found[name] += output.numel() * (layer.weight.numel() / layer.weight.shape[0] + _WORK_OF_ACTIVATION)
-
-        return hook
-
-    handles = [layer.register_forward_hook(watch(name)) for name, layer in calibration.layers.items()]
-    try:
-        calibration.run(0)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
 
 
 _WORK_OF_ACTIVATION = 256  # multiply-accumulates that quantizing a value and going back through it are worth

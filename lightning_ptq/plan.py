@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_ptq.calibrated import Calibration
 from lightning_ptq.errors import CalibrationError
 from lightning_ptq.forward import batch_size
-from lightning_ptq.modules import layers_in_mode
+from lightning_ptq.modules import QuantLayer, layers_in_mode
 from lightning_ptq.store import disk_room
+from lightning_ptq.trace import first_argument
 from lightning_ptq.units import Unit
 
 _STEP = 6.0  # forwards of the float unit that a step of tuning takes for the same samples, measured on ResNet-20
@@ -92,6 +93,47 @@ def plan_memory(
     per_sample = {name: value / batch_size(calibration.batches[0]) for name, value in seconds.items()}
     tuning = sum(_STEP * per_sample[unit.name] * n * batch for unit, n in zip(units, steps, strict=True))
     return MemoryPlan(round(most), limit, units[kept.index(most)].name, where, forwards + tuning)
+
+
+@dataclass
+class LayerWork:
+    """What a layer does for one sample.
+
+    Attributes:
+        macs: Multiply-accumulates.
+        outputs: Values that it puts out.
+    """
+
+    macs: float = 0.0
+    outputs: float = 0.0
+
+
+def layer_work(calibration: Calibration) -> dict[str, LayerWork]:
+    """The work of each layer for one sample, from the shapes in one calibration forward."""
+    found = {name: LayerWork() for name in calibration.layers}
+    samples = batch_size(calibration.batches[0])
+
+    def watch(name: str) -> Any:
+        def hook(layer: QuantLayer, args: Any, kwargs: Any, output: Tensor) -> None:
+            found[name].macs += _macs(layer, first_argument(args, kwargs), output) / samples
+            found[name].outputs += output.numel() / samples
+
+        return hook
+
+    handles = [layer.register_forward_hook(watch(name), with_kwargs=True) for name, layer in calibration.layers.items()]
+    try:
+        calibration.run(0)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _macs(layer: QuantLayer, x: Tensor, output: Tensor) -> float:
+    """Every weight is used once per output position (per input position if transposed)."""
+    if isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d)):
+        return layer.weight.numel() * (x.numel() / layer.weight.shape[0])
+    return layer.weight.numel() * (output.numel() / layer.weight.shape[0])
 
 
 def _watch(calibration: Calibration, units: Sequence[Unit]) -> tuple[dict[str, tuple[int, int]], dict[str, float]]:

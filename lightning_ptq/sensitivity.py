@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal, cast
 
@@ -247,7 +248,7 @@ class _Sweep:
     def _rise(self, name: str, candidate: str, replace: bool) -> list[float]:
         self.choices.put(name, candidate)
         what = f"layer {name!r} at {candidate}"
-        values = [self.meter(b, lambda b=b: self.replay.run(b, replace), what) for b in self.batches]  # type: ignore[misc]
+        values = [self.meter(b, partial(self.replay.run, b, replace), what) for b in self.batches]
         return [value - base for value, base in zip(values, self.before, strict=True)]
 
     def _replaceable(self) -> bool:
@@ -255,8 +256,8 @@ class _Sweep:
         kinds = {id(trace): batch for batch, trace in enumerate(self.calibration.traces)}
         reader, replay = self.meter.reader, self.replay
         for batch in kinds.values():
-            full = reader.read(lambda batch=batch: replay.run(batch, replace=False))[0]  # type: ignore[misc]
-            if not near(reader.read(lambda batch=batch: replay.run(batch))[0], full):  # type: ignore[misc]
+            full = reader.read(partial(replay.run, batch, replace=False))[0]
+            if not near(reader.read(partial(replay.run, batch))[0], full):
                 return False
         return True
 

@@ -16,7 +16,7 @@ from lightning_ptq.tuning_run import Progress
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback as LightningCallback
-    from pytorch_lightning.utilities.rank_zero import rank_zero_info as rank_zero_info  # type: ignore[attr-defined]
+    from pytorch_lightning.utilities.rank_zero import rank_zero_info as rank_zero_info  # type: ignore[attr-defined]  # of lightning_utilities
     from pytorch_lightning.utilities.seed import isolate_rng as isolate_rng
 else:
     # A Trainer of either package takes its own Callback class, so the callbacks derive from each that is installed.
@@ -70,7 +70,7 @@ class StepCallback(PTQCallback, ABC):
         """Do the work, once."""
         capture = capture_of(trainer)
         if capture is not None and capture.calibration is not None and self.result is None:
-            self.result = self.work(trainer, capture.calibration, capture.journal_for(trainer, self))
+            self.result = self.work(trainer, capture.calibration, capture.journal_for(self))
 
     @abstractmethod
     def work(self, trainer: Any, calibration: Calibration, journal: Journal | None = None) -> Any:

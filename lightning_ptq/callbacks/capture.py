@@ -89,7 +89,7 @@ class CalibrationCapture(PTQCallback):
             first_last_bits=first_last_bits,
             symmetric_activations=symmetric_activations,
             weight_observer=weight_observer,  # type: ignore[arg-type]  # checked by QuantSpec
-            activation_observer=activation_observer,  # type: ignore[arg-type]
+            activation_observer=activation_observer,  # type: ignore[arg-type]  # checked by QuantSpec
             percentile=percentile,
         )
         if num_samples is not None and num_samples < 1:
@@ -192,15 +192,16 @@ class CalibrationCapture(PTQCallback):
         )
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Unmute the module."""
+        """Unmute the module, and let go of the other ranks, who are no longer those of a run."""
         self._restore.close()
+        self._ranks = Ranks()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Unmute the module and put its float layers back; the other ranks learn of it."""
         self._restore.close()
         self._ranks.leave(exception)
 
-    def journal_for(self, trainer: Any, stage: PTQCallback) -> Journal | None:
+    def journal_for(self, stage: PTQCallback) -> Journal | None:
         """Where a callback behind this one keeps its progress; None with ``resume=False``."""
         return self._journals.of(stage) if self._journals else None
 
@@ -297,4 +298,4 @@ def _population(trainer: Any) -> int | None:
     loader = trainer.train_dataloader
     samplers = (getattr(getattr(loader, "batch_sampler", None), "sampler", None), getattr(loader, "sampler", None))
     found = next((sampler for sampler in samplers if isinstance(sampler, DistributedSampler)), None)
-    return None if found is None or found.drop_last else len(found.dataset)  # type: ignore[arg-type]
+    return None if found is None or found.drop_last else len(found.dataset)  # type: ignore[arg-type]  # a Dataset need not be Sized

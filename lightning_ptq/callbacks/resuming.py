@@ -22,7 +22,7 @@ from lightning_ptq.ranks import digest
 log = logging.getLogger(__name__)
 
 FOLDER = "ptq_progress"
-_NO_SETTING = ("calibration", "result", "journals")
+_NO_SETTING = ("calibration", "result")
 
 
 class Journals:
@@ -87,8 +87,13 @@ def fingerprint(calibration: Calibration) -> str:
 def settings(callback: Any) -> str:
     """What a callback was told, as text."""
     told = {k: v for k, v in vars(callback).items() if not k.startswith("_") and k not in _NO_SETTING}
-    shown = {k: getattr(v, "__qualname__", "") or repr(v) for k, v in sorted(told.items())}
-    return f"{callback.role} {shown}"
+    return f"{callback.role} { {k: _shown(v) for k, v in sorted(told.items())} }"
+
+
+def _shown(value: Any) -> str:
+    """A value as text, the same in every process: a function by its name and its code, not by its address."""
+    code = getattr(value, "__code__", None)
+    return repr(value) if code is None else f"{value.__qualname__} {code.co_code.hex()} {code.co_names}"
 
 
 def _checksum(value: Any) -> bytes:

@@ -15,6 +15,7 @@ from ranks.test_pipeline import CANDIDATES, SAMPLES
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ptq import AdaQuantLayerwise, BitAllocator, CalibrationCapture, StatsTuning
+from lightning_ptq.callbacks.resuming import settings
 from lightning_ptq.errors import ProgressWarning
 from lightning_ptq.journal import Journal, Piece
 
@@ -142,3 +143,10 @@ def test_a_piece_comes_back_as_it_was(tmp_path):
     assert Journal(tmp_path / "new", "another").keys() == set()
     journal.remove()
     assert journal.keys() == set()
+
+
+def test_settings_are_told_by_what_a_function_does():
+    blocks = [AdaQuantLayerwise(blocks=rule) for rule in (lambda n, m: n.lower(), lambda n, m: n.upper())]
+    again = AdaQuantLayerwise(blocks=lambda n, m: n.lower())
+    assert settings(blocks[0]) == settings(again) != settings(blocks[1])
+    assert settings(AdaQuantLayerwise(steps=3)) != settings(AdaQuantLayerwise(steps=4))
