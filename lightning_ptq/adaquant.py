@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 from lightning_ptq.calibrated import Calibration
-from lightning_ptq.errors import QConfigError, RolledBackWarning
+from lightning_ptq.errors import QConfigError, RolledBackWarning, warn
 from lightning_ptq.forward import eval_mode
 from lightning_ptq.journal import Journal
 from lightning_ptq.parallel_run import ParallelRun
@@ -95,7 +94,7 @@ def adaquant(
 def _warn_of_rolled_back(result: AdaQuantResult) -> None:
     back = [f"{row.name} ({row.bits})" for row in result.units if row.steps and not row.accepted]
     if back:
-        warnings.warn(
+        warn(
             f"tuning did not improve these units on held-out samples, so they keep their initial quantization:"
             f" {', '.join(back)}.",
             RolledBackWarning,

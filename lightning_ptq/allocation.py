@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
@@ -17,7 +16,7 @@ from typing import Any
 import mip
 
 from lightning_ptq.costs import Cost, Table
-from lightning_ptq.errors import AllocationError, UnprovenAllocationWarning
+from lightning_ptq.errors import AllocationError, UnprovenAllocationWarning, warn
 from lightning_ptq.qconfig import check_patterns
 from lightning_ptq.sensitivity import SensitivityTable
 
@@ -225,7 +224,7 @@ class _Problem:
         bound = objective if proven else model.objective_bound * unit
         gap = abs(objective - bound) / max(abs(objective), 1e-30)
         if not proven:
-            warnings.warn(
+            warn(
                 f"the time limit of {time_limit} s ended the search: the bit allocation found is within {gap:.2%} of"
                 " the bound, not proven optimal.",
                 UnprovenAllocationWarning,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any, cast
@@ -17,6 +16,7 @@ from lightning_ptq.errors import (
     FewSamplesWarning,
     FunctionalOpWarning,
     UnreachedLayerWarning,
+    warn,
 )
 from lightning_ptq.forward import Forward, batch_size, default_forward, run_forward, to_device
 from lightning_ptq.modules import QuantLayer
@@ -138,7 +138,7 @@ class Calibrator:
         """
         self._exchange()
         if self.num_samples is not None and self.samples < self.num_samples:
-            warnings.warn(
+            warn(
                 f"the calibration loader ended after {self.samples} samples, {self.num_samples} were asked for."
                 " Calibrating with what there is.",
                 FewSamplesWarning,
@@ -247,13 +247,11 @@ def calibrate(
 def _warn_of_float_parts(prepared: Prepared, watched: Trace) -> None:
     unreached = [n for n in prepared.layers if n not in watched.layer_order and prepared.qconfig.for_layer(n)]
     if unreached:
-        warnings.warn(
+        warn(
             f"never called in the calibration forward, so they stay float: {', '.join(unreached)}.",
             UnreachedLayerWarning,
             stacklevel=3,
         )
     if watched.float_products:
         listed = sorted(f"{op} in {scope or 'the module itself'}" for op, scope in watched.float_products)
-        warnings.warn(
-            f"computed outside any layer, so they stay float: {', '.join(listed)}.", FunctionalOpWarning, stacklevel=3
-        )
+        warn(f"computed outside any layer, so they stay float: {', '.join(listed)}.", FunctionalOpWarning, stacklevel=3)

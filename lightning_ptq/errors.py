@@ -1,5 +1,13 @@
 """The errors and warnings that a user of the library can meet, each of its own class."""
 
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import ClassVar
+
 
 class PTQError(Exception):
     """Base class of every error the library raises on purpose."""
@@ -42,40 +50,95 @@ class PackedFileError(PTQError, ValueError):
 
 
 class PTQWarning(UserWarning):
-    """Base class of every warning of the library; the report lists them all."""
+    """Base class of every warning of the library; the report lists them all.
+
+    Attributes:
+        remedy: What can be done about it.
+    """
+
+    remedy: ClassVar[str] = ""
 
 
 class UnreachedLayerWarning(PTQWarning):
     """A layer that the calibration forward never called: it stays float."""
 
+    remedy = (
+        "Choose a calibration forward that runs it (step='predict', or a function), or exclude it by name if it is not"
+        " to be shipped."
+    )
+
 
 class UnfoldedBatchNormWarning(PTQWarning):
     """A batch norm that could not be folded: it stays a float layer of its own."""
+
+    remedy = (
+        "Nothing is wrong; it costs a float operation. To fold it, have it directly follow the one layer it normalises."
+    )
 
 
 class FunctionalOpWarning(PTQWarning):
     """A product computed outside any quantized layer (``F.linear``, attention): it stays float."""
 
+    remedy = "Put the product into a layer of its own (nn.Linear, nn.Conv2d) if it is to be quantized."
+
 
 class UnsupportedLayerWarning(PTQWarning):
     """A layer of a quantizable type that cannot be swapped (lazy or re-parametrized): it stays float."""
+
+    remedy = "Run a lazy module once, and remove parametrizations (weight norm, for example), before the PTQ run."
 
 
 class TiedWeightWarning(PTQWarning):
     """A weight shared by several layers: it is quantized, but not tuned, so that the tie holds."""
 
+    remedy = "Nothing is wrong. To have it tuned, give each layer a weight of its own."
+
 
 class FewSamplesWarning(PTQWarning):
     """A calibration loader that ended before ``num_samples`` were seen."""
+
+    remedy = "Give the loader more samples, or lower num_samples."
 
 
 class ProgressWarning(PTQWarning):
     """Saved progress that cannot be used: damaged, or of another run."""
 
+    remedy = "Delete the folder, or point resume_dir to another."
+
 
 class RolledBackWarning(PTQWarning):
     """A unit that reconstruction did not improve on held-out samples: it keeps its initial quantization."""
 
+    remedy = "Give these units more samples or smaller rates (weight_lr, scale_lr), or more bits by overrides."
+
 
 class UnprovenAllocationWarning(PTQWarning):
     """A bit allocation that the solver did not prove optimal within its time limit."""
+
+    remedy = "Raise time_limit; the gap says how much is at stake."
+
+
+class ReportWarning(PTQWarning):
+    """A part of the report that could not be made."""
+
+    remedy = "pip install 'lightning-ptq[plots]'"
+
+
+_notes: ContextVar[tuple[list[PTQWarning], ...]] = ContextVar("_notes", default=())
+
+
+def warn(message: str, category: type[PTQWarning], stacklevel: int = 1) -> None:
+    """Issue a warning, and note it wherever :func:`noted_warnings` is open."""
+    for notes in _notes.get():
+        notes.append(category(message))
+    warnings.warn(message, category, stacklevel=stacklevel + 1)
+
+
+@contextmanager
+def noted_warnings(notes: list[PTQWarning]) -> Iterator[None]:
+    """Append every warning of the library to ``notes`` inside the ``with`` block, also those that filters hide."""
+    token = _notes.set((*_notes.get(), notes))
+    try:
+        yield
+    finally:
+        _notes.reset(token)

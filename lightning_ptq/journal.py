@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lightning_ptq.errors import ProgressWarning
+from lightning_ptq.errors import ProgressWarning, warn
 from lightning_ptq.ranks import digest
 
 LayerStates = dict[str, dict[str, Tensor]]
@@ -131,7 +130,7 @@ def _load(path: Path) -> tuple[str, Piece] | None:
     except FileNotFoundError:
         return None
     except (SafetensorError, KeyError, ValueError, OSError) as error:
-        warnings.warn(
+        warn(
             f"the saved progress {path} is damaged ({error}), so this piece is done again.",
             ProgressWarning,
             stacklevel=3,

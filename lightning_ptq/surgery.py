@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -17,6 +16,7 @@ from lightning_ptq.errors import (
     TiedWeightWarning,
     UnfoldedBatchNormWarning,
     UnsupportedLayerWarning,
+    warn,
 )
 from lightning_ptq.modules import FoldableBatchNorm, QuantLayer, swapped_class
 from lightning_ptq.qconfig import QConfig
@@ -118,7 +118,7 @@ def prepare(module: nn.Module, qconfig: QConfig | str) -> Prepared:
     try:
         _check(prepared, len(names))
         if skipped:
-            warnings.warn(
+            warn(
                 f"{', '.join(skipped)}: the weight is lazy or re-parametrized, so the layer stays float. Run one"
                 " forward first, or call torch.nn.utils.parametrize.remove_parametrizations on it.",
                 UnsupportedLayerWarning,
@@ -158,7 +158,7 @@ def _mark_tied(module: nn.Module) -> None:
         layer.tied = len(owners[id(layer.weight)]) > 1
         tied += [name] if layer.tied else []
     if tied:
-        warnings.warn(
+        warn(
             f"{', '.join(tied)}: the weight is shared with another layer. It is quantized but not tuned, and no batch"
             " norm is folded into it, so that the tie holds.",
             TiedWeightWarning,
@@ -213,7 +213,7 @@ def fold_batch_norms(module: nn.Module, trace: Trace, run: Callable[[], Any]) ->
         pairs = kept
     if refused:
         listed = "; ".join(f"{name}: {why}" for name, why in refused.items())
-        warnings.warn(f"batch norms that stay float layers: {listed}.", UnfoldedBatchNormWarning, stacklevel=2)
+        warn(f"batch norms that stay float layers: {listed}.", UnfoldedBatchNormWarning, stacklevel=2)
     return pairs
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_ptq.calibrated import Calibration
-from lightning_ptq.errors import ProgressWarning
+from lightning_ptq.errors import ProgressWarning, warn
 from lightning_ptq.journal import Journal
 from lightning_ptq.ranks import digest
 
@@ -48,7 +47,7 @@ class Journals:
         if found:
             log.info("going on from %d finished pieces of work in %s", found, folder)
         elif any(self._files()):
-            warnings.warn(
+            warn(
                 f"{folder} holds the progress of another run (another model, configuration or calibration set); this"
                 " one starts afresh. Delete the folder if that run is not to go on.",
                 ProgressWarning,
