@@ -18,7 +18,7 @@ from lightning_ptq.journal import Journal
 from lightning_ptq.outputs import ChooseOutput
 from lightning_ptq.qconfig import LayerQConfig
 from lightning_ptq.refinement import AllocationResult, apply_allocation, search_allocation
-from lightning_ptq.report import allocation_table
+from lightning_ptq.report.tables import allocation_table
 from lightning_ptq.sensitivity import MEASURES, Measure
 
 log = logging.getLogger(__name__)
