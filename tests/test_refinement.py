@@ -26,7 +26,7 @@ from lightning_ptq import (
     size_cost,
 )
 from lightning_ptq.errors import AllocationError
-from lightning_ptq.report import allocation_table
+from lightning_ptq.report.tables import allocation_table
 
 CANDIDATES = ["w8a8", "w4a4", "w2a4"]
 

@@ -23,9 +23,9 @@ class Sheet:
         note: A sentence below the table.
 
     Example:
-        >>> sheet = Sheet("units", "Units", ("unit", "error", "kept"), [("conv", 0.012345, True)])
+        >>> sheet = Sheet("units", "Units", ("unit", "error", "kept"), [("conv", 0.01235, True)])
         >>> sheet.cells()
-        [['conv', '0.01234', 'yes']]
+        [['conv', '0.01235', 'yes']]
     """
 
     key: str
