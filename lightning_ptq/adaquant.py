@@ -14,7 +14,7 @@ from lightning_ptq.plan import MemoryPlan
 from lightning_ptq.qconfig import LayerQConfig
 from lightning_ptq.store import ActivationStore, parse_bytes
 from lightning_ptq.tuners import ReconstructionConfig
-from lightning_ptq.tuning_run import AdaQuantResult, Progress, SequentialRun
+from lightning_ptq.tuning_run import AdaQuantResult, OnUnit, Progress, SequentialRun
 from lightning_ptq.units import BlockRule, Granularity, find_units
 
 AdaQuantMode = Literal["sequential", "parallel"]
@@ -33,6 +33,7 @@ def adaquant(
     seed: int = 0,
     progress: Progress = lambda done, total, text: None,
     journal: Journal | None = None,
+    on_unit: OnUnit = lambda row: None,
     announce: Callable[[MemoryPlan], None] | None = None,
 ) -> AdaQuantResult:
     """Tune every unit of a calibrated module so that its output comes close to the float one's.
@@ -51,6 +52,7 @@ def adaquant(
         seed: Of all random choices; the global random state is neither used nor changed.
         progress: Called with steps done, steps in all, and the unit's name.
         journal: Where finished units are kept, and found again by a run that was cut off.
+        on_unit: Called with each row of the result as soon as it is known here.
         announce: Called before the work with the plan of memory and time.
 
     Several ranks (``calibration.ranks``) share each step in sequential mode, and the units in parallel mode; they all
@@ -82,7 +84,9 @@ def adaquant(
     with ActivationStore(memory_limit) as store, eval_mode(calibration.module):
         units = find_units(calibration.module, calibration.trace, granularity, blocks)
         widths = [LayerQConfig.parse(candidate) for candidate in candidates or ()]
-        run = kind(calibration, units, store, config or ReconstructionConfig(), seed, progress, journal, widths)
+        run = kind(
+            calibration, units, store, config or ReconstructionConfig(), seed, progress, journal, widths, on_unit
+        )
         if announce is not None:
             announce(run.plan)
         result = run.all()

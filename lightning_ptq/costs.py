@@ -74,9 +74,16 @@ def bops_cost(calibration: Calibration, choices: Choices) -> Cost:
     """Bit operations of one sample: weight bits x activation bits x multiply-accumulates; float counts as 32 bits."""
     macs = multiply_accumulates(calibration)
     values = {
-        name: {text: macs[name] * _bit_product(pair) for text, pair in own.items()} for name, own in choices.of.items()
+        name: {text: bit_operations(macs[name], pair) for text, pair in own.items()} for name, own in choices.of.items()
     }
-    return Cost("bops", values, 0.0, sum(macs.values()) * _FLOAT_BITS**2, "bit operations")
+    return Cost("bops", values, 0.0, bit_operations(sum(macs.values()), None), "bit operations")
+
+
+def bit_operations(macs: float, pair: LayerQConfig | None) -> float:
+    """Bit operations of so many multiply-accumulates at a pair of widths; None for float."""
+    weight = pair.weight.bits if pair else _FLOAT_BITS
+    activation = pair.activation.bits if pair and pair.activation else _FLOAT_BITS
+    return macs * weight * activation
 
 
 def multiply_accumulates(calibration: Calibration) -> dict[str, float]:
@@ -118,7 +125,3 @@ def _read_csv(path: Path) -> dict[str, dict[str, float]]:
             return {row.pop("layer"): {k: float(v) for k, v in row.items() if v not in (None, "")} for row in reader}
         except ValueError as error:
             raise AllocationError(f"{path} holds a value that is no number ({error}).") from error
-
-
-def _bit_product(pair: LayerQConfig) -> int:
-    return pair.weight.bits * (pair.activation.bits if pair.activation else _FLOAT_BITS)

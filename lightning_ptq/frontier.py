@@ -8,12 +8,15 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_ptq.allocation import BitAllocation, allocate_bits
 from lightning_ptq.costs import Cost
 from lightning_ptq.errors import AllocationError
 from lightning_ptq.sensitivity import SensitivityTable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,11 @@ class Frontier:
         from matplotlib.figure import Figure  # slow to import, and needed by drawings only
 
         figure = Figure(figsize=(6, 4), layout="constrained")
-        axes = figure.add_subplot()
+        self.draw(figure.add_subplot())
+        figure.savefig(path, dpi=150)
+
+    def draw(self, axes: Axes) -> None:
+        """Draw predictions and measurements over the cost into a matplotlib ``Axes``."""
         costs = [point.allocation.costs[self.cost] for point in self.points]
         axes.plot(costs, [point.predicted for point in self.points], "o-", label="predicted")
         measured = [(c, p.measured) for c, p in zip(costs, self.points, strict=True) if p.measured is not None]
@@ -96,9 +103,8 @@ class Frontier:
             axes.set_yscale("log")
         axes.set_xlabel(f"{self.cost}, {self.unit}" if self.unit else self.cost)
         axes.set_ylabel(self.measure)
-        axes.legend()
+        axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
-        figure.savefig(path, dpi=150)
 
 
 def frontier(
@@ -108,6 +114,7 @@ def frontier(
     cost: str | None = None,
     *,
     measure: Callable[[Mapping[str, str]], float] | None = None,
+    others: Mapping[str, float] | None = None,
     **options: Any,
 ) -> Frontier:
     """Solve the bit allocation for each of a sweep of budgets.
@@ -119,6 +126,7 @@ def frontier(
         cost: The swept cost's name; the first one by default.
         measure: Measures the network at a choice, for example with
             :func:`~lightning_ptq.sensitivity.measure_choice`; left out, the points hold predictions only.
+        others: Budgets for other costs, the same at every point.
         options: Further arguments of :func:`~lightning_ptq.allocation.allocate_bits`.
 
     Raises:
@@ -132,11 +140,10 @@ def frontier(
     """
     costs = [costs] if isinstance(costs, Cost) else list(costs)
     name = cost or costs[0].name
-    others = options.pop("budgets", {})
     points, skipped, reason = [], [], ""
     for budget in sorted(budgets):
         try:
-            allocation = allocate_bits(sensitivity, costs, {**others, name: budget}, **options)
+            allocation = allocate_bits(sensitivity, costs, {**(others or {}), name: budget}, **options)
         except AllocationError as error:
             skipped.append(budget)
             reason = str(error)
@@ -147,3 +154,24 @@ def frontier(
         raise AllocationError(f"no budget of {sorted(budgets)} is reachable: {reason}")
     unit = next(cost.unit for cost in costs if cost.name == name)
     return Frontier(name, sensitivity.measure, unit, points, skipped)
+
+
+def sweep(
+    sensitivity: SensitivityTable, costs: Sequence[Cost], name: str, points: int = 12, **options: Any
+) -> Frontier:
+    """The frontier between the least and the greatest cost that the candidates allow.
+
+    Args:
+        sensitivity: One table serves all.
+        costs: One or several costs.
+        name: The swept cost.
+        points: How many budgets.
+        options: Further arguments of :func:`frontier`.
+
+    Raises:
+        AllocationError: If nothing fits the other budgets.
+    """
+    cost = next(cost for cost in costs if cost.name == name)
+    low, high = (cost.fixed + sum(end(row.values()) for row in cost.values.values()) for end in (min, max))
+    budgets = [low + (high - low) * step / (points - 1) for step in range(points)]
+    return frontier(sensitivity, costs, [max(budget, 1 + 1e-9) for budget in budgets], name, **options)

@@ -59,7 +59,10 @@ class ParallelRun(Run):
         tuned = {name: found for _, of_rank, _ in everything for name, found in of_rank.items()}
         self.result.seconds_tuning = max(seconds for _, _, seconds in everything)
         for unit in self.units:
-            self.result.units += [UnitResult.of(row) for row in rows[unit.name]]
+            found = [UnitResult.of(row) for row in rows[unit.name]]
+            self.result.units += found
+            for row in found if unit.name not in self.rows else ():
+                self.on_unit(row)
             self._put(unit, {key: state for key, state in tuned.items() if key in self._keys(unit)})
         return self.result
 
@@ -82,6 +85,8 @@ class ParallelRun(Run):
                 self.journal.write(unit.name, piece)
         else:
             self.steps_done += self._all_steps(unit)
+            for row in piece.facts["rows"]:
+                self.on_unit(UnitResult.of(row))
         self.rows[unit.name] = piece.facts["rows"]
         self.tuned.update(piece.states)
         return time.perf_counter() - start

@@ -57,6 +57,11 @@ class SensitivityTable:
     samples: int = 0
     seconds: float = 0.0
 
+    @property
+    def candidates(self) -> list[str]:
+        """All candidates, in the order of the layers; not every layer need have them all."""
+        return list(dict.fromkeys(candidate for row in self.rises.values() for candidate in row))
+
     def predict(self, choice: Choice) -> float:
         """The measure at ``choice`` if rises add up: the base value and the sum of the layers' rises."""
         return self.base_value + sum(self.rises[name][candidate] for name, candidate in choice.items())

@@ -23,6 +23,7 @@ from lightning_ptq.unit_data import UnitData
 from lightning_ptq.units import Unit
 
 Progress = Callable[[int, int, str], None]
+OnUnit = Callable[[UnitResult], None]
 
 
 @dataclass
@@ -56,6 +57,7 @@ class Run:
     progress: Progress
     journal: Journal | None
     candidates: list[LayerQConfig]
+    on_unit: OnUnit
     result: AdaQuantResult = field(default_factory=AdaQuantResult)
     sequential: ClassVar[bool] = False
 
@@ -98,6 +100,7 @@ class Run:
 
         row = reconstruct_unit(unit, data, self.config, steps, generator, on_step, ranks)
         self.steps_done = before + steps
+        self.on_unit(row)
         return row
 
     def _steps(self, widths: list[LayerQConfig]) -> int:
@@ -146,7 +149,9 @@ class SequentialRun(Run):
     def _take(self, unit: Unit, piece: Piece) -> UnitResult:
         set_unit_states(unit, piece.states)
         self.steps_done += self._steps(unit_qconfigs(unit))
-        return UnitResult.of(piece.facts)
+        row = UnitResult.of(piece.facts)
+        self.on_unit(row)
+        return row
 
 
 def unit_states(unit: Unit) -> LayerStates:

@@ -35,7 +35,7 @@ from lightning_ptq import (
 )
 from lightning_ptq.callbacks import pipelines
 from lightning_ptq.errors import PTQWarning
-from lightning_ptq.report.tables import allocation_table
+from lightning_ptq.report.sheets import allocation_sheet
 
 console = Console()
 
@@ -210,7 +210,7 @@ def _take(record: dict[str, Any], callback: Any) -> None:
     elif isinstance(callback, BitAllocator) and callback.result is not None:
         record["allocation"] = callback.result.allocation.to_dict()
         record["allocation"]["rounds"] = [asdict(found) for found in callback.result.rounds]
-        console.print(allocation_table(callback.result))
+        console.print(allocation_sheet(callback.result).table())
     elif isinstance(callback, StatsTuning):
         record["statistics_steps"] = [asdict(row) for row in callback.result or []]
 

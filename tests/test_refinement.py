@@ -26,7 +26,7 @@ from lightning_ptq import (
     size_cost,
 )
 from lightning_ptq.errors import AllocationError
-from lightning_ptq.report.tables import allocation_table
+from lightning_ptq.report.sheets import allocation_sheet
 
 CANDIDATES = ["w8a8", "w4a4", "w2a4"]
 
@@ -141,11 +141,11 @@ def test_the_frontier_serves_every_budget_with_one_table(calibration, tmp_path):
 
 def test_the_table_shows_prediction_measurement_and_proof(calibration):
     found = search_allocation(calibration, CANDIDATES, cost_of(calibration), {"size": 0.2}, rounds=1)
-    table = allocation_table(found)
-    assert "proven optimal" in table.title
-    assert f"measured {found.measured:.4g}" in table.title
-    assert list(table.columns[0].cells) == list(calibration.layers)
-    assert list(table.columns[1].cells) == list(found.allocation.choice.values())
+    sheet = allocation_sheet(found)
+    assert "proven optimal" in sheet.note
+    assert f"measured {found.measured:.4g}" in sheet.note
+    assert [row[0] for row in sheet.rows] == list(calibration.layers)
+    assert [row[1] for row in sheet.rows] == list(found.allocation.choice.values())
 
 
 def test_rounds_below_one_are_refused(calibration):

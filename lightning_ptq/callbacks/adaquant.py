@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from lightning_ptq.adaquant import DEFAULT_MEMORY_LIMIT, AdaQuantMode, adaquant, check_arguments
 from lightning_ptq.calibrated import Calibration
-from lightning_ptq.callbacks.base import StepCallback, progress_task, rank_zero_info
+from lightning_ptq.callbacks.base import StepCallback, rank_zero_info
+from lightning_ptq.callbacks.logging import UnitScalars
+from lightning_ptq.callbacks.progress import progress_task
 from lightning_ptq.journal import Journal
+from lightning_ptq.report import PTQReport
+from lightning_ptq.report.sheets import key_of
 from lightning_ptq.tuners import ReconstructionConfig
 from lightning_ptq.tuning_run import AdaQuantResult
 from lightning_ptq.units import BlockRule, Granularity
-
-log = logging.getLogger(__name__)
 
 _DEFAULTS = ReconstructionConfig()
 
@@ -103,14 +104,20 @@ class AdaQuantLayerwise(StepCallback):
         self.seed = seed
 
     @property
+    def title(self) -> str:
+        """By mode."""
+        return f"AdaQuant {self.mode}"
+
+    @property
     def state_key(self) -> str:
         """Distinct for a parallel and a sequential instance in one list."""
         return self._generate_state_key(mode=self.mode, granularity=self.granularity, seed=self.seed)
 
     def work(self, trainer: Any, calibration: Calibration, journal: Journal | None = None) -> AdaQuantResult:
         """Tune the calibrated module."""
-        with progress_task(trainer, f"AdaQuant {self.mode}") as progress:
-            result = adaquant(
+        scalars = UnitScalars(trainer, key_of(self.title))
+        with progress_task(trainer, self.title) as progress:
+            return adaquant(
                 calibration,
                 mode=self.mode,
                 granularity=self.granularity,
@@ -121,13 +128,11 @@ class AdaQuantLayerwise(StepCallback):
                 seed=self.seed,
                 progress=progress,
                 journal=journal,
-                announce=lambda plan: rank_zero_info(f"AdaQuant {self.mode}: {plan}"),
+                on_unit=scalars.log,
+                announce=lambda plan: rank_zero_info(f"{self.title}: {plan}"),
             )
-        accepted = sum(row.accepted for row in result.units)
-        steps = sum(row.steps > 0 for row in result.units)
-        log.info("tuned %d of %d units, kept %d", steps, len(result.units), accepted)
-        for logger in trainer.loggers:
-            for step, row in enumerate(result.units):
-                errors = {"ptq/error_before": row.error_before, "ptq/error_after": row.error_after}
-                logger.log_metrics({**errors, "ptq/accepted": float(row.accepted)}, step=step)
-        return result
+
+    def record(self, report: PTQReport) -> None:
+        """Put the tuned units into the report."""
+        if self.result is not None:
+            report.tuning[self.title] = self.result

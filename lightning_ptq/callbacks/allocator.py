@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
-
 from lightning_ptq.calibrated import Calibration
 from lightning_ptq.callbacks.adaquant import AdaQuantLayerwise
-from lightning_ptq.callbacks.base import StepCallback, progress_task, ptq_callbacks
+from lightning_ptq.callbacks.base import StepCallback, ptq_callbacks
+from lightning_ptq.callbacks.logging import log_scalars
+from lightning_ptq.callbacks.progress import progress_task
 from lightning_ptq.choices import Choices, TunedStates
 from lightning_ptq.costs import Cost, Table, bops_cost, size_cost, table_cost
 from lightning_ptq.errors import AllocationError, QConfigError
+from lightning_ptq.frontier import Frontier, sweep
 from lightning_ptq.journal import Journal
 from lightning_ptq.outputs import ChooseOutput
 from lightning_ptq.qconfig import LayerQConfig
 from lightning_ptq.refinement import AllocationResult, apply_allocation, search_allocation
-from lightning_ptq.report.tables import allocation_table
+from lightning_ptq.report import PTQReport
 from lightning_ptq.sensitivity import MEASURES, Measure
-
-log = logging.getLogger(__name__)
 
 DEFAULT_CANDIDATES = ("w8a8", "w4a8", "w4a4", "w2a4")
 
@@ -65,6 +63,7 @@ class BitAllocator(StepCallback):
     """
 
     role = "BitAllocator"
+    title = "Bit allocation"
     result: AllocationResult | None
 
     def __init__(
@@ -102,11 +101,12 @@ class BitAllocator(StepCallback):
         self.ties = ties or []
         self.pins = pins or {}
         self.time_limit = time_limit
+        self._frontier: Frontier | None = None
 
     def work(self, trainer: Any, calibration: Calibration, journal: Journal | None = None) -> AllocationResult:
         """Allocate, and give the layers their widths."""
         candidates, states = self._tuned(trainer)
-        with progress_task(trainer, "Sensitivity") as progress:
+        with progress_task(trainer, self.title) as progress:
             result = search_allocation(
                 calibration,
                 candidates,
@@ -126,14 +126,29 @@ class BitAllocator(StepCallback):
                 journal=journal,
             )
         apply_allocation(calibration, result.allocation, states)
-        console = Console(width=110)
-        with console.capture() as text:
-            console.print(allocation_table(result))
-        log.info("\n%s", text.get())
-        for logger in trainer.loggers:
-            costs = {f"ptq/{name}": total for name, total in result.allocation.costs.items()}
-            logger.log_metrics({**costs, f"ptq/{self.measuring['measure']}": result.measured})
+        self._frontier = self._sweep(calibration, result) if trainer.is_global_zero else None
+        costs = {f"ptq/{name}": total for name, total in result.allocation.costs.items()}
+        log_scalars(trainer, {**costs, f"ptq/{self.measuring['measure']}": result.measured})
         return result
+
+    def record(self, report: PTQReport) -> None:
+        """Put the allocation and the frontier into the report."""
+        report.allocation, report.frontier = self.result, self._frontier
+
+    def _sweep(self, calibration: Calibration, result: AllocationResult) -> Frontier:
+        """Best predictions over the budgets of the first cost, fewer of them where the solver takes long."""
+        name = next(iter(self.budgets), self.minimise)
+        others = {key: budget for key, budget in self.budgets.items() if key != name}
+        return sweep(
+            result.sensitivity,
+            self.costs(calibration, result.sensitivity.candidates),
+            name,
+            points=12 if result.allocation.seconds < 0.5 else 5,
+            others=others,
+            ties=self.ties,
+            pins=self.pins,
+            time_limit=self.time_limit,
+        )
 
     def costs(self, calibration: Calibration, candidates: list[str]) -> list[Cost]:
         """Size, bit operations and the user's table for a calibrated module."""

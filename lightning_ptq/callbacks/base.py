@@ -1,18 +1,17 @@
-"""What the callbacks share: their base class, the check of the Trainer, and the progress task."""
+"""What the callbacks share: their base class, their order, and the check of the Trainer."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lightning_ptq.calibrated import Calibration
+from lightning_ptq.callbacks.logging import log_sheets
 from lightning_ptq.errors import CallbackError
 from lightning_ptq.journal import Journal
-from lightning_ptq.tuning_run import Progress
+from lightning_ptq.report import PTQReport
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback as LightningCallback
@@ -35,6 +34,7 @@ ORDER = (
 )
 """Roles of the callbacks, each with the modes it may have at its place."""
 
+_NO_SETTING = ("calibration", "report", "result", "log", "log_dict")  # the Trainer adds the last two
 _WAY_OUT = "Use strategy='ddp', or strategy='auto' on one device."
 _TAKEN = ("SingleDeviceStrategy", "DDPStrategy")
 
@@ -49,6 +49,11 @@ class PTQCallback(LightningCallback):
 
     role = ""
     calibration: Calibration | None = None
+
+    @property
+    def title(self) -> str:
+        """What the callback does, for progress, report and logs."""
+        return self.role
 
 
 class StepCallback(PTQCallback, ABC):
@@ -70,7 +75,11 @@ class StepCallback(PTQCallback, ABC):
         """Do the work, once."""
         capture = capture_of(trainer)
         if capture is not None and capture.calibration is not None and self.result is None:
-            self.result = self.work(trainer, capture.calibration, capture.journal_for(self))
+            with capture.report.stage(self.title):
+                self.result = self.work(trainer, capture.calibration, capture.journal_for(self))
+            known = {sheet.key for sheet in capture.report.sheets()}
+            self.record(capture.report)
+            log_sheets(trainer, [sheet for sheet in capture.report.sheets() if sheet.key not in known])
 
     @abstractmethod
     def work(self, trainer: Any, calibration: Calibration, journal: Journal | None = None) -> Any:
@@ -81,6 +90,10 @@ class StepCallback(PTQCallback, ABC):
             calibration: The calibrated module.
             journal: For finished pieces of the work.
         """
+
+    @abstractmethod
+    def record(self, report: PTQReport) -> None:
+        """Put :attr:`result` into the report."""
 
 
 def ptq_callbacks(trainer: Any) -> list[PTQCallback]:
@@ -104,6 +117,11 @@ def check_order(trainer: Any) -> None:
             f" {[f'{role}(mode={modes[0]!r})' if modes[0] else role for role, modes in ORDER]}, of which any but the"
             " first may be left out."
         )
+
+
+def told(callback: Any) -> dict[str, Any]:
+    """What a callback was told, by attribute."""
+    return {k: v for k, v in sorted(vars(callback).items()) if not k.startswith("_") and k not in _NO_SETTING}
 
 
 def capture_of(trainer: Any) -> Any:
@@ -131,57 +149,3 @@ def check_trainer(trainer: Any) -> None:
             f"PTQ needs the weights in float32, the Trainer has precision={trainer.precision!r}."
             " Use precision='32-true' or a mixed one such as 'bf16-mixed'."
         )
-
-
-@contextmanager
-def progress_task(trainer: Any, title: str) -> Iterator[Progress]:
-    """A task on the trainer's progress bar: rich, tqdm, or none if the bar is disabled.
-
-    Each report of progress is also where the run notices that it is to stop.
-    """
-    capture = capture_of(trainer)
-    with _bar_task(trainer, title) as show:
-
-        def report(done: int, total: int, text: str) -> None:
-            show(done, total, text)
-            if capture is not None:
-                capture.check_stop(trainer)
-
-        yield report
-
-
-@contextmanager
-def _bar_task(trainer: Any, title: str) -> Iterator[Progress]:
-    bar = trainer.progress_bar_callback
-    rich = getattr(bar, "progress", None)
-    if bar is None or not getattr(bar, "is_enabled", False):
-        yield lambda done, total, text: None
-    elif rich is not None:
-        task = rich.add_task(f"[white]{title}", total=1)
-
-        def update_rich(done: int, total: int, text: str) -> None:
-            rich.update(task, completed=done, total=total, description=f"[white]{title} {text}")
-            if done % 10 == 0:
-                rich.refresh()
-
-        try:
-            yield update_rich
-        finally:
-            rich.update(task, visible=False)
-            rich.refresh()
-    elif hasattr(bar, "init_train_tqdm"):
-        tqdm = bar.init_train_tqdm()
-        tqdm.set_description(title)
-
-        def update_tqdm(done: int, total: int, text: str) -> None:
-            tqdm.total = total
-            if tqdm.desc != f"{title} {text}: ":
-                tqdm.set_description(f"{title} {text}", refresh=False)
-            tqdm.update(done - tqdm.n)
-
-        try:
-            yield update_tqdm
-        finally:
-            tqdm.close()
-    else:
-        yield lambda done, total, text: None

@@ -12,15 +12,26 @@ from torch.utils.data import DistributedSampler, SequentialSampler
 
 from lightning_ptq.calibrated import Calibration
 from lightning_ptq.calibration import Calibrator
-from lightning_ptq.callbacks.base import PTQCallback, check_order, check_trainer, isolate_rng, ptq_callbacks
+from lightning_ptq.callbacks.base import (
+    PTQCallback,
+    check_order,
+    check_trainer,
+    isolate_rng,
+    ptq_callbacks,
+    rank_zero_info,
+    told,
+)  # fmt: skip
+from lightning_ptq.callbacks.logging import log_end, log_ranges, log_settings
 from lightning_ptq.callbacks.muting import Step, calibration_forward, muted
 from lightning_ptq.callbacks.resuming import FOLDER, Journals
 from lightning_ptq.callbacks.stopping import StopRequest
-from lightning_ptq.errors import CalibrationError
+from lightning_ptq.errors import CalibrationError, noted_warnings
 from lightning_ptq.journal import Journal
 from lightning_ptq.patching import attributes
 from lightning_ptq.qconfig import QConfig
 from lightning_ptq.ranks import Ranks, current_ranks
+from lightning_ptq.report import PTQReport
+from lightning_ptq.report.ptq_report import plain
 from lightning_ptq.surgery import Prepared, is_prepared, prepare
 
 log = logging.getLogger(__name__)
@@ -48,10 +59,12 @@ class CalibrationCapture(PTQCallback):
         percentile: For the percentile observers, the share of values to keep, in percent.
         resume: Keep the progress of the run on disk until it is over, and go on from there if it was cut off.
         resume_dir: Where; by default the folder ``ptq_progress`` in the Trainer's ``default_root_dir``.
+        report_dir: A folder for the files of the report; by default none are written.
         save_checkpoint: Whether to leave a checkpoint ``quantized.ckpt`` in the directory of the Trainer's
             ``ModelCheckpoint``, which itself writes nothing when no optimizer steps.
 
     Attributes:
+        report: The :class:`~lightning_ptq.report.PTQReport` of the last run.
         calibration: The :class:`~lightning_ptq.calibrated.Calibration`, from the end of the pass to the end of fit.
 
     Raises:
@@ -64,6 +77,7 @@ class CalibrationCapture(PTQCallback):
     """
 
     role = "CalibrationCapture"
+    title = "Calibration"
 
     def __init__(
         self,
@@ -80,6 +94,7 @@ class CalibrationCapture(PTQCallback):
         save_checkpoint: bool = True,
         resume: bool = True,
         resume_dir: str | None = None,
+        report_dir: str | None = None,
     ) -> None:
         super().__init__()
         self.qconfig = QConfig.parse(
@@ -99,10 +114,13 @@ class CalibrationCapture(PTQCallback):
         self.save_checkpoint = save_checkpoint
         self.resume = resume
         self.resume_dir = resume_dir
+        self.report_dir = report_dir
+        self.report: PTQReport | None = None
         self.calibration: Calibration | None = None
         self._prepared: Prepared | None = None
         self._calibrator: Calibrator | None = None
         self._restore = ExitStack()
+        self._pass = ExitStack()
         self._ranks = Ranks()
         self._stop = StopRequest()
         self._error: Exception | None = None
@@ -118,7 +136,9 @@ class CalibrationCapture(PTQCallback):
         self._ranks, self._stop, self._error, self._journals = current_ranks(), StopRequest(), None, None
         pl_module.configure_model()
         self.calibration = self._calibrator = None
+        self.report = PTQReport(type(pl_module).__name__, plain({c.title: told(c) for c in ptq_callbacks(trainer)}))
         with ExitStack() as stack:
+            stack.enter_context(noted_warnings(self.report.warnings))
             forward = calibration_forward(pl_module, self.step)
             self._prepared = prepare(pl_module, self.qconfig)
             stack.callback(self._undo_unless_finished)
@@ -130,7 +150,9 @@ class CalibrationCapture(PTQCallback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """The module is on its device now."""
-        if self._prepared is not None and not self._restored():
+        if self._prepared is not None and self.report is not None and not self._restored():
+            log_settings(trainer, self.report)
+            self._pass.enter_context(self.report.stage(self.title))
             _check_same_length(trainer, self._ranks)
             self._restore.enter_context(self._stop.watching(self._ranks.world))
             self._restore.enter_context(_no_waiting(trainer))
@@ -146,6 +168,10 @@ class CalibrationCapture(PTQCallback):
             raise self._error
         self.calibration = self._calibrator.finish()
         self._calibrator = None
+        if self.report is not None:
+            self._pass.close()
+            self.report.calibrated(self.calibration)
+            log_ranges(trainer, self.report)
         if self.resume:
             folder = Path(self.resume_dir or Path(trainer.default_root_dir) / FOLDER)
             stages = [callback for callback in ptq_callbacks(trainer) if callback is not self]
@@ -161,6 +187,9 @@ class CalibrationCapture(PTQCallback):
         if self.calibration is None:
             return
         self._ranks.check_same(dict(pl_module.state_dict()))
+        if self.report is not None:
+            self.report.finish(self.calibration)
+            self._tell(trainer, self.report)
         self.calibration.release()
         self._prepared = None
         if self._journals is not None:
@@ -174,6 +203,20 @@ class CalibrationCapture(PTQCallback):
                     if not checkpoint.save_last:
                         checkpoint.last_model_path = path
                     trainer.save_checkpoint(path)
+
+    def _tell(self, trainer: Any, report: PTQReport) -> None:
+        """Say what came of it, on the console, in the logs, and in files if they are asked for."""
+        summary = report.summary()
+        rank_zero_info(
+            f"PTQ is done in {report.seconds:.0f} s: {report.float_bytes / 1e6:.3g} MB ->"
+            f" {report.packed_bytes / 1e6:.3g} MB,"
+            f" {summary['times smaller']:.1f} times smaller, with {len(report.warnings)} warnings. The rest is in"
+            " CalibrationCapture.report: report.print(), report.save(folder)."
+        )
+        if trainer.is_global_zero:
+            log_end(trainer, report)
+            if self.report_dir is not None:
+                report.save(self.report_dir)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Lightning skips the epoch of an empty loader, or of a run that ``ckpt_path`` says is over, without a word."""
@@ -199,6 +242,7 @@ class CalibrationCapture(PTQCallback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Unmute the module and put its float layers back; the other ranks learn of it."""
         self._restore.close()
+        self._pass.close()
         self._ranks.leave(exception)
 
     def journal_for(self, stage: PTQCallback) -> Journal | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_ptq.calibrated import Calibration
+from lightning_ptq.callbacks.base import told
 from lightning_ptq.errors import ProgressWarning, warn
 from lightning_ptq.journal import Journal
 from lightning_ptq.ranks import digest
@@ -21,7 +22,6 @@ from lightning_ptq.ranks import digest
 log = logging.getLogger(__name__)
 
 FOLDER = "ptq_progress"
-_NO_SETTING = ("calibration", "result")
 
 
 class Journals:
@@ -85,8 +85,7 @@ def fingerprint(calibration: Calibration) -> str:
 
 def settings(callback: Any) -> str:
     """What a callback was told, as text."""
-    told = {k: v for k, v in vars(callback).items() if not k.startswith("_") and k not in _NO_SETTING}
-    return f"{callback.role} { {k: _shown(v) for k, v in sorted(told.items())} }"
+    return f"{callback.role} { {key: _shown(value) for key, value in told(callback).items()} }"
 
 
 def _shown(value: Any) -> str:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any, Literal
 
 from lightning_ptq.adaquant import DEFAULT_MEMORY_LIMIT
 from lightning_ptq.bias_tuning import tune_bias
 from lightning_ptq.calibrated import Calibration
-from lightning_ptq.callbacks.base import StepCallback, progress_task
+from lightning_ptq.callbacks.base import StepCallback
+from lightning_ptq.callbacks.logging import log_scalars
+from lightning_ptq.callbacks.progress import progress_task
 from lightning_ptq.errors import QConfigError
 from lightning_ptq.journal import Journal
 from lightning_ptq.judging import StatisticsResult
 from lightning_ptq.outputs import ChooseOutput, Divergence
+from lightning_ptq.report import PTQReport
 from lightning_ptq.statistics import para_normalize, reestimate_batch_norm
 
 Target = Literal["auto", "batch_norm", "float"]
-
-log = logging.getLogger(__name__)
 
 
 class StatsTuning(StepCallback):
@@ -54,6 +54,7 @@ class StatsTuning(StepCallback):
     """
 
     role = "StatsTuning"
+    title = "Statistics tuning"
     result: list[StatisticsResult] | None
 
     def __init__(
@@ -83,7 +84,7 @@ class StatsTuning(StepCallback):
     def work(self, trainer: Any, calibration: Calibration, journal: Journal | None = None) -> list[StatisticsResult]:
         """Run the steps, one after the other."""
         results: list[StatisticsResult] = []
-        with progress_task(trainer, "Statistics") as progress:
+        with progress_task(trainer, self.title) as progress:
             common: dict[str, Any] = {**self.common, "progress": progress, "journal": journal}
             store: dict[str, Any] = {"memory_limit": self.memory_limit}
             if self.target in ("auto", "batch_norm"):
@@ -93,8 +94,10 @@ class StatsTuning(StepCallback):
             if self.bias:
                 results.append(tune_bias(calibration, **self.tuning, **common))
         for step, row in enumerate(results):
-            log.info("%s: %.4g -> %.4g, %s", row.step, row.before, row.after, "kept" if row.accepted else "taken back")
-            for logger in trainer.loggers:
-                values = {"ptq/statistics_before": row.before, "ptq/statistics_after": row.after}
-                logger.log_metrics({**values, "ptq/accepted": float(row.accepted)}, step=step)
+            values = {"ptq/statistics/before": row.before, "ptq/statistics/after": row.after}
+            log_scalars(trainer, {**values, "ptq/statistics/accepted": float(row.accepted)}, step)
         return results
+
+    def record(self, report: PTQReport) -> None:
+        """Put the steps into the report."""
+        report.statistics = self.result or []

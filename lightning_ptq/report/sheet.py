@@ -34,6 +34,10 @@ class Sheet:
     rows: list[tuple[Any, ...]] = field(default_factory=list)
     note: str = ""
 
+    def numeric(self) -> list[bool]:
+        """Whether each column holds numbers, and nothing else but gaps."""
+        return [all(is_number(row[i]) or row[i] is None for row in self.rows) for i in range(len(self.columns))]
+
     def cells(self) -> list[list[str]]:
         """The rows as text."""
         return [[shown(value) for value in row] for row in self.rows]
@@ -41,8 +45,7 @@ class Sheet:
     def table(self) -> Table:
         """For a rich console."""
         table = Table(title=self.title, caption=self.note or None, title_justify="left", caption_justify="left")
-        for index, column in enumerate(self.columns):
-            numbers = all(is_number(row[index]) or row[index] is None for row in self.rows)
+        for column, numbers in zip(self.columns, self.numeric(), strict=True):
             table.add_column(column, justify="right" if numbers else "left", overflow="fold")
         for row in self.cells():
             table.add_row(*row)

@@ -1,0 +1,187 @@
+"""The record of a run as drawings; matplotlib is needed for them only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from lightning_ptq.frontier import Frontier
+from lightning_ptq.refinement import AllocationResult
+from lightning_ptq.report.record import Histogram, RunRecord
+from lightning_ptq.report.sheets import key_of
+from lightning_ptq.sensitivity import SensitivityTable
+from lightning_ptq.tuning_run import AdaQuantResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_BEFORE, _AFTER, _THIRD = "#b8b8b8", "#2166ac", "#d6604d"
+_MOST = 48  # layers that have a panel of their own
+
+
+def all_figures(record: RunRecord) -> dict[str, Figure]:
+    """All drawings of a record by key, those of stages that did not run left out.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    found: dict[str, Figure] = {}
+    for stage, result in record.tuning.items():
+        found[f"units_{key_of(stage)}"] = draw_units(stage, result)
+        if any(row.curve for row in result.units):
+            found[f"curves_{key_of(stage)}"] = draw_curves(stage, result)
+    if record.allocation is not None:
+        found["allocation"] = draw_allocation(record)
+        found["sensitivity"] = draw_sensitivity(record.allocation.sensitivity)
+    if record.frontier is not None:
+        found["frontier"] = draw_frontier(record.frontier, record.allocation)
+    if record.statistics:
+        found["statistics"] = draw_statistics(record)
+    if any(row.weights for row in record.layers):
+        found["ranges"] = draw_ranges(record)
+    return found
+
+
+def _new(width: float, height: float) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _bars(axes: Axes, names: list[str], series: dict[str, tuple[list[float], str]]) -> None:
+    """Horizontal bars beside one another for each name, the first on top."""
+    height = 0.8 / len(series)
+    for index, (label, (values, colour)) in enumerate(series.items()):
+        places = [i + (index - (len(series) - 1) / 2) * height for i in range(len(names))]
+        axes.barh(places, values, height, label=label, color=colour)
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize=7)
+
+
+def draw_units(stage: str, result: AdaQuantResult) -> Figure:
+    """Errors before and after, unit by unit; units rolled back are marked."""
+    rows = result.units
+    several = len({row.name for row in rows}) < len(rows)
+    names = [
+        row.name + (f" {row.bits}" if several else "") + (" (taken back)" if row.steps and not row.accepted else "")
+        for row in rows
+    ]
+    figure, axes = _new(8, 1.2 + 0.22 * len(rows))
+    before, after = ([max(getattr(row, key), 1e-12) for row in rows] for key in ("error_before", "error_after"))
+    _bars(axes, names, {"before": (before, _BEFORE), "after": (after, _AFTER)})
+    axes.set_xscale("log")
+    axes.set_xlabel("relative squared error of the unit's output, held-out samples")
+    axes.set_title(stage, fontsize=9)
+    return figure
+
+
+def draw_curves(stage: str, result: AdaQuantResult) -> Figure:
+    """The training loss of each unit over its steps."""
+    figure, axes = _new(8, 4.5)
+    rows = [row for row in result.units if row.curve]
+    colours = _colours(len(rows))
+    for index, row in enumerate(rows):
+        steps, losses = zip(*row.curve, strict=True)
+        axes.plot(steps, losses, color=colours(index), linewidth=1, label=f"{row.name} {row.bits}")
+    axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_ylabel("training loss")
+    axes.set_title(stage, fontsize=9)
+    axes.grid(alpha=0.3)
+    if len(rows) <= 24:
+        axes.legend(fontsize=6, ncols=2)
+    return figure
+
+
+def _colours(count: int) -> Callable[[int], Any]:
+    from matplotlib import colormaps
+
+    return lambda index: colormaps["viridis"](index / max(1, count - 1))
+
+
+def draw_allocation(record: RunRecord) -> Figure:
+    """The bits of each layer's weights and inputs."""
+    figure, axes = _new(8, 1.2 + 0.22 * len(record.layers))
+    choice = [row.widths for row in record.layers]
+    pairs = [[*width[1:].split("a"), "0"][:2] for width in choice]
+    weights, inputs = ([float(pair[i]) for pair in pairs] for i in (0, 1))
+    names = [f"{row.name}  {row.widths}" for row in record.layers]
+    _bars(axes, names, {"weights": (weights, _AFTER), "inputs": (inputs, _THIRD)})
+    axes.set_xlabel("bits")
+    axes.set_xticks(range(9))
+    return figure
+
+
+def draw_sensitivity(table: SensitivityTable) -> Figure:
+    """The table of sensitivities as colours."""
+    from matplotlib.colors import LogNorm
+
+    candidates = table.candidates
+    values = [[row.get(candidate, float("nan")) for candidate in candidates] for row in table.rises.values()]
+    positive = [value for row in values for value in row if value > 0] or [1e-6, 1.0]
+    floor = max(min(positive), max(positive) * 1e-6)
+    figure, axes = _new(2.5 + 0.8 * len(candidates), 1.2 + 0.2 * len(values))
+    shades = [[max(value, floor) if value == value else value for value in row] for row in values]
+    drawn = axes.imshow(shades, aspect="auto", cmap="YlOrRd", norm=LogNorm(floor, max(max(positive), floor * 1.01)))
+    axes.set_yticks(range(len(values)), list(table.rises), fontsize=7)
+    axes.set_xticks(range(len(candidates)), candidates, fontsize=7)
+    figure.colorbar(drawn, ax=axes, label=f"rise of {table.measure}")
+    return figure
+
+
+def draw_frontier(frontier: Frontier, chosen: AllocationResult | None) -> Figure:
+    """The best predictions over the budgets, and the choice that was made."""
+    figure, axes = _new(6.5, 4)
+    if chosen is not None:
+        cost = chosen.allocation.costs[frontier.cost]
+        predicted = chosen.sensitivity.predict(chosen.allocation.choice)
+        axes.plot([cost], [predicted], "o", color=_THIRD, label="the choice, predicted", zorder=3)
+        axes.plot([cost], [chosen.measured], "*", color=_THIRD, markersize=11, label="the choice, measured", zorder=3)
+    frontier.draw(axes)
+    return figure
+
+
+def draw_statistics(record: RunRecord) -> Figure:
+    """The divergence from the float network before and behind each step."""
+    figure, axes = _new(8, 1.2 + 0.5 * len(record.statistics))
+    names = [row.step + ("" if row.accepted else " (taken back)") for row in record.statistics]
+    before, after = ([getattr(row, key) for row in record.statistics] for key in ("before", "after"))
+    _bars(axes, names, {"before": (before, _BEFORE), "after": (after, _AFTER)})
+    axes.set_xlabel("divergence from the float outputs, held-out samples")
+    return figure
+
+
+def draw_ranges(record: RunRecord) -> Figure:
+    """Histograms of each layer's weights and inputs, with the ends of the input's grid."""
+    from matplotlib.figure import Figure
+
+    rows = record.layers[:_MOST]
+    figure = Figure(figsize=(9, 1.1 + 1.05 * len(rows)), layout="constrained")
+    panels = figure.subplots(len(rows), 2, squeeze=False)
+    for (left, right), row in zip(panels, rows, strict=True):
+        _histogram(left, row.weights, _BEFORE)
+        _histogram(right, row.inputs, _AFTER)
+        for end in (row.low, row.high):
+            if end is not None and row.inputs is not None:
+                right.axvline(end, color=_THIRD, linewidth=1)
+        left.set_ylabel(f"{row.name}\n{row.widths}", fontsize=6, rotation=0, ha="right", va="center")
+    more = f" (the first {_MOST} of {len(record.layers)} layers)" if len(rows) < len(record.layers) else ""
+    panels[0][0].set_title(f"float weights{more}", fontsize=8)
+    panels[0][1].set_title("inputs, counts on a log scale; red: ends of the grid", fontsize=8)
+    return figure
+
+
+def _histogram(axes: Axes, histogram: Histogram | None, colour: str) -> None:
+    axes.set_yticks([])
+    axes.tick_params(labelsize=5)
+    if histogram is None:
+        axes.text(0.5, 0.5, "not recorded", fontsize=6, ha="center", va="center", transform=axes.transAxes)
+        return
+    axes.stairs(histogram.counts, histogram.edges, fill=True, color=colour)
+    if colour == _AFTER:
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set_yticks([])
