@@ -66,6 +66,7 @@ def reconstruct_unit(
     generator: torch.Generator,
     on_step: Callable[[int], None] = lambda step: None,
     ranks: Ranks | None = None,
+    restart: Callable[[], None] = lambda: None,
 ) -> UnitResult:
     """Tune the quantized layers of ``unit`` so that its outputs come close to the targets in ``data``.
 
@@ -79,6 +80,7 @@ def reconstruct_unit(
         generator: Source of all randomness; in the same state on all ranks.
         on_step: Called with the number of steps done.
         ranks: The processes that share each step; all of them have the unit and its data.
+        restart: Puts in place what tuning starts from, where that is not the state which it has to beat.
 
     Returns:
         The errors before and after, and whether the tuned state was kept.
@@ -91,8 +93,9 @@ def reconstruct_unit(
     bits = "/".join(sorted(set(map(str, widths))))
     if before < config.tolerance_for(widths):
         return UnitResult(unit.name, bits, before, before, False, 0, time.perf_counter() - start)
-    tuners = [make_tuner(unit, name, layer, config) for name, layer in unit.layers.items()]
     saved = [layer_state(layer) for layer in unit.layers.values()]
+    restart()
+    tuners = [make_tuner(unit, name, layer, config) for name, layer in unit.layers.items()]
     with _tuning(unit, config, generator) as drop:
         batches = _shuffled(data, tune, config.batch_size, steps, generator)
         curve = _optimise(unit.module, tuners, data, batches, steps, config, drop, ranks, on_step)

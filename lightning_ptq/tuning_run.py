@@ -91,14 +91,14 @@ class Run:
     def unit(self, index: int) -> float:
         """Capture and tune; returns the seconds of the tuning."""
 
-    def _tune(self, unit: Unit, data: UnitData, ranks: Ranks) -> UnitResult:
+    def _tune(self, unit: Unit, data: UnitData, ranks: Ranks, restart: Callable[[], None] = lambda: None) -> UnitResult:
         generator = torch.Generator(self.calibration.device).manual_seed(self.seed)
         before, steps = self.steps_done, self._steps(unit_qconfigs(unit))
 
         def on_step(step: int) -> None:
             self.progress(before + step, self.steps, unit.name)
 
-        row = reconstruct_unit(unit, data, self.config, steps, generator, on_step, ranks)
+        row = reconstruct_unit(unit, data, self.config, steps, generator, on_step, ranks, restart)
         self.steps_done = before + steps
         self.on_unit(row)
         return row
@@ -141,7 +141,12 @@ class SequentialRun(Run):
         return seconds
 
     def _tune_and_keep(self, unit: Unit, data: UnitData) -> UnitResult:
-        row = self._tune(unit, data, self.ranks)
+        def from_float() -> None:
+            # Where parallel tuning came before, going on from its state fits the samples more and the task less.
+            for name, pair in zip(unit.layers, unit_qconfigs(unit), strict=True):
+                self.calibration.round_to_nearest(name, pair)
+
+        row = self._tune(unit, data, self.ranks, from_float)
         if self.journal is not None and self.ranks.rank == 0:
             self.journal.write(unit.name, Piece(unit_states(unit), asdict(row)))
         return row

@@ -51,11 +51,14 @@ class UnitScalars:
 
 def log_ranges(trainer: Any, report: PTQReport) -> None:
     """A histogram of each layer's weights and inputs."""
-    for row in report.layers:
-        for kind, histogram in (("weights", row.weights), ("inputs", row.inputs)):
-            if histogram is not None:
-                for logger in _rank_zero(trainer):
-                    _log_histogram(logger, f"ptq/range/{row.name}/{kind}", histogram)
+    found = {
+        f"ptq/range/{row.name}/{kind}": histogram
+        for row in report.layers
+        for kind, histogram in (("weights", row.weights), ("inputs", row.inputs))
+        if histogram is not None
+    }
+    for logger in _rank_zero(trainer):
+        _log_histograms(logger, found)
 
 
 def log_sheets(trainer: Any, sheets: Iterable[Sheet]) -> None:
@@ -113,15 +116,17 @@ def _log_picture(logger: Any, key: str, picture: bytes) -> None:
         logger.experiment.add_image(key, np.asarray(image), dataformats="HWC")
 
 
-def _log_histogram(logger: Any, key: str, histogram: Histogram) -> None:
-    counts, edges = np.asarray(histogram.counts), np.asarray(histogram.edges)
+def _log_histograms(logger: Any, histograms: Mapping[str, Histogram]) -> None:
+    arrays = {key: (np.asarray(found.counts), np.asarray(found.edges)) for key, found in histograms.items()}
     if _is(logger, "WandbLogger"):
         import wandb
 
-        logger.experiment.log({key: wandb.Histogram(np_histogram=(counts, edges))})
+        logger.experiment.log({key: wandb.Histogram(np_histogram=pair) for key, pair in arrays.items()})
     elif _is(logger, "TensorBoardLogger"):
-        centres = (edges[1:] + edges[:-1]) / 2
-        logger.experiment.add_histogram_raw(
-            key, min=edges[0], max=edges[-1], num=counts.sum(), sum=(counts * centres).sum(),
-            sum_squares=(counts * centres**2).sum(), bucket_limits=edges[1:].tolist(), bucket_counts=counts.tolist(),
-        )  # fmt: skip
+        for key, (counts, edges) in arrays.items():
+            centres = (edges[1:] + edges[:-1]) / 2
+            logger.experiment.add_histogram_raw(
+                key, min=edges[0], max=edges[-1], num=counts.sum(), sum=(counts * centres).sum(),
+                sum_squares=(counts * centres**2).sum(), bucket_limits=edges[1:].tolist(),
+                bucket_counts=counts.tolist(),
+            )  # fmt: skip

@@ -72,7 +72,7 @@ def _tqdm_task(tqdm: Any, title: str) -> Iterator[Progress]:
     def update(done: int, total: int, text: str) -> None:
         tqdm.total = total
         if tqdm.desc != f"{title} {text}: ":
-            tqdm.set_description(f"{title} {text}", refresh=False)
+            tqdm.set_description(f"{title} {text}")
         tqdm.update(done - tqdm.n)
 
     try:

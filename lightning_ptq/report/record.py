@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -222,7 +221,7 @@ def of_observer(observer: MinMaxObserver) -> Histogram | None:
 
 def _edges(low: float, high: float) -> list[float]:
     if low == high:
-        high = math.nextafter(low, math.inf) if low else 1.0
+        high = low + (abs(low) or 1.0)
     return torch.linspace(low, high, BINS + 1, dtype=torch.float64).tolist()
 
 

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import csv
 import functools
 import inspect
-from typing import Any
 
 import pytest
 from helpers import IMAGES, Snapshot, classifier, loader, same_state, state, trainer
@@ -100,45 +98,6 @@ def test_precision_loggers_and_progress_bars_do_not_matter(pl, tmp_path, bar, op
     module = classifier(pl)
     run.fit(module, loader())
     assert same_state(state(module), expected_state(pl))
-
-
-def test_the_logger_gets_the_errors_of_each_unit_and_nothing_of_the_training(pl, tmp_path):
-    tuner, logger = AdaQuantLayerwise(**SHORT), pl.loggers.CSVLogger(tmp_path)
-    run = trainer(pl, tmp_path, CalibrationCapture("w3a4"), tuner, logger=logger, log_every_n_steps=1)
-    run.fit(classifier(pl), loader(), loader())
-    with open(f"{logger.log_dir}/metrics.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert not {"train_loss", "seen"} & rows[0].keys()
-    units = [row for row in rows if row["ptq/error_before"]]
-    assert [int(row["step"]) for row in units] == list(range(len(tuner.result.units)))
-    for row, unit in zip(units, tuner.result.units, strict=True):
-        assert float(row["ptq/error_before"]) == pytest.approx(unit.error_before)
-        assert float(row["ptq/error_after"]) == pytest.approx(unit.error_after)
-        assert float(row["ptq/accepted"]) == unit.accepted
-
-
-def test_the_rich_bar_shows_the_steps_and_hides_them_in_the_end(pl, tmp_path, monkeypatch):
-    shown: list[Any] = []
-
-    class Bar(pl.callbacks.RichProgressBar):
-        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-            shown.extend((t.description, t.completed, t.total, t.visible) for t in self.progress.tasks)
-            super().on_train_end(trainer, pl_module)
-
-    run = trainer(pl, tmp_path, CalibrationCapture("w3a4"), AdaQuantLayerwise(**SHORT), Bar(), enable_progress_bar=True)
-    run.fit(classifier(pl), loader())
-    (task,) = [task for task in shown if "AdaQuant" in task[0]]
-    assert task == ("[white]AdaQuant sequential net.9", 16, 16, False)
-
-
-def test_the_tqdm_bar_shows_the_steps(pl, tmp_path, capsys):
-    bar = pl.callbacks.TQDMProgressBar()
-    run = trainer(pl, tmp_path, CalibrationCapture("w3a4"), AdaQuantLayerwise(**SHORT), bar, enable_progress_bar=True)
-    run.fit(classifier(pl), loader())
-    captured = capsys.readouterr()
-    last = [line for line in (captured.out + captured.err).replace("\n", "\r").split("\r") if "AdaQuant" in line][-1]
-    assert "AdaQuant sequential net.9" in last
-    assert "16/16" in last
 
 
 def test_units_that_are_rolled_back_are_named(pl, tmp_path):

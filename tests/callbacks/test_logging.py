@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import csv
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import classifier, loader, same_state, state, trainer
+
+from lightning_ptq import AdaQuantLayerwise, CalibrationCapture
+from lightning_ptq.callbacks import pipelines
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+    pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`"),
+    pytest.mark.filterwarnings("ignore::lightning_ptq.errors.RolledBackWarning"),
+]
+
+TABLES = {
+    "summary", "stages", "warnings", "layers", "units_adaquant_parallel", "units_adaquant_sequential", "allocation",
+    "rounds", "sensitivity", "frontier", "statistics",
+}  # fmt: skip
+PICTURES = {
+    "units_adaquant_parallel", "curves_adaquant_parallel", "units_adaquant_sequential", "curves_adaquant_sequential",
+    "allocation", "sensitivity", "frontier", "statistics", "ranges",
+}  # fmt: skip
+LAYERS = ("net.0", "net.3", "net.7", "net.9")
+
+
+def advanced():
+    """Rates that spoil some units, so that there are warnings to log."""
+    return pipelines.advanced(
+        0.2, parallel={"steps": 4, "weight_lr": 1.0}, sequential={"steps": 4, "weight_lr": 1.0}, statistics={"steps": 2}
+    )
+
+
+def fit(pl, tmp_path, logger, callbacks=None):
+    module, callbacks = classifier(pl), callbacks or advanced()
+    trainer(pl, tmp_path, *callbacks, logger=logger).fit(module, loader())
+    return module, callbacks
+
+
+def log_records(data: bytes) -> Iterator[bytes]:
+    """The records of a file in LevelDB's log format, which W&B writes behind a header of 7 bytes."""
+    place, whole = 7, b""
+    while place + 7 <= len(data):
+        if 32768 - place % 32768 < 7:  # the rest of a block that holds no further header
+            place += 32768 - place % 32768
+            continue
+        length, kind = struct.unpack("<HB", data[place + 4 : place + 7])
+        whole += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # all of a record, or the last of its parts
+            yield whole
+            whole = b""
+
+
+def nested(items: Any) -> dict[str, Any]:
+    """The values of a record's items, those below one key as a dictionary."""
+    found: dict[str, Any] = {}
+    for item in items:
+        key, *inner = item.nested_key or [item.key]
+        value = json.loads(item.value_json)
+        found = found | ({key: found.get(key, {}) | {inner[0]: value}} if inner else {key: value})
+    return found
+
+
+class WandbFile:
+    """What an offline run has written: history by key, config, and the media files."""
+
+    def __init__(self, folder: Path) -> None:
+        from wandb.proto import wandb_internal_pb2
+
+        (path,) = folder.rglob("*.wandb")
+        self.files, self.config = path.parent / "files", {}
+        self.history: dict[str, list[Any]] = {}
+        for data in log_records(path.read_bytes()):
+            record = wandb_internal_pb2.Record.FromString(data)
+            for key, value in nested(record.history.item).items():
+                self.history.setdefault(key, []).append(value)
+            self.config |= nested(record.config.update)
+
+    def table(self, key: str) -> dict[str, Any]:
+        return json.loads((self.files / self.history[f"ptq/{key}"][0]["path"]).read_text())
+
+    def picture(self, key: str) -> bytes:
+        (entry,) = self.history[f"ptq/{key}_plot"]
+        return (self.files / entry["filenames"][0]).read_bytes()
+
+
+@pytest.fixture
+def wandb_run(pl, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    logger = pl.loggers.WandbLogger(project="ptq", save_dir=tmp_path, offline=True)
+    _, callbacks = fit(pl, tmp_path, logger)
+    wandb.finish()
+    return WandbFile(tmp_path), callbacks
+
+
+def test_an_offline_wandb_run_holds_every_table_picture_and_figure(wandb_run):
+    run, callbacks = wandb_run
+    report = callbacks[0].report
+    for sheet in report.sheets():
+        if sheet.key in TABLES:
+            table = run.table(sheet.key)
+            assert table["columns"] == list(sheet.columns)
+            assert len(table["data"]) == len(sheet.rows)
+    assert {key.split("/")[1] for key, found in run.history.items() if _is_a(found, "table-file")} == TABLES
+    pictures = {key.split("/")[1] for key, found in run.history.items() if _is_a(found, "images/separated")}
+    assert pictures == {f"{key}_plot" for key in PICTURES}
+    for key in PICTURES:
+        assert run.picture(key).startswith(b"\x89PNG")
+    units = report.tuning["AdaQuant sequential"].units
+    rows = run.table("units_adaquant_sequential")["data"]
+    assert [(row[0], row[2], row[3]) for row in rows] == [(u.name, u.error_before, u.error_after) for u in units]
+    assert run.history["ptq/adaquant_sequential/error_after"] == [unit.error_after for unit in units]
+    assert len(run.history["ptq/adaquant_sequential/loss"]) == sum(len(unit.curve) for unit in units)
+    for name in LAYERS:
+        for kind in ("weights", "inputs"):
+            (histogram,) = run.history[f"ptq/range/{name}/{kind}"]
+            assert histogram["_type"] == "histogram"
+            assert sum(histogram["values"]) > 0
+    assert run.history["ptq/times smaller"] == [pytest.approx(report.float_bytes / report.packed_bytes)]
+    assert run.config["ptq"]["Bit allocation"]["budgets"] == {"size": 0.2}
+    assert run.config["ptq"]["AdaQuant sequential"]["config"]["steps"] == 4
+
+
+def _is_a(found: list[Any], kind: str) -> bool:
+    return isinstance(found[0], dict) and found[0].get("_type") == kind
+
+
+def test_csv_gets_scalars_and_settings(pl, tmp_path):
+    logger = pl.loggers.CSVLogger(tmp_path)
+    _, callbacks = fit(pl, tmp_path, logger)
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert not {"train_loss", "seen"} & rows[0].keys()
+    tuned = callbacks[3].result.units
+    units = [row for row in rows if row["ptq/adaquant_sequential/error_before"]]
+    assert [int(row["step"]) for row in units] == list(range(len(tuned)))
+    for row, unit in zip(units, tuned, strict=True):
+        assert float(row["ptq/adaquant_sequential/error_before"]) == pytest.approx(unit.error_before)
+        assert float(row["ptq/adaquant_sequential/error_after"]) == pytest.approx(unit.error_after)
+        assert float(row["ptq/adaquant_sequential/accepted"]) == unit.accepted
+    steps = [row for row in rows if row["ptq/statistics/after"]]
+    after = [float(row["ptq/statistics/after"]) for row in steps]
+    assert after == pytest.approx([row.after for row in callbacks[4].result])
+    (last,) = [row for row in rows if row["ptq/times smaller"]]
+    assert float(last["ptq/packed size, bytes"]) == callbacks[0].report.packed_bytes
+    assert "first_last_bits" in Path(logger.log_dir, "hparams.yaml").read_text()
+
+
+def test_tensorboard_gets_pictures_texts_and_histograms(pl, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = pl.loggers.TensorBoardLogger(tmp_path)
+    fit(pl, tmp_path, logger)
+    logger.experiment.flush()
+    events = EventAccumulator(logger.log_dir, size_guidance={"tensors": 0, "images": 0}).Reload()
+    assert set(events.Tags()["images"]) == {f"ptq/{key}_plot" for key in PICTURES}
+    assert {f"ptq/{key}/text_summary" for key in TABLES} <= set(events.Tags()["tensors"])
+    assert {f"ptq/range/{name}/inputs" for name in LAYERS} <= set(events.Tags()["histograms"])
+    assert "ptq/adaquant_parallel/loss" in events.Tags()["scalars"]
+
+
+def test_loggers_change_nothing_and_none_is_fine(pl, tmp_path):
+    logged, _ = fit(pl, tmp_path / "a", [pl.loggers.CSVLogger(tmp_path), pl.loggers.TensorBoardLogger(tmp_path)])
+    plain, callbacks = fit(pl, tmp_path / "b", False)
+    assert same_state(state(logged), state(plain))
+    assert {sheet.key for sheet in callbacks[0].report.sheets()} == TABLES | {"settings"}
+
+
+def test_units_are_logged_as_they_come(pl, tmp_path):
+    seen: list[int] = []
+    tuner = AdaQuantLayerwise(steps=2)
+
+    class Watch(pl.loggers.CSVLogger):
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            if "ptq/adaquant_sequential/error_after" in metrics:
+                assert tuner.result is None
+                seen.append(step)
+            super().log_metrics(metrics, step)
+
+    fit(pl, tmp_path, Watch(tmp_path), [CalibrationCapture("w3a4"), tuner])
+    assert seen == [0, 1, 2, 3]
