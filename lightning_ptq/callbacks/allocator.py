@@ -127,8 +127,8 @@ class BitAllocator(StepCallback):
             )
         apply_allocation(calibration, result.allocation, states)
         self._frontier = self._sweep(calibration, result) if trainer.is_global_zero else None
-        costs = {f"ptq/{name}": total for name, total in result.allocation.costs.items()}
-        log_scalars(trainer, {**costs, f"ptq/{self.measuring['measure']}": result.measured})
+        costs = {f"ptq/allocated/{name}": total for name, total in result.allocation.costs.items()}
+        log_scalars(trainer, {**costs, f"ptq/allocated/{self.measuring['measure']}": result.measured})
         return result
 
     def record(self, report: PTQReport) -> None:

@@ -70,7 +70,7 @@ def log_sheets(trainer: Any, sheets: Iterable[Sheet]) -> None:
 
 def log_end(trainer: Any, report: PTQReport) -> None:
     """What stands at the end only: the figures of the summary, the remaining tables, all drawings."""
-    summary = {f"ptq/{name}": value for name, value in report.summary().items() if not isinstance(value, str)}
+    summary = {f"ptq/run/{name}": value for name, value in report.summary().items() if not isinstance(value, str)}
     log_scalars(trainer, summary)
     log_sheets(
         trainer, [sheet for sheet in report.sheets() if sheet.key in ("summary", "stages", "warnings", "layers")]

@@ -125,7 +125,7 @@ def test_an_offline_wandb_run_holds_every_table_picture_and_figure(wandb_run):
             (histogram,) = run.history[f"ptq/range/{name}/{kind}"]
             assert histogram["_type"] == "histogram"
             assert sum(histogram["values"]) > 0
-    assert run.history["ptq/times smaller"] == [pytest.approx(report.float_bytes / report.packed_bytes)]
+    assert run.history["ptq/run/times smaller"] == [pytest.approx(report.float_bytes / report.packed_bytes)]
     assert run.config["ptq"]["Bit allocation"]["budgets"] == {"size": 0.2}
     assert run.config["ptq"]["AdaQuant sequential"]["config"]["steps"] == 4
 
@@ -150,8 +150,8 @@ def test_csv_gets_scalars_and_settings(pl, tmp_path):
     steps = [row for row in rows if row["ptq/statistics/after"]]
     after = [float(row["ptq/statistics/after"]) for row in steps]
     assert after == pytest.approx([row.after for row in callbacks[4].result])
-    (last,) = [row for row in rows if row["ptq/times smaller"]]
-    assert float(last["ptq/packed size, bytes"]) == callbacks[0].report.packed_bytes
+    (last,) = [row for row in rows if row["ptq/run/times smaller"]]
+    assert float(last["ptq/run/packed size, bytes"]) == callbacks[0].report.packed_bytes
     assert "first_last_bits" in Path(logger.log_dir, "hparams.yaml").read_text()
 
 
