@@ -9,7 +9,7 @@ from lightning_ptq.adaquant import DEFAULT_MEMORY_LIMIT, AdaQuantMode, adaquant,
 from lightning_ptq.calibrated import Calibration
 from lightning_ptq.callbacks.base import StepCallback, progress_task, rank_zero_info
 from lightning_ptq.journal import Journal
-from lightning_ptq.tuners import ReconstructionConfig
+from lightning_ptq.tuners import ReconstructionConfig, Rounding
 from lightning_ptq.tuning_run import AdaQuantResult
 from lightning_ptq.units import BlockRule, Granularity
 
@@ -71,7 +71,7 @@ class AdaQuantLayerwise(StepCallback):
         bias_lr: float = _DEFAULTS.bias_lr,
         scale_lr: float = _DEFAULTS.scale_lr,
         zero_point_lr: float = _DEFAULTS.zero_point_lr,
-        rounding: str = _DEFAULTS.rounding,
+        rounding: Rounding = _DEFAULTS.rounding,
         drop: float = _DEFAULTS.drop,
         held_out: float = _DEFAULTS.held_out,
         parts: int = _DEFAULTS.parts,
@@ -88,7 +88,7 @@ class AdaQuantLayerwise(StepCallback):
             bias_lr=bias_lr,
             scale_lr=scale_lr,
             zero_point_lr=zero_point_lr,
-            rounding=rounding,  # type: ignore[arg-type]  # checked by ReconstructionConfig
+            rounding=rounding,
             drop=drop,
             held_out=held_out,
             parts=parts,

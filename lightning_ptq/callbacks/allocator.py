@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -74,7 +74,7 @@ class BitAllocator(StepCallback):
         table: Table | str | None = None,
         limit: float | None = None,
         max_degradation: float | None = None,
-        minimise: str = "size",
+        minimise: Literal["size", "bops", "table"] = "size",
         candidates: list[str] | None = None,
         measure: Measure = "fisher",
         output: ChooseOutput | None = None,
