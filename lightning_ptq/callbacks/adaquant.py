@@ -30,7 +30,7 @@ class AdaQuantLayerwise(StepCallback):
         candidates: Bit widths for parallel mode; by default the calibrated ones alone.
         steps: Optimisation steps a unit; None to go by the widths and the number of samples.
         batch_size: Samples a step.
-        learn: What is tuned; see :class:`~lightning_ptq.reconstruct.ReconstructionConfig`, as for the rest.
+        learn: What is tuned; see :class:`~lightning_ptq.tuners.ReconstructionConfig`, as for the rest.
         weight_lr: In steps of the weight grid.
         bias_lr: Relative to the mean magnitude of the layer's biases.
         scale_lr: Relative to the scale.
@@ -44,7 +44,7 @@ class AdaQuantLayerwise(StepCallback):
         seed: Of all random choices.
 
     Attributes:
-        result: The :class:`~lightning_ptq.adaquant.AdaQuantResult` of the last run.
+        result: The :class:`~lightning_ptq.tuning_run.AdaQuantResult` of the last run.
 
     Raises:
         QConfigError: If an argument is out of its domain.
