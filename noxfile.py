@@ -51,6 +51,20 @@ def types(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """The API reference, in build/docs; a warning fails it."""
+    session.install("pdoc>=15", "-e", ".")
+    session.run("python", "-W", "error", ".ci/docs.py", "build/docs")
+
+
+@nox.session(reuse_venv=False)
+def bare(session: nox.Session) -> None:
+    """A run with nothing installed but the library and what it depends on."""
+    session.install(".")
+    session.run("python", "tests/bare.py", session.create_tmp())
+
+
+@nox.session
 def recipe(session: nox.Session) -> None:
     """Run a recipe: nox -s recipe -- recipes/cifar10.py --data FILE.npz --weights FILE.th --qconfig w4a4"""
     session.install(".[recipes]")

@@ -29,7 +29,7 @@ class Choices:
     Args:
         calibration: A calibrated module; its layers are changed in place.
         candidates: Bit widths, such as ``["w8a8", "w4a4"]``.
-        states: Tuned states by candidate and layer, as in :class:`~lightning_ptq.adaquant.AdaQuantResult`; layers
+        states: Tuned states by candidate and layer, as in :class:`~lightning_ptq.tuning_run.AdaQuantResult`; layers
             and candidates that they lack are rounded to the nearest.
 
     Attributes:

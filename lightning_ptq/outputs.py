@@ -16,7 +16,7 @@ from lightning_ptq.errors import QConfigError, SensitivityError
 from lightning_ptq.modules import layers_in_mode
 
 Divergence = Literal["kl", "mse"]
-ChooseOutput = str | int | Callable[[Any], Tensor]
+ChooseOutput = Callable[[Any], Any] | int | str  # in the order in which jsonargparse tries to read a word
 
 
 class OutputReader:

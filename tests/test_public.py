@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import inspect
+import pydoc
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -44,3 +47,34 @@ print("loaded:", *sorted({"lightning", "pytorch_lightning"}.intersection(sys.mod
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["loaded:"]
+
+
+def test_no_optional_package_is_imported() -> None:
+    # Lightning imports some by itself where they are installed, so it goes first.
+    code = """
+import sys
+import lightning.pytorch, pytorch_lightning, torchmetrics
+before = set(sys.modules)
+import lightning_ptq, lightning_ptq.callbacks
+print("loaded:", *{module.partition(".")[0] for module in set(sys.modules) - before})
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(result.stdout.split("loaded:")[1].split())
+    assert "lightning_ptq" in loaded
+    assert not loaded & {"IPython", "jsonargparse", "matplotlib", "onnx", "pandas", "wandb"}
+
+
+def test_cross_references_of_the_docstrings_lead_somewhere() -> None:
+    package = Path(lightning_ptq.__file__).parent
+    found = [
+        target
+        for file in package.rglob("*.py")
+        for target in re.findall(r":(?:class|func|meth|mod|data|attr):`~?(lightning_ptq[\w.]*)`", file.read_text())
+    ]
+    assert len(found) > 20
+    assert [target for target in found if not resolves(target)] == []
+
+
+def resolves(target: str) -> bool:
+    """Whether a dotted name is one that pydoc finds."""
+    return pydoc.locate(target) is not None

@@ -12,7 +12,7 @@ from lightning_ptq.callbacks.progress import progress_task
 from lightning_ptq.journal import Journal
 from lightning_ptq.report import PTQReport
 from lightning_ptq.report.sheets import key_of
-from lightning_ptq.tuners import ReconstructionConfig
+from lightning_ptq.tuners import ReconstructionConfig, Rounding
 from lightning_ptq.tuning_run import AdaQuantResult
 from lightning_ptq.units import BlockRule, Granularity
 
@@ -31,7 +31,7 @@ class AdaQuantLayerwise(StepCallback):
         candidates: Bit widths for parallel mode; by default the calibrated ones alone.
         steps: Optimisation steps a unit; None to go by the widths and the number of samples.
         batch_size: Samples a step.
-        learn: What is tuned; see :class:`~lightning_ptq.reconstruct.ReconstructionConfig`, as for the rest.
+        learn: What is tuned; see :class:`~lightning_ptq.tuners.ReconstructionConfig`, as for the rest.
         weight_lr: In steps of the weight grid.
         bias_lr: Relative to the mean magnitude of the layer's biases.
         scale_lr: Relative to the scale.
@@ -45,7 +45,7 @@ class AdaQuantLayerwise(StepCallback):
         seed: Of all random choices.
 
     Attributes:
-        result: The :class:`~lightning_ptq.adaquant.AdaQuantResult` of the last run.
+        result: The :class:`~lightning_ptq.tuning_run.AdaQuantResult` of the last run.
 
     Raises:
         QConfigError: If an argument is out of its domain.
@@ -72,7 +72,7 @@ class AdaQuantLayerwise(StepCallback):
         bias_lr: float = _DEFAULTS.bias_lr,
         scale_lr: float = _DEFAULTS.scale_lr,
         zero_point_lr: float = _DEFAULTS.zero_point_lr,
-        rounding: str = _DEFAULTS.rounding,
+        rounding: Rounding = _DEFAULTS.rounding,
         drop: float = _DEFAULTS.drop,
         held_out: float = _DEFAULTS.held_out,
         parts: int = _DEFAULTS.parts,
@@ -89,7 +89,7 @@ class AdaQuantLayerwise(StepCallback):
             bias_lr=bias_lr,
             scale_lr=scale_lr,
             zero_point_lr=zero_point_lr,
-            rounding=rounding,  # type: ignore[arg-type]  # checked by ReconstructionConfig
+            rounding=rounding,
             drop=drop,
             held_out=held_out,
             parts=parts,

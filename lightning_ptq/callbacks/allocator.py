@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from lightning_ptq.calibrated import Calibration
 from lightning_ptq.callbacks.adaquant import AdaQuantLayerwise
@@ -73,7 +73,7 @@ class BitAllocator(StepCallback):
         table: Table | str | None = None,
         limit: float | None = None,
         max_degradation: float | None = None,
-        minimise: str = "size",
+        minimise: Literal["size", "bops", "table"] = "size",
         candidates: list[str] | None = None,
         measure: Measure = "fisher",
         output: ChooseOutput | None = None,

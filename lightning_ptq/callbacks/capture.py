@@ -28,7 +28,7 @@ from lightning_ptq.callbacks.stopping import StopRequest
 from lightning_ptq.errors import CalibrationError, noted_warnings
 from lightning_ptq.journal import Journal
 from lightning_ptq.patching import attributes
-from lightning_ptq.qconfig import QConfig
+from lightning_ptq.qconfig import ObserverName, QConfig
 from lightning_ptq.ranks import Ranks, current_ranks
 from lightning_ptq.report import PTQReport
 from lightning_ptq.report.ptq_report import plain
@@ -88,8 +88,8 @@ class CalibrationCapture(PTQCallback):
         exclude: list[str] | None = None,
         first_last_bits: int | None = 8,
         symmetric_activations: bool = False,
-        weight_observer: str = "mse",
-        activation_observer: str = "mse",
+        weight_observer: ObserverName = "mse",
+        activation_observer: ObserverName = "mse",
         percentile: float = 99.99,
         save_checkpoint: bool = True,
         resume: bool = True,
@@ -103,8 +103,8 @@ class CalibrationCapture(PTQCallback):
             exclude=exclude or (),
             first_last_bits=first_last_bits,
             symmetric_activations=symmetric_activations,
-            weight_observer=weight_observer,  # type: ignore[arg-type]  # checked by QuantSpec
-            activation_observer=activation_observer,  # type: ignore[arg-type]  # checked by QuantSpec
+            weight_observer=weight_observer,
+            activation_observer=activation_observer,
             percentile=percentile,
         )
         if num_samples is not None and num_samples < 1:

@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -17,7 +17,7 @@ from lightning_ptq.errors import CalibrationError
 from lightning_ptq.forward import Forward, default_forward
 from lightning_ptq.patching import attributes
 
-Step = str | Callable[[Any, Any], Any]
+Step = Literal["training", "predict"] | Callable[[Any, Any], Any]
 
 _MANUAL = (
     "training_step runs its own optimization (it called {found}), which calibration must not. Tell CalibrationCapture"
