@@ -12,8 +12,8 @@ from lightning_ptq.plan import MemoryPlan
 from lightning_ptq.report.sheet import Sheet
 
 ESTIMATE = (
-    "The bytes follow from the shapes; the time is scaled from one forward of the batch where the module is now, and"
-    " right within a factor of two or three."
+    "Bytes: an upper bound from the shapes, mostly not twice of what is held. Time: from one forward of this batch"
+    " where the module is now; right within a factor of two or three."
 )
 
 
@@ -136,11 +136,12 @@ class Preflight:
     @property
     def covered(self) -> float:
         """The share of all multiply-accumulates that is in quantized layers."""
-        return self.share(sum(layer.macs for layer in self.layers if layer.status == "quantized"))
+        inside = sum(layer.macs for layer in self.layers if layer.status == "quantized")
+        return inside / self.macs if self.macs else 0.0
 
-    def share(self, macs: float | None) -> float:
-        """A part of all multiply-accumulates, as a fraction."""
-        return (macs or 0.0) / self.macs if self.macs else 0.0
+    def percent(self, macs: float | None) -> float | None:
+        """A part of all multiply-accumulates, for the tables."""
+        return None if macs is None or not self.macs else round(100 * macs / self.macs, 2)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain, JSON-able types."""
@@ -160,21 +161,22 @@ class Preflight:
 
 def _overview(found: Preflight) -> Sheet:
     quantized = [layer for layer in found.layers if layer.status == "quantized"]
-    functional = sum(product.macs or 0.0 for product in found.products)
+    norms = len(found.folded) + len(found.unfolded)
+    steps = sum(unit.steps for unit in found.units)
     rows = [
-        ("quantized layers", f"{len(quantized)} of {len(found.layers)}"),
+        ("layers quantized", f"{len(quantized)} of {len(found.layers)}"),
         ("multiply-accumulates of one sample", f"{found.macs:,.0f}"),
         ("of them in quantized layers", f"{found.covered:.1%}"),
-        ("of them outside any layer", f"{found.share(functional):.1%}"),
-        ("bit operations of the quantized layers", f"{found.bops:.1%} of float"),
-        ("batch norms folded", f"{len(found.folded)} of {len(found.folded) + len(found.unfolded)}"),
-        ("size", f"{decimal(found.float_bytes)} float, {decimal(found.packed_bytes)} packed"),
-        ("units to tune", f"{len(found.units)}, {sum(unit.steps for unit in found.units):,} steps in all"),
-        (f"sequential AdaQuant on {found.samples:,} samples", str(found.plan) if found.plan else "cannot run"),
-        ("warnings, hazards", f"{len(found.warnings)}, {len(found.hazards)}"),
+        ("bit operations of these layers", f"{found.bops:.1%} of those in float"),
+        ("batch norms folded", f"{len(found.folded)} of {norms}" if norms else "there are none"),
+        ("size", f"{decimal(found.float_bytes)} in float, {decimal(found.packed_bytes)} packed"),
+        ("units of AdaQuant", f"{len(found.units)}, with {steps:,} steps in all"),
+        (f"AdaQuant on {found.samples:,} samples", str(found.plan) if found.plan else "does not fit; see the hazards"),
+        ("warnings", str(len(found.warnings))),
+        ("hazards", str(len(found.hazards))),
     ]
-    title = f"Preflight: {found.module} on {found.device}, one batch of {found.batch_size}"
-    return Sheet("overview", title, ("", "found"), rows, ESTIMATE if found.plan else "")
+    title = f"Preflight: {found.module} on {found.device}, from a batch of {found.batch_size}"
+    return Sheet("overview", title, ("what", "found"), rows, ESTIMATE if found.plan else "")
 
 
 def _hazards(found: Preflight) -> Sheet:
@@ -195,13 +197,13 @@ def _widths(found: Preflight) -> Sheet:
     rest = found.macs - sum(macs for _, macs in parts.values())
     if found.products:
         parts["float, outside any layer"] = (None, rest)
-    rows = [(widths, count, macs, 100 * found.share(macs)) for widths, (count, macs) in parts.items()]
+    rows = [(widths, count, round(macs), found.percent(macs)) for widths, (count, macs) in parts.items()]
     return Sheet("widths", "Multiply-accumulates by widths", ("widths", "layers", "MACs", "MACs, %"), rows)
 
 
 def _products(found: Preflight) -> Sheet:
     rows = [
-        (row.module or found.module, ", ".join(row.operators), row.macs, row.macs and 100 * found.share(row.macs))
+        (row.module or found.module, ", ".join(row.operators), row.macs and round(row.macs), found.percent(row.macs))
         for row in found.products
     ]
     unknown = any(row.macs is None for row in found.products)
@@ -220,14 +222,19 @@ def _units(found: Preflight) -> Sheet:
 
 
 def _layers(found: Preflight) -> Sheet:
-    columns = (
-        "layer", "type", "weight", "widths", "parameters", "MACs", "MACs, %", "batch norm", "place", "status",
-    )  # fmt: skip
+    columns = ("layer", "type", "weight", "widths", "parameters", "MACs", "MACs, %", "batch norm", "status")
     rows = [
         (
-            row.name, row.kind, "x".join(map(str, row.shape)), row.widths, row.parameters, row.macs,
-            100 * found.share(row.macs), row.norm, row.place, row.status,
+            row.name,
+            row.kind,
+            "x".join(map(str, row.shape)),
+            row.widths,
+            row.parameters,
+            round(row.macs),
+            found.percent(row.macs),
+            row.norm,
+            f"{row.status}, {row.place}" if row.place else row.status,
         )
         for row in found.layers
-    ]  # fmt: skip
+    ]
     return Sheet("layers", "Layers", columns, rows)
