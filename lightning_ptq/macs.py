@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,7 +26,6 @@ def count_macs(module: nn.Module, run: Callable[[], Any]) -> dict[str, float]:
         belongs to the root, ``""``.
 
     Example:
-        >>> import torch
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
         >>> count_macs(net, lambda: net(torch.zeros(3, 4)))
         {'0': 96.0, '1': 48.0}
@@ -56,13 +57,24 @@ def count_macs(module: nn.Module, run: Callable[[], Any]) -> dict[str, float]:
     try:
         for name, child in module.named_modules():
             handles += [child.register_forward_pre_hook(enter(name)), child.register_forward_hook(leave)]
-        with FlopCounterMode(display=False) as counter:
+        with _attention_in_parts(), FlopCounterMode(display=False) as counter:
             run()
         book()
     finally:
         for handle in handles:
             handle.remove()
     return own
+
+
+@contextmanager
+def _attention_in_parts() -> Iterator[None]:
+    """nn.MultiheadAttention computes with the operators that torch has formulas for, not with one fused operator."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def macs_below(own: dict[str, float], name: str) -> float:

@@ -30,7 +30,6 @@ from lightning_ptq.plan import MemoryPlan, plan_memory
 from lightning_ptq.qconfig import QConfig
 from lightning_ptq.report.preflight import Finding, FloatProduct, LayerFacts, Preflight, UnitFacts
 from lightning_ptq.store import parse_bytes
-from lightning_ptq.surgery import prepare
 from lightning_ptq.tuners import ReconstructionConfig
 from lightning_ptq.tuning_run import unit_qconfigs
 from lightning_ptq.units import BlockRule, Granularity, Unit, find_units
@@ -82,8 +81,9 @@ def inspect_module(
         raise CalibrationError(f"samples must be 1 or more, got {samples}.")
     _check_not_lazy(module)
     notes: list[PTQWarning] = []
-    with left_as_it_was(module), noted_warnings(notes), _silently(), _calibrated(module, batch, qconfig, forward) as it:
-        calibration, described = it
+    with left_as_it_was(module), noted_warnings(notes), _silently():
+        described = _describe(module)
+        calibration = calibrate(module, [batch], qconfig, forward=forward)
         config = config or ReconstructionConfig()
         units = find_units(module, calibration.trace, granularity, blocks)
         steps = [config.steps_for(unit_qconfigs(unit), samples) for unit in units]
@@ -127,20 +127,12 @@ def _shape(layer: nn.Module) -> tuple[int, ...]:
     return tuple(weight.shape) if isinstance(weight, Tensor) else ()
 
 
-@contextmanager
-def _calibrated(
-    module: nn.Module, batch: Any, qconfig: QConfig | str, forward: Forward
-) -> Iterator[tuple[Calibration, dict[str, _Described]]]:
-    described = {
+def _describe(module: nn.Module) -> dict[str, _Described]:
+    return {
         name: _Described(type(child).__name__, _shape(child), sum(p.numel() for p in child.parameters()))
         for name, child in module.named_modules()
         if isinstance(child, quantizable_types())
     }
-    prepared = prepare(module, qconfig)
-    try:
-        yield calibrate(prepared, [batch], forward=forward), described
-    finally:
-        prepared.undo()
 
 
 @contextmanager

@@ -105,7 +105,25 @@ def test_a_product_that_torch_has_no_formula_for():
     found = inspect_module(build(Bilinear), seeded(0, 8, 4))
     assert [(product.module, product.macs) for product in found.products] == [("both", None)]
     assert found.macs == 16 + 8
+    assert "100.0% of those that torch can count" in str(found.sheets()[0].rows)
     assert "no formula" in next(sheet for sheet in found.sheets() if sheet.key == "products").note
+
+
+def test_fused_attention_is_counted_in_its_parts():
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.attention = nn.Linear(4, 4), nn.MultiheadAttention(4, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.attention(x, x, x, need_weights=False)[0]
+
+    found = inspect_module(build(Attending), seeded(0, 8, 3, 4))
+    # Queries, keys and values of three tokens; two products of 3 x 3 x 4; the projection.
+    assert [(product.module, product.macs) for product in found.products] == [("attention", 144 + 72 + 48)]
+    assert found.covered == pytest.approx(48 / (48 + 264))
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_a_layer_that_cannot_be_swapped():
@@ -185,7 +203,7 @@ def test_one_batch_tells_what_tuning_on_all_will_hold(name, granularity):
     config = ReconstructionConfig(steps=2, batch_size=8)
     found = inspect_module(net, batches[0], "w3a4", samples=40, granularity=granularity, config=config)
     result = adaquant(calibrate(net, batches, "w3a4"), granularity=granularity, config=config)
-    assert 0.5 * found.plan.most <= result.peak_activation_bytes <= 1.5 * found.plan.most
+    assert 0.5 * found.plan.most <= result.peak_activation_bytes <= found.plan.most
 
 
 def test_a_disk_that_is_too_small_is_a_hazard(monkeypatch):

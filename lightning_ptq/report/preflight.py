@@ -12,8 +12,8 @@ from lightning_ptq.plan import MemoryPlan
 from lightning_ptq.report.sheet import Sheet
 
 ESTIMATE = (
-    "Bytes: an upper bound from the shapes, mostly not twice of what is held. Time: from one forward of this batch"
-    " where the module is now; right within a factor of two or three."
+    "Bytes: an upper bound from the shapes; what is held is mostly some 0.6 of it. Time: from one forward of this"
+    " batch where the module is now; right within a factor of two or three."
 )
 
 
@@ -139,6 +139,11 @@ class Preflight:
         inside = sum(layer.macs for layer in self.layers if layer.status == "quantized")
         return inside / self.macs if self.macs else 0.0
 
+    @property
+    def uncounted(self) -> bool:
+        """Whether anything ran that torch has no formula for; it is missing in all sums."""
+        return any(product.macs is None for product in self.products)
+
     def percent(self, macs: float | None) -> float | None:
         """A part of all multiply-accumulates, for the tables."""
         return None if macs is None or not self.macs else round(100 * macs / self.macs, 2)
@@ -162,11 +167,12 @@ class Preflight:
 def _overview(found: Preflight) -> Sheet:
     quantized = [layer for layer in found.layers if layer.status == "quantized"]
     norms = len(found.folded) + len(found.unfolded)
+    unknown = " of those that torch can count" if found.uncounted else ""
     steps = sum(unit.steps for unit in found.units)
     rows = [
         ("layers quantized", f"{len(quantized)} of {len(found.layers)}"),
         ("multiply-accumulates of one sample", f"{found.macs:,.0f}"),
-        ("of them in quantized layers", f"{found.covered:.1%}"),
+        ("of them in quantized layers", f"{found.covered:.1%}{unknown}"),
         ("bit operations of these layers", f"{found.bops:.1%} of those in float"),
         ("batch norms folded", f"{len(found.folded)} of {norms}" if norms else "there are none"),
         ("size", f"{decimal(found.float_bytes)} in float, {decimal(found.packed_bytes)} packed"),
@@ -206,8 +212,7 @@ def _products(found: Preflight) -> Sheet:
         (row.module or found.module, ", ".join(row.operators), row.macs and round(row.macs), found.percent(row.macs))
         for row in found.products
     ]
-    unknown = any(row.macs is None for row in found.products)
-    note = "Torch has no formula for those without MACs; they are missing in all sums." if unknown else ""
+    note = "Torch has no formula for those without MACs; they are missing in all sums." if found.uncounted else ""
     columns = ("module", "operators", "MACs", "MACs, %")
     return Sheet("products", "Computed outside any layer, so it stays float", columns, rows, note)
 
