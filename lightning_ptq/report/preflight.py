@@ -182,17 +182,17 @@ def _overview(found: Preflight) -> Sheet:
         ("hazards", str(len(found.hazards))),
     ]
     title = f"Preflight: {found.module} on {found.device}, from a batch of {found.batch_size}"
-    return Sheet("overview", title, ("what", "found"), rows, ESTIMATE if found.plan else "")
+    return Sheet("overview", title, ("what", "value"), rows, ESTIMATE if found.plan else "")
 
 
 def _hazards(found: Preflight) -> Sheet:
     rows = [(hazard.category, hazard.message, hazard.remedy) for hazard in found.hazards]
-    return Sheet("hazards", "Hazards", ("about", "what", "remedy"), rows)
+    return Sheet("hazards", "Hazards", ("kind", "what", "what to do"), rows)
 
 
 def _warnings(found: Preflight) -> Sheet:
     rows = [(warning.category, warning.message, warning.remedy) for warning in found.warnings]
-    return Sheet("warnings", "Warnings", ("about", "what", "remedy"), rows)
+    return Sheet("warnings", "Warnings", ("kind", "what", "what to do"), rows)
 
 
 def _widths(found: Preflight) -> Sheet:
