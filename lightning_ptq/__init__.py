@@ -17,6 +17,7 @@ from lightning_ptq.judging import StatisticsResult
 from lightning_ptq.qconfig import LayerQConfig, QConfig, QuantSpec
 from lightning_ptq.reconstruct import UnitResult
 from lightning_ptq.refinement import AllocationResult, apply_allocation, search_allocation
+from lightning_ptq.report.preflight import Preflight
 from lightning_ptq.sensitivity import SensitivityTable, measure_choice, measure_sensitivity
 from lightning_ptq.statistics import para_normalize, reestimate_batch_norm
 from lightning_ptq.surgery import Prepared, prepare
@@ -24,7 +25,7 @@ from lightning_ptq.tuners import ReconstructionConfig
 from lightning_ptq.tuning_run import AdaQuantResult
 
 if TYPE_CHECKING:
-    from lightning_ptq.callbacks import AdaQuantLayerwise, BitAllocator, CalibrationCapture, StatsTuning
+    from lightning_ptq.callbacks import AdaQuantLayerwise, BitAllocator, CalibrationCapture, StatsTuning, inspect
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ __all__ = [
     "Cost",
     "Frontier",
     "LayerQConfig",
+    "Preflight",
     "Prepared",
     "QConfig",
     "QuantSpec",
@@ -55,6 +57,7 @@ __all__ = [
     "bops_cost",
     "calibrate",
     "frontier",
+    "inspect",
     "load_packed",
     "measure_choice",
     "measure_sensitivity",
@@ -71,7 +74,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # The callbacks import Lightning, which the functions do without.
-    if name in ("AdaQuantLayerwise", "BitAllocator", "CalibrationCapture", "StatsTuning"):
+    if name in ("AdaQuantLayerwise", "BitAllocator", "CalibrationCapture", "StatsTuning", "inspect"):
         from lightning_ptq import callbacks
 
         return getattr(callbacks, name)

@@ -253,5 +253,8 @@ def _warn_of_float_parts(prepared: Prepared, watched: Trace) -> None:
             stacklevel=3,
         )
     if watched.float_products:
-        listed = sorted(f"{op} in {scope or 'the module itself'}" for op, scope in watched.float_products)
-        warn(f"computed outside any layer, so they stay float: {', '.join(listed)}.", FunctionalOpWarning, stacklevel=3)
+        scopes: dict[str, list[str]] = {}
+        for op, scope in sorted(watched.float_products):
+            scopes.setdefault(op, []).append(scope or "the module itself")
+        listed = "; ".join(f"{op} in {', '.join(names)}" for op, names in scopes.items())
+        warn(f"computed outside any layer, so they stay float: {listed}.", FunctionalOpWarning, stacklevel=3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import ClassVar
@@ -52,11 +52,19 @@ class PackedFileError(PTQError, ValueError):
 class PTQWarning(UserWarning):
     """Base class of every warning of the library; the report lists them all.
 
+    Args:
+        message: The warning.
+        details: For each part of the model that it names, why.
+
     Attributes:
         remedy: What can be done about it.
     """
 
     remedy: ClassVar[str] = ""
+
+    def __init__(self, message: str = "", details: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.details = dict(details or {})
 
 
 class UnreachedLayerWarning(PTQWarning):
@@ -127,10 +135,12 @@ class ReportWarning(PTQWarning):
 _notes: ContextVar[tuple[list[PTQWarning], ...]] = ContextVar("_notes", default=())
 
 
-def warn(message: str, category: type[PTQWarning], stacklevel: int = 1) -> None:
+def warn(
+    message: str, category: type[PTQWarning], stacklevel: int = 1, details: Mapping[str, str] | None = None
+) -> None:
     """Issue a warning, and note it wherever :func:`noted_warnings` is open."""
     for notes in _notes.get():
-        notes.append(category(message))
+        notes.append(category(message, details))
     warnings.warn(message, category, stacklevel=stacklevel + 1)
 
 

@@ -213,7 +213,7 @@ def fold_batch_norms(module: nn.Module, trace: Trace, run: Callable[[], Any]) ->
         pairs = kept
     if refused:
         listed = "; ".join(f"{name}: {why}" for name, why in refused.items())
-        warn(f"batch norms that stay float layers: {listed}.", UnfoldedBatchNormWarning, stacklevel=2)
+        warn(f"batch norms that stay float layers: {listed}.", UnfoldedBatchNormWarning, 2, details=refused)
     return pairs
 
 

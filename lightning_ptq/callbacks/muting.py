@@ -42,7 +42,7 @@ def calibration_forward(module: Any, step: Step) -> Forward:
     if callable(step):
         run = step
     elif step == "predict":
-        overridden = type(module).predict_step is not _base_of(type(module)).predict_step
+        overridden = type(module).predict_step is not lightning_base(type(module)).predict_step
         run = _with_indices(module.predict_step) if overridden else default_forward
     elif step == "training":
         run = _with_indices(module.training_step)
@@ -56,7 +56,8 @@ def calibration_forward(module: Any, step: Step) -> Forward:
     return forward
 
 
-def _base_of(cls: type) -> Any:
+def lightning_base(cls: type) -> Any:
+    """The LightningModule class that ``cls`` derives from, of whichever package."""
     return next(base for base in cls.__mro__ if base.__name__ == "LightningModule")
 
 

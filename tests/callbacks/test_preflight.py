@@ -1,0 +1,257 @@
+from __future__ import annotations
+
+import importlib
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers import IMAGES, LABELS, SmallNet, Snapshot, build, classifier, loader, rng_state, same_state, state, trainer
+
+import lightning_ptq
+from lightning_ptq import AdaQuantLayerwise, BitAllocator, CalibrationCapture, QConfig
+from lightning_ptq.errors import CalibrationError, PTQError
+from lightning_ptq.preflight import inspect_module
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::lightning_ptq.errors.PTQWarning"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+    pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`"),
+    pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:lightning"),
+]
+
+BATCH = (IMAGES[:8], LABELS[:8])
+
+
+def usual(pl, root, *callbacks, **options):
+    """A Trainer as a user has it, with checkpoints."""
+    callbacks = callbacks or (CalibrationCapture("w4a4", num_samples=40), AdaQuantLayerwise(steps=2))
+    return trainer(pl, root, *callbacks, **{"enable_checkpointing": True, **options})
+
+
+def abouts(found):
+    return [hazard.category for hazard in found.hazards]
+
+
+def test_a_usual_trainer_is_no_hazard(pl, tmp_path):
+    found = lightning_ptq.inspect(classifier(pl), BATCH, trainer=usual(pl, tmp_path))
+    assert found.hazards == found.warnings == []
+    assert found.covered == 1
+
+
+def test_the_settings_are_those_of_the_callbacks(pl, tmp_path):
+    tuning = AdaQuantLayerwise(granularity="layer", steps=7, memory_limit="1MiB")
+    capture = CalibrationCapture("w3a5", num_samples=48, first_last_bits=None)
+    here = usual(pl, tmp_path, capture, AdaQuantLayerwise("parallel", steps=3), tuning)
+    found = lightning_ptq.inspect(classifier(pl), BATCH, trainer=here)
+    assert (found.samples, {layer.widths for layer in found.layers}) == (48, {"w3a5"})
+    assert [unit.steps for unit in found.units] == [7, 7, 7, 7]
+    assert found.plan.limit == 2**20
+    other = lightning_ptq.inspect(classifier(pl), BATCH, "w4a4", samples=16, granularity="block", trainer=here)
+    assert (other.samples, [layer.widths for layer in other.layers]) == (16, ["w8a8", "w4a4", "w4a4", "w8a8"])
+
+
+def test_without_a_trainer_the_defaults_hold(pl):
+    found = lightning_ptq.inspect(classifier(pl), BATCH)
+    assert (found.samples, found.hazards, found.plan.limit) == (1024, [], 2**32)
+    assert [layer.widths for layer in found.layers] == ["w8a8", "w4a4", "w4a4", "w8a8"]
+    assert [layer.name for layer in found.layers] == ["net.0", "net.3", "net.7", "net.9"]
+
+
+def test_a_lightning_module_and_its_net_have_the_same_work(pl):
+    inside = lightning_ptq.inspect(classifier(pl), BATCH)
+    alone = lightning_ptq.inspect(build(SmallNet), BATCH)
+    assert [layer.macs for layer in inside.layers] == [layer.macs for layer in alone.layers] == [900, 1296, 288, 24]
+
+
+@pytest.mark.parametrize("step", ["training", "predict", lambda module, batch: module.net(batch[0])])
+def test_the_module_is_as_it_was_and_fits_as_ever(pl, tmp_path, step):
+    module, untouched = classifier(pl).train(), classifier(pl).train()
+    here = usual(pl, tmp_path)
+    before, rng, seen = Snapshot(module), rng_state(), dict(vars(module.seen))
+    lightning_ptq.inspect(module, BATCH, step=step, trainer=here)
+    before.assert_unchanged()
+    assert rng_state() == rng
+    assert module._trainer is None
+    assert vars(module.seen).keys() == seen.keys()
+    assert (module.seen.mean_value.item(), module.seen._update_count) == (0, 0)
+    here.fit(module, loader())
+    usual(pl, tmp_path).fit(untouched, loader())
+    assert same_state(state(module), state(untouched))
+
+
+def test_a_step_may_look_at_its_trainer(pl, tmp_path):
+    def looking(base):
+        class Looking(base):
+            def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+                return super().training_step(batch, batch_idx) * self.trainer.max_epochs
+
+        return Looking
+
+    module = classifier(pl, looking)
+    assert lightning_ptq.inspect(module, BATCH, trainer=usual(pl, tmp_path)).hazards == []
+    assert module._trainer is None
+
+
+def test_a_step_that_trains_is_refused_and_the_module_as_it_was(pl):
+    def manual(base):
+        class Manual(base):
+            def training_step(self, batch: Any, batch_idx: int) -> None:
+                self.optimizers().step()
+
+        return Manual
+
+    module = classifier(pl, manual)
+    before = Snapshot(module)
+    with pytest.raises(CalibrationError, match="runs its own optimization"):
+        lightning_ptq.inspect(module, BATCH)
+    before.assert_unchanged()
+
+
+def test_a_plain_module(pl):
+    net = build(SmallNet)
+    qconfig = QConfig.parse("w4a8", exclude=["3"])
+    found, expected = lightning_ptq.inspect(net, BATCH, qconfig), inspect_module(net, BATCH, qconfig)
+    assert found.layers == expected.layers
+    doubled = lightning_ptq.inspect(net, BATCH, step=lambda net, batch: (net(batch[0]), net(batch[0])))
+    assert doubled.macs == 2 * found.macs
+    with pytest.raises(CalibrationError, match="step must be 'training', 'predict' or a function"):
+        lightning_ptq.inspect(net, BATCH, step="validation")
+
+
+def without(name):
+    """The classifier without one of its methods."""
+
+    def change(base):
+        lightning_module = next(cls for cls in base.__mro__ if cls.__name__ == "LightningModule")
+        return type("Without", (base,), {name: getattr(lightning_module, name)})
+
+    return change
+
+
+def callback(name, *args):
+    return lambda pl: getattr(importlib.import_module(f"{pl.__name__}.callbacks"), name)(*args)
+
+
+def capture(pl):
+    return CalibrationCapture("w4a4", num_samples=40)
+
+
+# What is odd about the Trainer or the module, what the hazard is about, and a word of its text. Of each the test makes
+# sure that fit really ends with an error.
+ENDS = {
+    "no capture": ([lambda pl: AdaQuantLayerwise()], {}, None, "refused", "CalibrationCapture"),
+    "order": (
+        [capture, lambda pl: AdaQuantLayerwise(), lambda pl: BitAllocator(size=0.2)], {}, None, "refused", "order",
+    ),
+    "precision": ([capture], {"precision": "bf16-true"}, None, "refused", "float32"),
+    "max_epochs": ([capture], {"max_epochs": 0}, None, "samples", "max_epochs=0"),
+    "max_steps": ([capture], {"max_steps": 0}, None, "samples", "max_steps=0"),
+    "limit 0": ([capture], {"limit_train_batches": 0}, None, "samples", "limit_train_batches=0"),
+    "training_step": ([lambda pl: CalibrationCapture(step="predict")], {}, "training_step", "module", "training_step"),
+    "configure_optimizers": ([capture], {}, "configure_optimizers", "module", "configure_optimizers"),
+    "early stopping": ([capture, callback("EarlyStopping", "train_loss")], {}, None, "callbacks", "'train_loss'"),
+    "accumulation": (
+        [capture, callback("GradientAccumulationScheduler", {0: 2})], {}, None, "callbacks", "Accumulation",
+    ),
+    "weight averaging": ([capture, callback("WeightAveraging")], {}, None, "callbacks", "WeightAveraging"),
+    "learning rate": ([capture, callback("LearningRateFinder")], {}, None, "callbacks", "LearningRateFinder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_hazard_that_ends_fit(pl, tmp_path, name):
+    makes, options, lacks, about, text = ENDS[name]
+    module = classifier(pl, without(lacks)) if lacks else classifier(pl)
+    module.lr = 0.1  # which the learning rate finder asks for
+    if name == "weight averaging" and not hasattr(
+        importlib.import_module(f"{pl.__name__}.callbacks"), "WeightAveraging"
+    ):
+        pytest.skip("this Lightning has no WeightAveraging")
+    here = usual(pl, tmp_path, *(make(pl) for make in makes), **options)
+    found = lightning_ptq.inspect(module, BATCH, samples=40, trainer=here)
+    assert abouts(found) == [about]
+    assert text in found.hazards[0].message
+    with pytest.raises(Exception) as raised:  # noqa: PT011  (Lightning's own errors are of many classes)
+        here.fit(module, loader())
+    if about == "refused":
+        assert (type(raised.value).__mro__[1], str(raised.value)) == (PTQError, found.hazards[0].message)
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "samples"),
+    [
+        ({"limit_train_batches": 2}, "limit_train_batches=2: with batches of 8 only 16 samples", 16),
+        ({"limit_train_batches": 0.4}, "limit_train_batches=0.4: only that share", 16),
+        ({"fast_dev_run": True}, "fast_dev_run=1: with batches of 8 only 8 samples", 8),
+        ({"overfit_batches": 3}, "overfit_batches=3: with batches of 8 only 24 samples", 24),
+    ],
+)
+def test_a_trainer_that_sees_too_little(pl, tmp_path, options, text, samples):
+    seen = []
+
+    class Watching(CalibrationCapture):
+        def on_train_end(self, trainer, pl_module):
+            seen.append(self.calibration.samples)
+            super().on_train_end(trainer, pl_module)
+
+    module, here = classifier(pl), usual(pl, tmp_path, Watching("w4a4", num_samples=40), **options)
+    found = lightning_ptq.inspect(module, BATCH, trainer=here)
+    assert abouts(found) == ["samples"]
+    assert text in found.hazards[0].message
+    here.fit(module, loader())
+    assert seen == [samples]
+
+
+def test_a_trainer_that_leaves_no_checkpoint(pl, tmp_path):
+    module, here = classifier(pl), usual(pl, tmp_path, enable_checkpointing=False)
+    assert abouts(lightning_ptq.inspect(module, BATCH, trainer=here)) == ["checkpoint"]
+    here.fit(module, loader())
+    assert not list(tmp_path.rglob("quantized.ckpt"))
+    knowing = usual(pl, tmp_path, CalibrationCapture(save_checkpoint=False), enable_checkpointing=False)
+    assert lightning_ptq.inspect(classifier(pl), BATCH, trainer=knowing).hazards == []
+
+
+def test_more_processes_than_parts(pl, tmp_path):
+    two = {"devices": 2, "strategy": "ddp"}
+    assert lightning_ptq.inspect(classifier(pl), BATCH, trainer=usual(pl, tmp_path, **two)).hazards == []
+    one_part = usual(pl, tmp_path, CalibrationCapture(), AdaQuantLayerwise(parts=1), **two)
+    (hazard,) = lightning_ptq.inspect(classifier(pl), BATCH, trainer=one_part).hazards
+    assert hazard.category == "devices"
+    assert hazard.remedy == "Write AdaQuantLayerwise(parts=2)."
+
+
+def test_mixed_precision_and_synchronised_norms(pl, tmp_path):
+    here = usual(pl, tmp_path, precision="bf16-mixed", devices=2, strategy="ddp", sync_batchnorm=True)
+    found = lightning_ptq.inspect(classifier(pl), BATCH, trainer=here)
+    assert abouts(found) == ["precision", "batch norms"]
+
+
+@pytest.mark.parametrize(("device", "text"), [("mps", "float64"), ("cuda", "estimated on cpu")])
+def test_another_accelerator(pl, tmp_path, monkeypatch, device, text):
+    here = usual(pl, tmp_path)
+    monkeypatch.setattr(type(here.strategy), "root_device", SimpleNamespace(type=device))
+    (hazard,) = lightning_ptq.inspect(classifier(pl), BATCH, trainer=here).hazards
+    assert (hazard.category, text in hazard.message) == ("accelerator", True)
+
+
+def test_no_room_for_the_progress(pl, tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_ptq.callbacks.hazards.shutil.disk_usage", lambda path: SimpleNamespace(free=10))
+    monkeypatch.setattr("lightning_ptq.callbacks.hazards.os.access", lambda path, mode: False)
+    found = lightning_ptq.inspect(classifier(pl), BATCH, trainer=usual(pl, tmp_path))
+    assert abouts(found) == ["progress", "progress"]
+    assert str(tmp_path / "ptq_progress") in found.hazards[1].message
+    unrecorded = usual(pl, tmp_path, CalibrationCapture(resume=False), AdaQuantLayerwise())
+    assert lightning_ptq.inspect(classifier(pl), BATCH, trainer=unrecorded).hazards == []
+
+
+def test_a_trainer_that_would_train(pl, tmp_path):
+    module, here = classifier(pl), trainer(pl, tmp_path, limit_train_batches=2)
+    found = lightning_ptq.inspect(module, BATCH, trainer=here)
+    assert [(hazard.category, hazard.message) for hazard in found.hazards if hazard.category == "callbacks"] == [
+        ("callbacks", "the Trainer has no callback of PTQ, so fit trains the module.")
+    ]
+    before = state(module)
+    here.fit(module, loader())
+    assert not same_state(state(module), before)

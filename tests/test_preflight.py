@@ -1,0 +1,326 @@
+from __future__ import annotations
+
+import io
+import json
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import ResNet, Snapshot, Transformer, build, rng_state, seeded, token_batches
+from models import Zoo, randomize_norms
+from rich.console import Console
+from torch import Tensor, nn
+
+from lightning_ptq import QConfig, ReconstructionConfig, adaquant, calibrate, save_packed
+from lightning_ptq.costs import multiply_accumulates
+from lightning_ptq.errors import CalibrationError, PTQWarning, QConfigError, SurgeryError
+from lightning_ptq.export.packed import packed_tensors
+from lightning_ptq.forward import default_forward
+from lightning_ptq.macs import count_macs, macs_below
+from lightning_ptq.preflight import inspect_module
+
+quiet = pytest.mark.filterwarnings("ignore::lightning_ptq.errors.PTQWarning")
+IMAGES = seeded(0, 8, 2, 6, 6)
+
+
+class Mixed(nn.Module):
+    """A folded norm, a norm behind a ReLU, a grouped layer, an excluded one, a product without a layer, a spare."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, padding=1)  # 4 x 2 x 9 weights, 36 positions
+        self.norm = nn.BatchNorm2d(4)
+        self.late_norm = nn.BatchNorm2d(4)
+        self.grouped = nn.Conv2d(4, 4, 1, groups=2)  # 4 x 2 weights, 36 positions
+        self.gate = nn.Linear(4, 4)
+        self.table = nn.Parameter(torch.randn(4, 5))
+        self.spare = nn.Linear(4, 4)
+        self.spare_norm = nn.BatchNorm2d(4)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.grouped(self.late_norm(F.relu(self.norm(self.conv(x))))).mean((2, 3))
+        return self.head((x * self.gate(x).sigmoid()) @ self.table)
+
+
+MACS = {"conv": 2592, "grouped": 288, "gate": 16, "head": 15, "spare": 0}
+PRODUCT = 20  # the row of 4 by the table of 4 x 5
+ALL = sum(MACS.values()) + PRODUCT
+QCONFIG = QConfig.parse("w4a6", exclude=["gate"])
+
+
+def mixed():
+    return inspect_module(build(Mixed), IMAGES, QCONFIG)
+
+
+def test_the_layers_their_widths_and_their_work():
+    found = {layer.name: layer for layer in mixed().layers}
+    assert list(found) == ["conv", "grouped", "gate", "head", "spare"]
+    assert {name: layer.macs for name, layer in found.items()} == MACS
+    assert [layer.widths for layer in found.values()] == ["w8a8", "w4a6", "float", "w8a8", "float"]
+    assert [layer.status for layer in found.values()] == [
+        "quantized", "quantized", "excluded", "quantized", "never called",
+    ]  # fmt: skip
+    assert [layer.place for layer in found.values()] == ["first", "", "", "last", ""]
+    assert [layer.parameters for layer in found.values()] == [4 * 18 + 4, 4 * 2 + 4, 20, 18, 20]
+    assert (found["grouped"].kind, found["grouped"].shape) == ("Conv2d", (4, 2, 1, 1))
+    assert [layer.norm for layer in found.values()] == ["norm", "", "", "", ""]
+
+
+def test_the_share_of_the_work_that_is_quantized():
+    found = mixed()
+    assert found.macs == ALL
+    assert found.covered == pytest.approx((2592 + 288 + 15) / ALL)
+    bits = 2592 * 64 + 288 * 24 + 15 * 64
+    assert found.bops == pytest.approx(bits / (32 * 32 * (2592 + 288 + 15)))
+
+
+def test_norms_that_are_folded_and_why_others_are_not():
+    found = mixed()
+    assert found.folded == {"norm": "conv"}
+    assert found.unfolded == {
+        "late_norm": "it does not directly follow a layer that runs once",
+        "spare_norm": "it was never called",
+    }
+
+
+def test_products_outside_any_layer():
+    (product,) = mixed().products
+    assert (product.module, product.operators, product.macs) == ("", ("mm",), PRODUCT)
+
+
+def test_a_product_that_torch_has_no_formula_for():
+    class Bilinear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.both, self.last = nn.Linear(4, 4), nn.Bilinear(4, 4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.last(self.both(x, x))
+
+    found = inspect_module(build(Bilinear), seeded(0, 8, 4))
+    assert [(product.module, product.macs) for product in found.products] == [("both", None)]
+    assert found.macs == 16 + 8
+    assert "100.0% of those that torch can count" in str(found.sheets()[0].rows)
+    assert "no formula" in next(sheet for sheet in found.sheets() if sheet.key == "products").note
+
+
+def test_fused_attention_is_counted_in_its_parts():
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.attention = nn.Linear(4, 4), nn.MultiheadAttention(4, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.attention(x, x, x, need_weights=False)[0]
+
+    found = inspect_module(build(Attending), seeded(0, 8, 3, 4))
+    # Queries, keys and values of three tokens; two products of 3 x 3 x 4; the projection.
+    assert [(product.module, product.macs) for product in found.products] == [("attention", 144 + 72 + 48)]
+    assert found.covered == pytest.approx(48 / (48 + 264))
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_a_layer_that_cannot_be_swapped():
+    net = nn.Sequential(nn.Linear(4, 8), nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 2))
+    found = inspect_module(net, seeded(0, 8, 4))
+    status = {layer.name: (layer.kind, layer.status, layer.macs) for layer in found.layers}
+    assert status["1"] == ("ParametrizedLinear", "not supported", 64)
+    assert [warning.category for warning in found.warnings] == ["UnsupportedLayerWarning", "FunctionalOpWarning"]
+    assert found.products == []  # it is among the layers already
+    assert found.covered == pytest.approx((32 + 16) / (32 + 64 + 16))
+
+
+def test_the_warnings_are_collected_and_neither_printed_nor_raised():
+    with warnings.catch_warnings(record=True) as printed:
+        warnings.simplefilter("always")
+        found = mixed()
+    assert not [warning for warning in printed if issubclass(warning.category, PTQWarning)]
+    by_category = {warning.category: warning for warning in found.warnings}
+    assert sorted(by_category) == ["FunctionalOpWarning", "UnfoldedBatchNormWarning", "UnreachedLayerWarning"]
+    assert "spare" in by_category["UnreachedLayerWarning"].message
+    assert all(warning.remedy for warning in found.warnings)
+
+
+@quiet
+def test_the_sizes_are_those_of_the_file(tmp_path):
+    found, net = mixed(), build(Mixed)
+    in_float = sum(value.numel() * value.element_size() for value in net.state_dict().values())
+    calibrate(net, [IMAGES], QCONFIG)
+    tensors = packed_tensors(net)[0].values()
+    assert found.float_bytes == in_float
+    assert found.packed_bytes == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert found.packed_bytes < save_packed(net, tmp_path / "net.safetensors")
+
+
+@quiet
+@pytest.mark.parametrize("make", [lambda: randomize_norms(Zoo()), lambda: Transformer(8)])
+def test_torch_counts_what_the_shapes_say(make):
+    net = build(make)
+    batch = seeded(1, 4, 3, 8, 8) if isinstance(net, Zoo) else token_batches(1)[0]
+    size = 4 if isinstance(net, Zoo) else 8
+    counted = count_macs(net, lambda: default_forward(net.eval(), batch))
+    expected = multiply_accumulates(calibrate(net, [batch], "w8a8"))
+    assert {name: macs_below(counted, name) / size for name in expected} == pytest.approx(expected)
+    assert not any(child._forward_hooks or child._forward_pre_hooks for child in build(make).modules())
+
+
+def test_the_count_tells_modules_from_what_is_around_them():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 2)))
+    counted = count_macs(net, lambda: net[1](net[0](torch.ones(3, 4))) @ torch.ones(2, 5))
+    assert counted == {"0": 48, "1.0": 24, "": 30}
+    assert (macs_below(counted, "1"), macs_below(counted, "")) == (24, 102)
+
+
+def test_the_units_and_their_steps():
+    found = inspect_module(build(ResNet), IMAGES, "w4a4", samples=1024)
+    assert [(unit.name, unit.steps, unit.widths) for unit in found.units] == [
+        ("stem", 40, ("w8a8",)),
+        ("blocks.0", 100, ("w4a4",)),
+        ("blocks.1", 100, ("w4a4",)),
+        ("head", 40, ("w8a8",)),
+    ]
+    fewer = inspect_module(build(ResNet), IMAGES, "w4a4", samples=256, granularity="layer")
+    assert [unit.steps for unit in fewer.units] == [20, 50, 50, 50, 50, 20]
+
+
+NETS = {
+    "resnet": lambda: (build(ResNet), seeded(1, 40, 2, 6, 6).split(8)),
+    "transformer": lambda: (build(lambda: Transformer(16)), token_batches(5)),
+}
+
+
+@quiet
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+def test_one_batch_tells_what_tuning_on_all_will_hold(name, granularity):
+    net, batches = NETS[name]()
+    config = ReconstructionConfig(steps=2, batch_size=8)
+    found = inspect_module(net, batches[0], "w3a4", samples=40, granularity=granularity, config=config)
+    result = adaquant(calibrate(net, batches, "w3a4"), granularity=granularity, config=config)
+    assert 0.5 * found.plan.most <= result.peak_activation_bytes <= found.plan.most
+
+
+def test_a_disk_that_is_too_small_is_a_hazard(monkeypatch):
+    monkeypatch.setattr("lightning_ptq.plan.disk_room", lambda: 0)
+    found = inspect_module(build(ResNet), IMAGES, memory_limit=100)
+    assert found.plan is None
+    assert [hazard.category for hazard in found.hazards] == ["memory"]
+    assert "memory_limit" in found.hazards[0].message
+    assert "does not fit" in str(found.sheets()[0].rows)
+
+
+def in_train_mode_with_gradients(net):
+    net.train()
+    next(net.children()).eval()
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    next(net.parameters()).requires_grad_(False)
+    return net
+
+
+@pytest.mark.parametrize("make", [Mixed, ResNet])
+def test_the_module_is_as_it_was(make):
+    net = in_train_mode_with_gradients(build(make))
+    before, rng = Snapshot(net), rng_state()
+    gradients = [parameter.grad for parameter in net.parameters()]
+    inspect_module(net, IMAGES)
+    before.assert_unchanged()
+    assert rng_state() == rng
+    assert all(p.grad is grad and bool((grad == 1).all()) for p, grad in zip(net.parameters(), gradients, strict=True))
+
+
+class Restless(nn.Module):
+    """Its forward changes whatever it can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("total", torch.zeros(()))
+        self.teacher = nn.Parameter(torch.zeros(3), requires_grad=False)
+        self.seen, self.calls, self.plain = [], 0, torch.zeros(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        self.total = self.total + x.sum()
+        self.teacher.add_(1)
+        self.plain += 1
+        self.seen.append(x)
+        self.calls += 1
+        self.new = x
+        self.net[1].train()
+        torch.rand(1), random.random(), np.random.rand()
+        return self.net(x)
+
+
+def test_what_a_forward_changes_is_put_back():
+    net = build(Restless)
+    objects = {"seen": net.seen, "plain": net.plain, "count": net.count, "total": net.total}
+    before, rng = Snapshot(net), rng_state()
+    inspect_module(net, seeded(0, 8, 4))
+    before.assert_unchanged()
+    assert rng_state() == rng
+    assert all(getattr(net, name) is value for name, value in objects.items())
+    assert (net.seen, net.calls, net.plain.tolist(), net.teacher.tolist()) == ([], 0, [0, 0], [0, 0, 0])
+    assert "new" not in vars(net)
+
+
+@pytest.mark.parametrize("calls", range(6))
+def test_an_exception_in_any_forward_leaves_no_trace(calls):
+    net, left = in_train_mode_with_gradients(build(Mixed)), [calls]
+
+    def forward(module, batch):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyError("mine")
+        return module(batch)
+
+    before, rng = Snapshot(net), rng_state()
+    with pytest.raises(KeyError, match="mine"):
+        inspect_module(net, IMAGES, forward=forward)
+    before.assert_unchanged()
+    assert rng_state() == rng
+
+
+@pytest.mark.parametrize(
+    ("make", "batch", "options", "error", "message"),
+    [
+        (Mixed, IMAGES * torch.nan, {}, CalibrationError, "NaN or an infinity in the input of layer 'conv'"),
+        (nn.ReLU, IMAGES, {}, SurgeryError, "nothing to quantize"),
+        (Mixed, IMAGES, {"qconfig": QConfig.parse("w4", exclude=["body"])}, QConfigError, "no layer matches 'body'"),
+        (Mixed, IMAGES, {"samples": 0}, CalibrationError, "samples must be 1 or more, got 0"),
+        (Mixed, IMAGES, {"granularity": "net"}, QConfigError, "granularity must be"),
+        (lambda: nn.LazyLinear(3), seeded(0, 8, 4), {}, SurgeryError, "lazy"),
+    ],
+)
+def test_what_cannot_be_looked_at_is_the_librarys_own_error(make, batch, options, error, message):
+    net = make()
+    kinds = [type(child) for child in net.modules()]
+    with pytest.raises(error, match=message):
+        inspect_module(net, batch, **options)
+    assert [type(child) for child in net.modules()] == kinds
+
+
+def test_the_sheets_show_it_and_the_dictionary_is_json():
+    found = mixed()
+    sheets = {sheet.key: sheet for sheet in found.sheets()}
+    assert list(sheets) == ["overview", "warnings", "widths", "products", "norms", "units", "layers"]
+    assert all(len(row) == len(sheet.columns) for sheet in sheets.values() for row in sheet.rows)
+    widths = {row[0]: row[1:3] for row in sheets["widths"].rows}
+    assert widths == {"w8a8": (2, 2607), "w4a6": (1, 288), "float": (2, 16), "float, outside any layer": (None, 20)}
+    facts = json.loads(json.dumps(found.to_dict()))
+    assert (facts["macs"], facts["covered"], facts["layers"][0]["shape"]) == (ALL, found.covered, [4, 2, 3, 3])
+
+
+def test_it_is_printed_with_the_overview_last():
+    console = Console(record=True, width=160, file=io.StringIO())
+    mixed().print(console)
+    text = console.export_text()
+    assert text.index("late_norm") < text.index("Preflight: Mixed on cpu")
+    assert "98.8%" in text
