@@ -17,6 +17,7 @@ from lightning_ptq.judging import StatisticsResult
 from lightning_ptq.qconfig import LayerQConfig, QConfig, QuantSpec
 from lightning_ptq.reconstruct import UnitResult
 from lightning_ptq.refinement import AllocationResult, apply_allocation, search_allocation
+from lightning_ptq.report import PTQReport
 from lightning_ptq.report.preflight import Preflight
 from lightning_ptq.sensitivity import SensitivityTable, measure_choice, measure_sensitivity
 from lightning_ptq.statistics import para_normalize, reestimate_batch_norm
@@ -42,6 +43,7 @@ __all__ = [
     "Cost",
     "Frontier",
     "LayerQConfig",
+    "PTQReport",
     "Preflight",
     "Prepared",
     "QConfig",

@@ -177,7 +177,8 @@ class _Problem:
     def _shown(self, name: str, least: float, most: float) -> str:
         cost = next(c for c in self.costs if c.name == name)
         share = f" ({least / cost.of_float:.4f} to {most / cost.of_float:.4f} of float)" if cost.of_float else ""
-        return f"{name}: from {least:.6g} to {most:.6g} {cost.unit}{share}"
+        fixed = f", of which {cost.fixed:.6g} for what stays float" if cost.fixed > least / 2 else ""
+        return f"{name}: from {least:.6g} to {most:.6g} {cost.unit}{share}{fixed}"
 
     def check_degradation(self, limit: float) -> None:
         """Raise if no choice has a rise within the limit."""

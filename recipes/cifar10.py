@@ -86,6 +86,7 @@ def main(
     statistics: bool = False,
     budget: str | None = None,
     candidates: list[str] | None = None,
+    first_last_bits: int | None = 8,
     options: dict[str, Any] | None = None,
 ) -> None:
     """Quantize and measure.
@@ -105,13 +106,15 @@ def main(
         budget: Allocate the widths within this size: a fraction of the float size, bytes, or the size at uniform
             widths, for example w4a4.
         candidates: Widths to allocate; those of BitAllocator by default.
+        first_last_bits: Least width of the first and last layer; none for a budget that may choose theirs too.
         options: Further arguments of AdaQuantLayerwise.
     """
     quiet()
     run(
         *load(data, weights, calibration, seed), model="resnet20", qconfig=qconfig, mode=mode, granularity=granularity,
         steps=steps, seed=seed, file=json, pipeline=pipeline, statistics=statistics, budget=budget,
-        candidates=candidates, **options or {},
+        candidates=candidates,
+        first_last_bits=first_last_bits, **options or {},
     )  # fmt: skip
 
 

@@ -73,6 +73,7 @@ def main(
     statistics: bool = False,
     budget: str | None = None,
     candidates: list[str] | None = None,
+    first_last_bits: int | None = 8,
     options: dict[str, Any] | None = None,
 ) -> None:
     """Quantize and measure.
@@ -94,6 +95,7 @@ def main(
         budget: Allocate the widths within this size: a fraction of the float size, bytes, or the size at uniform
             widths, for example w4a8.
         candidates: Widths to allocate; those of BitAllocator by default.
+        first_last_bits: Least width of the first and last layer; none for a budget that may choose theirs too.
         options: Further arguments of AdaQuantLayerwise.
     """
     quiet()
@@ -107,7 +109,8 @@ def main(
         DataLoader(Photographs(files[::2][:calibration], transform), 25),
         DataLoader(Photographs(files[1::2], transform), 25),
         model=model, qconfig=qconfig, mode=mode, granularity=granularity, steps=steps, seed=seed, file=json,
-        pipeline=pipeline, statistics=statistics, budget=budget, candidates=candidates, **options or {},
+        pipeline=pipeline, statistics=statistics, budget=budget, candidates=candidates,
+        first_last_bits=first_last_bits, **options or {},
     )  # fmt: skip
 
 

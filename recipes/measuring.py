@@ -127,18 +127,19 @@ Pipeline = Literal["nearest", "adaquant", "light", "advanced"]
 
 def callbacks_for(
     pipeline: Pipeline, qconfig: str, size: float | None, candidates: list[str] | None, statistics: bool, seed: int,
-    tuning: dict[str, Any],
+    tuning: dict[str, Any], first_last_bits: int | None = 8,
 ) -> list[Any]:  # fmt: skip
     """The callbacks of a pipeline."""
-    widths = {} if candidates is None else {"candidates": candidates}
+    widths: dict[str, Any] = {} if candidates is None else {"candidates": candidates}
+    edges = {"first_last_bits": first_last_bits}
     if pipeline in ("light", "advanced"):
         if size is None:
             raise SystemExit(f"the {pipeline} pipeline allocates widths, so it needs a budget. Add --budget w4a4.")
         if pipeline == "light":
-            return pipelines.light(size, seed=seed, **widths)
+            return pipelines.light(size, seed=seed, capture=edges, **widths)
         del tuning["mode"]  # both, one after the other
-        return pipelines.advanced(size, seed=seed, sequential=tuning, **widths)
-    found: list[Any] = [CalibrationCapture(qconfig)]
+        return pipelines.advanced(size, seed=seed, sequential=tuning, capture=edges, **widths)
+    found: list[Any] = [CalibrationCapture(qconfig, **edges)]
     if size is not None:
         found.append(BitAllocator(size, **widths))
     if pipeline == "adaquant":
@@ -162,6 +163,7 @@ def run(
     statistics: bool = False,
     budget: str | None = None,
     candidates: list[str] | None = None,
+    first_last_bits: int | None = 8,
     **options: Any,
 ) -> dict[str, Any]:
     """Quantize a copy of the module through ``trainer.fit`` and measure it; print tables and write the JSON.
@@ -170,7 +172,8 @@ def run(
     """
     record: dict[str, Any] = {
         "model": model, "qconfig": qconfig, "mode": mode, "granularity": granularity, "steps": steps, "seed": seed,
-        "pipeline": pipeline, "statistics": statistics, "budget": budget, "options": options,
+        "pipeline": pipeline, "statistics": statistics, "budget": budget, "first_last_bits": first_last_bits,
+        "options": options,
     }  # fmt: skip
     record["top1_float"] = top1(float_module, test)
     record["seconds_per_pass"] = seconds_per_pass(float_module, calibration)
@@ -183,7 +186,7 @@ def run(
     module = copy.deepcopy(float_module)
     size = None if budget is None else budget_for(float_module, calibration, budget)
     tuning = {"mode": mode, "granularity": granularity, "steps": steps, "seed": seed, **options}
-    callbacks = callbacks_for(pipeline, qconfig, size, candidates, statistics, seed, tuning)
+    callbacks = callbacks_for(pipeline, qconfig, size, candidates, statistics, seed, tuning, first_last_bits)
     start = time.perf_counter()
     trainer(callbacks).fit(module, calibration)
     record["seconds"] = time.perf_counter() - start
