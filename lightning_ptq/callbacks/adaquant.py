@@ -135,4 +135,5 @@ class AdaQuantLayerwise(StepCallback):
     def record(self, report: PTQReport) -> None:
         """Put the tuned units into the report."""
         if self.result is not None:
-            report.tuning[self.title] = self.result
+            again = " again" if self.title in report.tuning else ""
+            report.tuning[self.title + again] = self.result

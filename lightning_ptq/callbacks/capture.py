@@ -8,8 +8,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DistributedSampler, SequentialSampler
-
 from lightning_ptq.calibrated import Calibration
 from lightning_ptq.calibration import Calibrator
 from lightning_ptq.callbacks.base import (
@@ -24,6 +22,7 @@ from lightning_ptq.callbacks.base import (
 from lightning_ptq.callbacks.logging import log_end, log_ranges, log_settings
 from lightning_ptq.callbacks.muting import Step, calibration_forward, muted
 from lightning_ptq.callbacks.resuming import FOLDER, Journals
+from lightning_ptq.callbacks.sharing import check_same_length, no_waiting, population, unshuffled
 from lightning_ptq.callbacks.stopping import StopRequest
 from lightning_ptq.errors import CalibrationError, noted_warnings
 from lightning_ptq.journal import Journal
@@ -143,7 +142,7 @@ class CalibrationCapture(PTQCallback):
             self._prepared = prepare(pl_module, self.qconfig)
             stack.callback(self._undo_unless_finished)
             stack.enter_context(isolate_rng())
-            stack.enter_context(_unshuffled(trainer))
+            stack.enter_context(unshuffled(trainer))
             stack.enter_context(muted(pl_module, self._observe, self._done))
             self._forward = forward
             self._restore = stack.pop_all()
@@ -153,11 +152,11 @@ class CalibrationCapture(PTQCallback):
         if self._prepared is not None and self.report is not None and not self._restored():
             log_settings(trainer, self.report)
             self._pass.enter_context(self.report.stage(self.title))
-            _check_same_length(trainer, self._ranks)
+            check_same_length(trainer, self._ranks)
             self._restore.enter_context(self._stop.watching(self._ranks.world))
-            self._restore.enter_context(_no_waiting(trainer))
+            self._restore.enter_context(no_waiting(trainer))
             self._calibrator = Calibrator(
-                self._prepared, self._forward, self.num_samples, self._ranks, _population(trainer)
+                self._prepared, self._forward, self.num_samples, self._ranks, population(trainer)
             )
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -291,55 +290,3 @@ def _quantized_on_load(module: Any, qconfig: QConfig) -> Iterator[None]:
 
     with attributes(module, {"on_load_checkpoint": on_load_checkpoint}):
         yield
-
-
-@contextmanager
-def _unshuffled(trainer: Any) -> Iterator[None]:
-    """Under DDP Lightning shuffles whatever is trained on; here a loader that does not shuffle keeps its order."""
-    connector = trainer._data_connector
-    own = connector._prepare_dataloader
-
-    def prepare_dataloader(dataloader: Any, shuffle: bool, mode: Any = None) -> Any:
-        batch_sampler = getattr(dataloader, "batch_sampler", None)
-        sampler = getattr(batch_sampler, "sampler", getattr(dataloader, "sampler", None))
-        return own(dataloader, shuffle=shuffle and not isinstance(sampler, SequentialSampler), mode=mode)
-
-    with attributes(connector, {"_prepare_dataloader": prepare_dataloader}):
-        yield
-
-
-@contextmanager
-def _no_waiting(trainer: Any) -> Iterator[None]:
-    """No rank waits for another in the calibration pass, so that one that fails holds up nobody.
-
-    DDP would send buffers round at each batch, and Lightning whether SIGTERM has come.
-    """
-    loop = trainer.fit_loop.epoch_loop
-    muted = {"_broadcast_sigterm_tensor": lambda: None} if hasattr(loop, "_broadcast_sigterm_tensor") else {}
-    model = trainer.strategy.model
-    synced = getattr(model, "broadcast_buffers", None)
-    with attributes(loop, muted):
-        try:
-            if synced is not None:
-                model.broadcast_buffers = False
-            yield
-        finally:
-            if synced is not None:
-                model.broadcast_buffers = synced
-
-
-def _check_same_length(trainer: Any, ranks: Ranks) -> None:
-    lengths = ranks.gather(trainer.num_training_batches)
-    if len(set(lengths)) > 1:
-        raise CalibrationError(
-            f"the ranks have {lengths} calibration batches, which would leave some waiting for others. Use a"
-            " DistributedSampler (Lightning does by default), or a sampler that gives every rank as many."
-        )
-
-
-def _population(trainer: Any) -> int | None:
-    """Samples in the set, where a distributed sampler fills the ranks' shares up with repeats; None elsewhere."""
-    loader = trainer.train_dataloader
-    samplers = (getattr(getattr(loader, "batch_sampler", None), "sampler", None), getattr(loader, "sampler", None))
-    found = next((sampler for sampler in samplers if isinstance(sampler, DistributedSampler)), None)
-    return None if found is None or found.drop_last else len(found.dataset)  # type: ignore[arg-type]  # a Dataset need not be Sized
