@@ -17,7 +17,7 @@ from lightning_ptq.qconfig import LayerQConfig
 from lightning_ptq.ranks import Ranks
 from lightning_ptq.reconstruct import UnitResult, reconstruct_unit
 from lightning_ptq.replay import Replay
-from lightning_ptq.store import ActivationStore, trim_heap
+from lightning_ptq.store import ActivationStore
 from lightning_ptq.tuners import ReconstructionConfig, layer_state, set_layer_state
 from lightning_ptq.unit_data import UnitData
 from lightning_ptq.units import Unit
@@ -80,7 +80,6 @@ class Run:
             start = time.perf_counter()
             self.progress(self.steps_done, self.steps, unit.name)
             seconds = self.unit(index)
-            trim_heap()
             self.result.seconds_tuning += seconds
             self.result.seconds_capture += time.perf_counter() - start - seconds
         return self.result
