@@ -12,7 +12,7 @@ import torch
 
 from lightning_ptq.calibrated import Calibration
 from lightning_ptq.journal import Journal, LayerStates, Piece
-from lightning_ptq.plan import plan_memory
+from lightning_ptq.plan import agreed_to_keep, plan_memory
 from lightning_ptq.qconfig import LayerQConfig
 from lightning_ptq.ranks import Ranks
 from lightning_ptq.reconstruct import UnitResult, reconstruct_unit
@@ -67,7 +67,7 @@ class Run:
         self.plan = plan_memory(
             self.calibration, self.units, self.store.limit, counts, self.config.batch_size, self.sequential
         )
-        self.keep = not any(self.ranks.gather(self.plan.where == "recomputed"))
+        self.keep = agreed_to_keep(self.ranks, self.plan.where)
         self.float_stream = Replay(self.calibration, self.units, self.store, "float", keep=self.keep)
 
     @abstractmethod
