@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,10 +14,12 @@ from lightning_ptq.calibrated import Calibration
 from lightning_ptq.errors import CalibrationError
 from lightning_ptq.forward import batch_size
 from lightning_ptq.modules import QuantLayer, layers_in_mode
+from lightning_ptq.ranks import Ranks
 from lightning_ptq.store import disk_room
-from lightning_ptq.trace import first_argument
+from lightning_ptq.trace import RESULT, first_argument
 from lightning_ptq.units import Unit
 
+Place = Literal["memory", "disk", "recomputed"]
 _STEP = 6.0  # forwards of the float unit that a step of tuning takes for the same samples, measured on ResNet-20
 
 
@@ -37,7 +39,7 @@ class MemoryPlan:
     most: int
     limit: int
     unit: str
-    where: Literal["memory", "disk", "recomputed"]
+    where: Place
     seconds: float
 
     def __str__(self) -> str:
@@ -68,31 +70,68 @@ def plan_memory(
     Raises:
         CalibrationError: If what a single unit needs fits neither into the limit nor onto the disk.
     """
-    shares, seconds = _watch(calibration, units)
-    scale = calibration.samples / batch_size(calibration.batches[0])
     streams = 2 if sequential else 1
-    needed = calibration.trace.needed_outputs([unit.name for unit in units])
-    kept, alone = [], []
-    for index, unit in enumerate(units):
-        inputs, outputs = shares[unit.name]
-        later = set().union(*(needed[other.name] for other in units[index:]))
-        crossing = sum(shares[other.name][1] for other in units[:index] if other.name in later)
-        alone.append(scale * (inputs + streams * outputs))
-        kept.append(alone[-1] + scale * streams * crossing)
-    most = max(kept)
-    room = limit + disk_room()
-    if max(alone) > room:
+    sizes, seconds = _watch(calibration, units)
+    alone, kept = _held(calibration, units, sizes, streams)
+    where, most = _place(kept, limit), max(kept)
+    if max(alone) > (room := limit + disk_room()):
         worst = units[alone.index(max(alone))].name
         raise CalibrationError(
             f"the inputs and outputs of unit {worst!r} take {_bytes(max(alone))}, but memory_limit and the free disk"
             f" space make {_bytes(room)}. Calibrate with fewer samples, raise memory_limit, point TMPDIR to a larger"
             " disk, or choose smaller units."
         )
-    where: Any = "memory" if most <= limit else "disk" if most <= room else "recomputed"
-    forwards = sum(seconds.values()) * scale * streams * (len(units) / 2 if where == "recomputed" else 2)
     per_sample = {name: value / batch_size(calibration.batches[0]) for name, value in seconds.items()}
+    runs = streams * (len(units) / 2 if where == "recomputed" else 2)
+    forwards = sum(per_sample.values()) * calibration.samples * runs
     tuning = sum(_STEP * per_sample[unit.name] * n * batch for unit, n in zip(units, steps, strict=True))
     return MemoryPlan(round(most), limit, units[kept.index(most)].name, where, forwards + tuning)
+
+
+def keep_outputs(calibration: Calibration, units: Sequence[Unit], limit: int, whole: bool = False) -> bool:
+    """Whether a pass over the units keeps the outputs of finished ones; the same on all ranks.
+
+    Not if a rank's memory and disk are too small for them: then each forward is one from the start.
+
+    Args:
+        calibration: The calibrated module.
+        units: In execution order.
+        limit: Bytes that may be in memory.
+        whole: What reaches the forward's result is kept too, as by :class:`~lightning_ptq.replay.Replay`.
+    """
+    _, kept = _held(calibration, units, _watch(calibration, units)[0], whole=whole)
+    return agreed_to_keep(calibration.ranks, _place(kept, limit))
+
+
+def agreed_to_keep(ranks: Ranks, where: Place) -> bool:
+    """Whether no rank has to compute outputs again."""
+    return "recomputed" not in ranks.gather(where)
+
+
+def _place(kept: Sequence[float], limit: int) -> Place:
+    return "memory" if max(kept) <= limit else "disk" if max(kept) <= limit + disk_room() else "recomputed"
+
+
+def _held(
+    calibration: Calibration,
+    units: Sequence[Unit],
+    sizes: Mapping[str, tuple[int, int]],
+    streams: int = 1,
+    whole: bool = False,
+) -> tuple[list[float], list[float]]:
+    """Bytes held at each unit, from those of the first batch: for the unit alone, and with the outputs kept for it and
+    for later units.
+    """
+    scale = calibration.samples / batch_size(calibration.batches[0])
+    needed = calibration.trace.needed_outputs([unit.name for unit in units])
+    alone, kept = [], []
+    for index, unit in enumerate(units):
+        inputs, outputs = sizes[unit.name]
+        later = set().union(*(needed[other.name] for other in units[index:]), needed[RESULT] if whole else ())
+        crossing = sum(sizes[other.name][1] for other in units[:index] if other.name in later)
+        alone.append(scale * (inputs + streams * outputs))
+        kept.append(alone[-1] + scale * streams * crossing)
+    return alone, kept
 
 
 @dataclass

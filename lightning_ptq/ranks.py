@@ -135,11 +135,12 @@ class ProcessRanks(Ranks):
         sizes = torch.zeros(self.world, dtype=torch.int64)
         sizes[self.rank] = len(data)
         self._wait(dist.all_reduce(sizes, group=self._control, async_op=True))
-        longest = int(sizes.max())
-        found = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.world)]
-        padded = torch.cat([data, data.new_zeros(longest - len(data))])
-        self._wait(dist.all_gather(found, padded, group=self._control, async_op=True))
-        return [pickle.loads(part[:size].numpy().tobytes()) for part, size in zip(found, sizes.tolist(), strict=True)]
+        found: list[Any] = []
+        for rank, size in enumerate(sizes.tolist()):  # gathered at once, gloo's threads would keep room for all of them
+            part = data if rank == self.rank else torch.empty(size, dtype=torch.uint8)
+            self._wait(dist.broadcast(part, src=rank, group=self._control, async_op=True))
+            found.append(pickle.loads(part.numpy().data))
+        return found
 
     def gather(self, value: T) -> list[T]:
         """See :class:`Ranks`."""

@@ -20,6 +20,7 @@ from lightning_ptq.fake_quant import ActivationDrop, FakeQuantize
 from lightning_ptq.gradient import Gradient
 from lightning_ptq.qconfig import LayerQConfig
 from lightning_ptq.ranks import Ranks
+from lightning_ptq.store import trim_heap
 from lightning_ptq.tuners import ReconstructionConfig, Tuner, layer_state, layer_tensors, make_tuner, set_layer_state
 from lightning_ptq.unit_data import Group, Minibatch, Sample, UnitData, float_leaves, run_unit
 from lightning_ptq.units import Unit
@@ -88,7 +89,14 @@ def reconstruct_unit(
     start, ranks = time.perf_counter(), ranks or Ranks()
     tune, held_out = data.split(config.held_out, generator)
     judged = [(group, chunk.rows) for group, rows in data.batches(held_out, 64) for chunk in data.chunks(rows)]
-    before = ranks.first(lambda: held_out_error(unit.module, judged))
+
+    def judge() -> float:
+        trim_heap()  # forwards of other sizes than the steps': neither fits into what the other leaves in the heap
+        error = ranks.first(lambda: held_out_error(unit.module, judged))
+        trim_heap()
+        return error
+
+    before = judge()
     widths = [cast(LayerQConfig, layer.qconfig) for layer in unit.layers.values()]
     bits = "/".join(sorted(set(map(str, widths))))
     if before < config.tolerance_for(widths):
@@ -102,7 +110,7 @@ def reconstruct_unit(
     for tuner in tuners:
         tuner.write()
     ranks.spread(tensor for layer in unit.layers.values() for tensor in layer_tensors(layer).values())
-    after = ranks.first(lambda: held_out_error(unit.module, judged))
+    after = judge()
     accepted = after < before
     if not accepted:
         for layer, state in zip(unit.layers.values(), saved, strict=True):

@@ -24,6 +24,7 @@ from lightning_ptq.forward import eval_mode
 from lightning_ptq.journal import Journal, Piece
 from lightning_ptq.outputs import ChooseOutput, Meter
 from lightning_ptq.parallel_run import deal_out
+from lightning_ptq.plan import keep_outputs
 from lightning_ptq.replay import Replay, near
 from lightning_ptq.store import ActivationStore
 from lightning_ptq.tuning_run import Progress
@@ -214,7 +215,8 @@ class _Sweep:
         self.calibration, self.choices, self.base, self.meter = calibration, choices, base, meter
         self.before, self.store, self.progress, self.journal = before, store, progress, journal
         self.units = find_units(calibration.module, calibration.trace)
-        self.replay = Replay(calibration, self.units, store, "quantized", whole=True)
+        keep = keep_outputs(calibration, self.units, store.limit, whole=True)
+        self.replay = Replay(calibration, self.units, store, "quantized", whole=True, keep=keep)
         self.batches = range(len(calibration.batches))
         entries = [f"{n} {c}" for n, own in choices.of.items() for c in own if c != base[n]]
         self.kept = journal.keys() & set(entries) if journal else set()
@@ -233,7 +235,7 @@ class _Sweep:
                     if self.owners.get(key) == self.calibration.ranks.rank:
                         found[key] = self._entry(key, name, candidate, replace)
                 self.choices.put(name, self.base[name])
-            if index + 1 < len(self.units):
+            if self.replay.keep and index + 1 < len(self.units):
                 self._finish(index, unit)
         merged = {key: values for of_rank in self.calibration.ranks.gather(found) for key, values in of_rank.items()}
         zeros = [0.0] * len(self.before)

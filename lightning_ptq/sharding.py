@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_ptq.forward import batch_size
 from lightning_ptq.observers import MinMaxObserver
@@ -54,10 +53,17 @@ def merge_observers(
     """
     if ranks.world == 1:
         return observers
+
+    def gather(state: Tensor, group: Any = None) -> list[Tensor]:
+        return [found.to(state.device) for found in ranks.gather(state.cpu())]
+
     names = list(dict.fromkeys(name for found in ranks.gather(list(observers)) for name in found))
     for name in names:
         observer = observers.setdefault(name, make(name))
-        observer.sync(dist_sync_fn=gather_all_tensors, distributed_available=lambda: True)
+        with observer.sync_context(dist_sync_fn=gather, distributed_available=lambda: True):
+            merged = observer.metric_state
+        for state, value in merged.items():  # it keeps them, where a sync for good keeps its own beside them
+            setattr(observer, state, value)
     return {name: observers[name] for name in names}
 
 

@@ -20,6 +20,7 @@ from lightning_ptq.journal import Journal
 from lightning_ptq.judging import Changes, StatisticsResult, judged
 from lightning_ptq.modules import FoldableBatchNorm, QuantLayer, layers_in_mode
 from lightning_ptq.outputs import ChooseOutput
+from lightning_ptq.plan import keep_outputs
 from lightning_ptq.replay import Call, Replay
 from lightning_ptq.store import ActivationStore
 from lightning_ptq.trace import first_argument
@@ -156,7 +157,8 @@ class _Normalizer:
         units = find_units(calibration.module, calibration.trace, "layer")
         units += _unfolded(calibration) if target == "batch_norm" else []
         self.units = sorted(units, key=lambda unit: entered.index(unit.name))
-        self.replay = Replay(calibration, self.units, store, "quantized")
+        keep = keep_outputs(calibration, self.units, store.limit)
+        self.replay = Replay(calibration, self.units, store, "quantized", keep=keep)
         norms = {layer: norm for norm, layer in calibration.folded.items()}
         self.norms = norms if target == "batch_norm" else {}
         others = set() if target == "batch_norm" else set(calibration.layers)
@@ -173,7 +175,8 @@ class _Normalizer:
             elif isinstance(unit.module, _BatchNorm):
                 self._reestimate(unit.module, calls)
                 self.changes.layers.append(unit.name)
-            self.replay.finish(index, self._outputs(unit, calls))
+            if self.replay.keep:
+                self.replay.finish(index, self._outputs(unit, calls))
         self.progress(len(self.units), len(self.units), "")
         return self.changes
 

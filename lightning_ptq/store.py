@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_ptq.errors import CalibrationError, QConfigError
 
+_TRIM_EVERY = 2**23  # bytes stored; what the forwards between them leave in the heap grows to several times as much
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -60,7 +61,7 @@ class ActivationStore:
 
     def __init__(self, limit: str | int, directory: str | None = None) -> None:
         self.limit = parse_bytes(limit)
-        self.in_memory = self.on_disk = self.peak = 0
+        self.in_memory = self.on_disk = self.peak = self._since_trim = 0
         self._parent = directory
         self._directory: tempfile.TemporaryDirectory[str] | None = None
         self._files = 0
@@ -80,6 +81,10 @@ class ActivationStore:
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """An uninitialised tensor, on ``device`` while the limit allows, else in a file."""
         size = torch.Size(shape).numel() * dtype.itemsize
+        self._since_trim += size
+        if self._since_trim > _TRIM_EVERY:
+            self._since_trim = 0
+            trim_heap()
         if size == 0 or self.in_memory + size <= self.limit:
             tensor = (
                 _map_memory(shape, dtype)
@@ -147,7 +152,7 @@ def _map_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 def trim_heap() -> None:
     """Give freed memory that the C library keeps for later back to the system (glibc only; elsewhere nothing happens).
 
-    A unit's tuning leaves some hundred megabytes of it, in pieces too small for the next unit's captures.
+    Forwards and tuning leave some hundred megabytes of it, in pieces that do not fit what comes next.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none

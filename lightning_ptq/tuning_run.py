@@ -12,12 +12,12 @@ import torch
 
 from lightning_ptq.calibrated import Calibration
 from lightning_ptq.journal import Journal, LayerStates, Piece
-from lightning_ptq.plan import plan_memory
+from lightning_ptq.plan import agreed_to_keep, plan_memory
 from lightning_ptq.qconfig import LayerQConfig
 from lightning_ptq.ranks import Ranks
 from lightning_ptq.reconstruct import UnitResult, reconstruct_unit
 from lightning_ptq.replay import Replay
-from lightning_ptq.store import ActivationStore, trim_heap
+from lightning_ptq.store import ActivationStore
 from lightning_ptq.tuners import ReconstructionConfig, layer_state, set_layer_state
 from lightning_ptq.unit_data import UnitData
 from lightning_ptq.units import Unit
@@ -69,7 +69,7 @@ class Run:
         self.plan = plan_memory(
             self.calibration, self.units, self.store.limit, counts, self.config.batch_size, self.sequential
         )
-        self.keep = not any(self.ranks.gather(self.plan.where == "recomputed"))
+        self.keep = agreed_to_keep(self.ranks, self.plan.where)
         self.float_stream = Replay(self.calibration, self.units, self.store, "float", keep=self.keep)
 
     @abstractmethod
@@ -82,7 +82,6 @@ class Run:
             start = time.perf_counter()
             self.progress(self.steps_done, self.steps, unit.name)
             seconds = self.unit(index)
-            trim_heap()
             self.result.seconds_tuning += seconds
             self.result.seconds_capture += time.perf_counter() - start - seconds
         return self.result

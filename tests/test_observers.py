@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from lightning_ptq.observers import (
 )
 from lightning_ptq.qconfig import QuantSpec
 from lightning_ptq.quantize import choose_qparams, fake_quantize
+from lightning_ptq.ranks import Ranks
+from lightning_ptq.sharding import merge_observers
 
 OBSERVERS = ["minmax", "percentile", "mse"]
 
@@ -94,6 +97,18 @@ def test_mse_search_of_a_symmetric_grid() -> None:
     assert found <= 1.02 * min(grid_error(x, -span * i, span * i, spec) for i in torch.linspace(0.01, 1, 400))
 
 
+class Pair(Ranks):
+    """This rank and another one, which has the observer given."""
+
+    world = 2
+
+    def __init__(self, other: MinMaxObserver) -> None:
+        self.states = iter(other.metric_state.values())
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, next(self.states) if isinstance(value, Tensor) else value]
+
+
 @pytest.mark.parametrize("observer", OBSERVERS)
 @pytest.mark.parametrize("empty", [False, True], ids=["", "one_saw_nothing"])
 def test_merged_states_equal_one_observer_exactly(observer: str, empty: bool) -> None:
@@ -101,10 +116,10 @@ def test_merged_states_equal_one_observer_exactly(observer: str, empty: bool) ->
     batches = list(values("normal", 999).split([400, 1, 300, 298]))
     together = watched(spec, *batches)
     ranks = [watched(spec, *batches), watched(spec)] if empty else [watched(spec, *batches[i::2][::-1]) for i in (1, 0)]
-    for name, merge in together._reductions.items():
-        merged = merge(torch.stack([getattr(rank, name) for rank in ranks]))
-        assert torch.equal(merged, getattr(together, name))
-        setattr(ranks[0], name, merged)
+    merged = merge_observers(Pair(ranks[1]), {"layer": ranks[0]}, lambda name: make_observer(spec))["layer"]
+    for name, state in together.metric_state.items():
+        assert torch.equal(merged.metric_state[name], state)
+    assert merged._cache is None  # nothing kept of what the rank had alone
     assert torch.equal(torch.stack(ranks[0].compute()), torch.stack(together.compute()))
     for ours, theirs in zip(ranks[0].qparams(), together.qparams(), strict=True):
         assert torch.equal(ours, theirs)

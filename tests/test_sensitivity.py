@@ -18,7 +18,7 @@ from lightning_ptq import (
     measure_choice,
     measure_sensitivity,
 )
-from lightning_ptq.errors import QConfigError, SensitivityError
+from lightning_ptq.errors import CalibrationError, QConfigError, SensitivityError
 from lightning_ptq.modules import QuantLayer, layers_in_mode
 
 CANDIDATES = ["w8a8", "w4a8", "w2a4"]
@@ -109,7 +109,22 @@ def test_blocks_before_the_lowered_layer_do_not_run_again(monkeypatch):
     measure_sensitivity(calibration, CANDIDATES)
     float_base_own_outputs, lowered = 3 * 3, 2 * 3
     checks = 2 + len(["blocks.0", "blocks.1", "head"]) + len(["blocks.0", "blocks.1"])  # on one batch
-    assert sum(runs) == float_base_own_outputs + lowered + checks
+    plan = 1
+    assert sum(runs) == float_base_own_outputs + lowered + checks + plan
+
+
+@pytest.mark.filterwarnings("ignore::lightning_ptq.errors.FunctionalOpWarning")
+@pytest.mark.parametrize("name", NETS)
+def test_a_small_disk_means_computing_again_with_the_same_rises(name, monkeypatch):
+    expected = measure_sensitivity(calibration_of(name), CANDIDATES)
+    for room in ("lightning_ptq.plan.disk_room", "lightning_ptq.store.disk_room"):
+        monkeypatch.setattr(room, lambda *_: 0)
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_ptq.sensitivity.keep_outputs", lambda *_, **__: True)
+        with pytest.raises(CalibrationError, match="fit neither into memory_limit"):
+            measure_sensitivity(calibration_of(name), CANDIDATES, memory_limit=0)
+    found = measure_sensitivity(calibration_of(name), CANDIDATES, memory_limit=0)
+    assert (found.base_value, found.rises) == (expected.base_value, expected.rises)
 
 
 def test_first_last_and_overridden_layers_keep_to_the_config():

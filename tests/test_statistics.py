@@ -9,7 +9,7 @@ from helpers import ResNet, Snapshot, build, same_state, seeded, state
 from torch import nn
 
 from lightning_ptq import QConfig, calibrate, para_normalize, reestimate_batch_norm, tune_bias
-from lightning_ptq.errors import QConfigError, StatisticsError, UnfoldedBatchNormWarning
+from lightning_ptq.errors import CalibrationError, QConfigError, StatisticsError, UnfoldedBatchNormWarning
 from lightning_ptq.judging import split_samples
 from lightning_ptq.modules import layers_in_mode
 from lightning_ptq.statistics import ChannelStatistics, watch_outputs
@@ -207,6 +207,21 @@ def test_what_does_not_help_beyond_doubt_on_held_out_samples_is_taken_back(step,
     result = step(calibration)
     assert (result.accepted, result.before, result.after) == (accepted, 1.0, pytest.approx(float(after.mean())))
     assert accepted or same_state(state(calibration.module), before)
+
+
+@pytest.mark.parametrize("step", ["batch norm", "para"])
+def test_a_small_disk_means_computing_again_with_the_same_result(step, monkeypatch):
+    calibrations = [calibration_of() for _ in range(3)]
+    expected = STEPS[step](calibrations[0], held_out=0.25)
+    for room in ("lightning_ptq.plan.disk_room", "lightning_ptq.store.disk_room"):
+        monkeypatch.setattr(room, lambda *_: 0)
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_ptq.statistics.keep_outputs", lambda *_: True)
+        with pytest.raises(CalibrationError, match="fit neither into memory_limit"):
+            STEPS[step](calibrations[1], memory_limit="100KB")
+    assert STEPS[step](calibrations[2], memory_limit="100KB") == expected  # the inputs of any layer fit
+    assert expected.accepted
+    assert same_state(state(calibrations[2].module), state(calibrations[0].module))
 
 
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
