@@ -19,7 +19,7 @@ from lightning_ptq.report import PTQReport
 TOLD = {
     adaquant.UnitScalars: ("log",), allocator: ("log_scalars",), BitAllocator: ("_sweep",), base: ("log_sheets",),
     capture: ("log_end", "log_ranges", "log_settings"), statistics: ("log_scalars",),
-    PTQReport: ("calibrated", "finish", "save", "sheets"),
+    PTQReport: ("calibrated", "finish", "pictures", "save", "sheets"),
 }  # fmt: skip
 
 

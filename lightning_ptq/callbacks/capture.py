@@ -19,7 +19,7 @@ from lightning_ptq.callbacks.base import (
     rank_zero_info,
     told,
 )  # fmt: skip
-from lightning_ptq.callbacks.logging import log_end, log_ranges, log_settings
+from lightning_ptq.callbacks.logging import log_end, log_ranges, log_settings, shows_pictures
 from lightning_ptq.callbacks.muting import Step, calibration_forward, muted
 from lightning_ptq.callbacks.resuming import FOLDER, Journals
 from lightning_ptq.callbacks.sharing import check_same_length, no_waiting, population, unshuffled
@@ -213,9 +213,11 @@ class CalibrationCapture(PTQCallback):
             " CalibrationCapture.report: report.print(), report.save(folder)."
         )
         if trainer.is_global_zero:
-            log_end(trainer, report)
+            wanted = self.report_dir is not None or shows_pictures(trainer)
+            pictures = report.pictures() if wanted else {}
+            log_end(trainer, report, pictures)
             if self.report_dir is not None:
-                report.save(self.report_dir)
+                report.save(self.report_dir, pictures)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Lightning skips the epoch of an empty loader, or of a run that ``ckpt_path`` says is over, without a word."""

@@ -10,7 +10,6 @@ import numpy as np
 
 from lightning_ptq.reconstruct import UnitResult
 from lightning_ptq.report import PTQReport, Sheet
-from lightning_ptq.report.ptq_report import png
 from lightning_ptq.report.record import Histogram
 from lightning_ptq.report.sheet import shown
 
@@ -68,17 +67,20 @@ def log_sheets(trainer: Any, sheets: Iterable[Sheet]) -> None:
             _log_sheet(logger, sheet)
 
 
-def log_end(trainer: Any, report: PTQReport) -> None:
+def shows_pictures(trainer: Any) -> bool:
+    """Whether any of the loggers shows drawings."""
+    return any(_shows_pictures(logger) for logger in _rank_zero(trainer))
+
+
+def log_end(trainer: Any, report: PTQReport, pictures: Mapping[str, bytes]) -> None:
     """What stands at the end only: the figures of the summary, the remaining tables, all drawings."""
     summary = {f"ptq/run/{name}": value for name, value in report.summary().items() if not isinstance(value, str)}
     log_scalars(trainer, summary)
     log_sheets(
         trainer, [sheet for sheet in report.sheets() if sheet.key in ("summary", "stages", "warnings", "layers")]
     )
-    loggers = [logger for logger in _rank_zero(trainer) if _shows_pictures(logger)]
-    for key, figure in report.figures().items() if loggers else ():
-        picture = png(figure)
-        for logger in loggers:
+    for logger in _rank_zero(trainer):
+        for key, picture in pictures.items() if _shows_pictures(logger) else ():
             _log_picture(logger, f"ptq/{key}_plot", picture)
 
 

@@ -160,8 +160,10 @@ def draw_ranges(record: RunRecord) -> Figure:
     from matplotlib.figure import Figure
 
     rows = record.layers[:_MOST]
-    figure = Figure(figsize=(9, 1.1 + 1.05 * len(rows)), layout="constrained")
+    height = 0.6 + 0.85 * len(rows)
+    figure = Figure(figsize=(9, height))  # places are fixed, for finding them takes seconds with so many panels
     panels = figure.subplots(len(rows), 2, squeeze=False)
+    figure.subplots_adjust(0.2, 0.2 / height, 0.98, 1 - 0.3 / height, wspace=0.06, hspace=0.45)
     for (left, right), row in zip(panels, rows, strict=True):
         _histogram(left, row.weights, _BEFORE)
         _histogram(right, row.inputs, _AFTER)
@@ -177,7 +179,8 @@ def draw_ranges(record: RunRecord) -> Figure:
 
 def _histogram(axes: Axes, histogram: Histogram | None, colour: str) -> None:
     axes.set_yticks([])
-    axes.tick_params(labelsize=5)
+    axes.tick_params(labelsize=5, length=2, pad=1)
+    axes.locator_params(axis="x", nbins=5)
     if histogram is None:
         axes.text(0.5, 0.5, "not recorded", fontsize=6, ha="center", va="center", transform=axes.transAxes)
         return

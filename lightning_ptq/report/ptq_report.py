@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,10 @@ class PTQReport(RunRecord):
 
         return all_figures(self)
 
+    def pictures(self) -> dict[str, bytes]:
+        """The drawings as PNG files."""
+        return {key: png(figure) for key, figure in self.figures().items()}
+
     def print(self, console: Console | None = None, every: bool = False) -> None:
         """Print the summary, the stages, the warnings and a row for each layer.
 
@@ -76,20 +81,21 @@ class PTQReport(RunRecord):
         found: dict[str, Any] = plain(self)
         return {"summary": plain(self.summary()), **found}
 
-    def save(self, folder: str | os.PathLike[str]) -> Path:
+    def save(self, folder: str | os.PathLike[str], pictures: Mapping[str, bytes] | None = None) -> Path:
         """Write ``report.json``, a CSV file for each table, a PNG file for each drawing, and ``report.html``.
 
         The page holds all tables and drawings in itself and needs no network.
 
         Args:
             folder: Made if it is not there; files of the same names are replaced.
+            pictures: What :meth:`pictures` returned, if the drawings are there already.
 
         Returns:
             The path of the page.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        pictures = {key: png(figure) for key, figure in self.figures().items()}
+        pictures = self.pictures() if pictures is None else pictures
         for key, picture in pictures.items():
             (folder / f"{key}.png").write_bytes(picture)
         for sheet in self.sheets():
@@ -99,7 +105,7 @@ class PTQReport(RunRecord):
         page.write_text(self._page(pictures), encoding="utf-8")
         return page
 
-    def _page(self, pictures: dict[str, bytes]) -> str:
+    def _page(self, pictures: Mapping[str, bytes]) -> str:
         environment = Environment(
             loader=PackageLoader("lightning_ptq", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
         )
