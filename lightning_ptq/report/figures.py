@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -180,11 +181,10 @@ def draw_ranges(record: RunRecord) -> Figure:
 def _histogram(axes: Axes, histogram: Histogram | None, colour: str) -> None:
     axes.set_yticks([])
     axes.tick_params(labelsize=5, length=2, pad=1)
-    axes.locator_params(axis="x", nbins=5)
     if histogram is None:
         axes.text(0.5, 0.5, "not recorded", fontsize=6, ha="center", va="center", transform=axes.transAxes)
         return
-    axes.stairs(histogram.counts, histogram.edges, fill=True, color=colour)
-    if colour == _AFTER:
-        axes.set_yscale("symlog", linthresh=1)
-        axes.set_yticks([])
+    heights = [math.log1p(count) for count in histogram.counts] if colour == _AFTER else histogram.counts
+    axes.stairs(heights, histogram.edges, fill=True, color=colour)
+    axes.set_xticks([histogram.edges[0], 0.0, histogram.edges[-1]])
+    axes.xaxis.set_major_formatter("{x:.3g}")

@@ -115,7 +115,7 @@ class PTQReport(RunRecord):
         return environment.get_template("page.html").render(report=self, sheets=sheets, pictures=inline)
 
 
-def png(figure: Figure, dpi: int = 110) -> bytes:
+def png(figure: Figure, dpi: int = 90) -> bytes:
     """A drawing as the bytes of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
