@@ -26,6 +26,9 @@ def log_scalars(trainer: Any, values: Mapping[str, float], step: int | None = No
         logger.log_metrics(dict(values), step=step)
 
 
+_POINTS = 20  # of a unit's curve; each is a call of every logger
+
+
 class UnitScalars:
     """Errors and tuning curve of one unit after the other, as they come.
 
@@ -41,7 +44,7 @@ class UnitScalars:
 
     def log(self, row: UnitResult) -> None:
         """Log a unit."""
-        for step, loss in row.curve:
+        for step, loss in row.curve[:: -(-len(row.curve) // _POINTS)] if row.curve else ():
             log_scalars(self.trainer, {f"ptq/{self.key}/loss": loss}, self.steps + step)
         values = {"error_before": row.error_before, "error_after": row.error_after, "accepted": float(row.accepted)}
         log_scalars(self.trainer, {f"ptq/{self.key}/{name}": value for name, value in values.items()}, self.units)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,13 @@ def fit(pl, tmp_path, logger, callbacks=None):
 def log_records(data: bytes) -> Iterator[bytes]:
     """The records of a file in LevelDB's log format, which W&B writes behind a header of 7 bytes."""
     place, whole = 7, b""
-    while place + 7 <= len(data):
+    while place + 7 <= len(data):  # the last record may not be whole yet
         if 32768 - place % 32768 < 7:  # the rest of a block that holds no further header
             place += 32768 - place % 32768
             continue
         length, kind = struct.unpack("<HB", data[place + 4 : place + 7])
+        if place + 7 + length > len(data):
+            return
         whole += data[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):  # all of a record, or the last of its parts
@@ -77,8 +80,13 @@ class WandbFile:
         (path,) = folder.rglob("*.wandb")
         self.files, self.config = path.parent / "files", {}
         self.history: dict[str, list[Any]] = {}
-        for data in log_records(path.read_bytes()):
-            record = wandb_internal_pb2.Record.FromString(data)
+        records: list[Any] = []
+        deadline = time.monotonic() + 60
+        while not (records and records[-1].HasField("exit")):  # W&B's own process may still be writing
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+            records = [wandb_internal_pb2.Record.FromString(data) for data in log_records(path.read_bytes())]
+        for record in records:
             for key, value in nested(record.history.item).items():
                 self.history.setdefault(key, []).append(value)
             self.config |= nested(record.config.update)
@@ -119,7 +127,7 @@ def test_an_offline_wandb_run_holds_every_table_picture_and_figure(wandb_run):
     rows = run.table("units_adaquant_sequential")["data"]
     assert [(row[0], row[2], row[3]) for row in rows] == [(u.name, u.error_before, u.error_after) for u in units]
     assert run.history["ptq/adaquant_sequential/error_after"] == [unit.error_after for unit in units]
-    assert len(run.history["ptq/adaquant_sequential/loss"]) == sum(len(unit.curve) for unit in units)
+    assert run.history["ptq/adaquant_sequential/loss"] == [loss for unit in units for _, loss in unit.curve]
     for name in LAYERS:
         for kind in ("weights", "inputs"):
             (histogram,) = run.history[f"ptq/range/{name}/{kind}"]
