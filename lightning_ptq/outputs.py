@@ -104,10 +104,13 @@ def divergence(output: Tensor, target: Tensor, measure: Divergence) -> Tensor:
     output, target = output.cpu().double(), target.cpu().double()  # divergences may be as small as float32 rounding
     if measure == "mse":
         apart = (output - target).square()
-    elif output.dim() < 2:
-        raise SensitivityError(f"the outputs have shape {tuple(output.shape)}, no classes among them. Use 'mse'.")
     else:
         classes = 2 if output.dim() == 3 else 1
+        if output.dim() < 2 or output.shape[classes] < 2:  # of a single class, every divergence would be 0
+            raise SensitivityError(
+                f"the outputs have shape {tuple(output.shape)}, so there are no logits of several classes to compare."
+                " Write measure='mse'."
+            )
         logs = F.log_softmax(output, classes), F.log_softmax(target, classes)
         apart = F.kl_div(*logs, log_target=True, reduction="none").sum(classes)
     return apart.reshape(len(apart), -1).mean(1)

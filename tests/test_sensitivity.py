@@ -225,7 +225,7 @@ def test_bad_input_is_told_and_leaves_the_module_as_it_was():
 
 @pytest.mark.parametrize(("tail", "forward", "message"), [
     ([], lambda module, batch: torch.no_grad()(module)(batch), "outputs carry no gradients"),
-    ([nn.Linear(4, 1), nn.Flatten(0)], lambda module, batch: module(batch), r"shape \(16,\), no classes"),
+    ([nn.Linear(4, 1), nn.Flatten(0)], lambda module, batch: module(batch), r"shape \(16,\), so there are no logits"),
 ])  # fmt: skip
 def test_fisher_needs_logits_with_gradients(tail, forward, message):
     calibration = calibrate(nn.Sequential(nn.Linear(6, 4), *tail), [seeded(1, 16, 6)], "w8a8", forward=forward)
@@ -261,3 +261,13 @@ def test_the_float_net_comes_back_after_all():
     measure_sensitivity(calibration, CANDIDATES, measure="fisher")
     calibration.prepared.undo()
     before.assert_unchanged()
+
+
+@pytest.mark.parametrize("measure", ["kl", "fisher"])
+def test_an_output_of_one_value_is_no_logits(measure):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
+    calibration = calibrate(net, [torch.randn(16, 4)] * 2, "w8a8")
+    with pytest.raises(SensitivityError, match=r"shape \(16, 1\).*measure='mse'"):
+        measure_sensitivity(calibration, ["w8a8", "w4a4"], measure=measure)
+    assert measure_sensitivity(calibration, ["w8a8", "w4a4"], measure="mse").rises["2"]["w4a4"] > 0
