@@ -53,7 +53,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """The API reference, in build/docs; a warning fails it."""
-    session.install("pdoc>=15", "-e", ".")
+    session.install("pdoc>=15", "-e", ".[plots]")
     session.run("python", "-W", "error", ".ci/docs.py", "build/docs")
 
 
