@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import time
 import traceback
@@ -70,6 +71,7 @@ def _child(rank: int, world: int, port: int, pipe: Any, work: Callable[..., Any]
     settings = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": world, "RANK": rank, "LOCAL_RANK": rank}
     if world > 1:
         os.environ.update({key: str(value) for key, value in {**settings, "NODE_RANK": 0}.items()})
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has it ignored
     torch.set_num_threads(1)
     try:
         result = work(*args)
