@@ -129,7 +129,7 @@ class UnprovenAllocationWarning(PTQWarning):
 class ReportWarning(PTQWarning):
     """A part of the report that could not be made."""
 
-    remedy = "pip install 'lightning-ptq[plots]'"
+    remedy = "For plots, pip install 'lightning-ptq[plots]'. To write the report again, call report.save(folder)."
 
 
 _notes: ContextVar[tuple[list[PTQWarning], ...]] = ContextVar("_notes", default=())

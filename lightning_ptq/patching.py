@@ -59,6 +59,7 @@ def left_as_it_was(module: nn.Module) -> Iterator[None]:
         (tensor([0., 0.]), True)
     """
     with ExitStack() as stack:
+        # fork_rng keeps the state of the CPU, and of the CUDA devices that it is told
         devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
         stack.enter_context(torch.random.fork_rng([d.index for d in devices]))
         stack.callback(random.setstate, random.getstate())

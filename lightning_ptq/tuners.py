@@ -256,6 +256,8 @@ def layer_state(layer: QuantLayer) -> dict[str, Tensor]:
 @torch.no_grad()
 def set_layer_state(layer: QuantLayer, state: dict[str, Tensor]) -> None:
     """Put back what :func:`layer_state` copied; the layer must have the same widths."""
+    if (layer.bias is None) != ("bias" not in state):  # statistics tuning adds biases
+        layer.set_weight(layer.weight, state.get("bias"), keep_weight=True)
     for name, tensor in layer_tensors(layer).items():
         tensor.copy_(state[name])
 

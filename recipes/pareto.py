@@ -54,7 +54,7 @@ def main(
     first: float = 0.10,
     last: float = 0.25,
     step: float = 0.01,
-    tuned: list[str] = ["w4a4", "w3a3"],  # noqa: B006
+    tuned: list[str] = ["w4a4", "w3a3"],  # noqa: B006  # jsonargparse copies it
     calibration: int = 1024,
     seed: int = 0,
 ) -> None:

@@ -36,7 +36,7 @@ def measure(data: Path, weights: Path, mode: str, qconfig: str, steps: int | Non
     calibrated = calibrate(module.net, DataLoader(own, loader.batch_size), QConfig.parse(qconfig), ranks=ranks)
     result = adaquant(
         calibrated,
-        mode=mode,  # type: ignore[arg-type]
+        mode=mode,  # type: ignore[arg-type]  # adaquant checks it
         candidates=CANDIDATES if mode == "parallel" else None,
         config=ReconstructionConfig(steps=steps, tolerance=0.0 if mode == "parallel" else None),
     )

@@ -30,7 +30,12 @@ def problem(layers: int, seed: int) -> tuple[dict[str, dict[str, float]], list[C
     return rises, [Cost(name, table) for name, table in (("size", sizes), ("bops", bops))]
 
 
-def main(layers: list[int] = [500, 5000], budget: float = 0.55, seeds: int = 3, time_limit: float = 120) -> None:  # noqa: B006
+def main(
+    layers: list[int] = [500, 5000],  # noqa: B006  # jsonargparse copies it
+    budget: float = 0.55,
+    seeds: int = 3,
+    time_limit: float = 120,
+) -> None:
     """Solve random problems of nine candidates under a size and a bit-operations budget.
 
     Args:

@@ -118,6 +118,29 @@ def test_each_candidate_is_tuned_from_the_float_weights_and_the_calibrated_width
         assert same_state(tuned, result.states["w4a4"][name])
 
 
+def test_sequential_tuning_starts_from_the_float_weights_also_behind_parallel_tuning():
+    config = ReconstructionConfig(steps=5, batch_size=16, tolerance=0.0)
+    alone = adaquant(calibration_of(), config=config)
+    calibration = calibration_of()
+    adaquant(calibration, mode="parallel", config=config)
+    behind = adaquant(calibration, config=config)
+    assert len(alone.units[0].curve) == 5
+    assert behind.units[0].curve == alone.units[0].curve
+    assert behind.units[0].error_before != alone.units[0].error_before  # the state that it has to beat
+
+
+def test_a_bias_that_was_added_is_there_again_when_tuning_is_taken_back():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8, bias=False), nn.ReLU(), nn.Linear(8, 2))
+    calibration = calibrate(net, [torch.randn(32, 4)], QConfig.parse("w4a8", first_last_bits=None))
+    layer = calibration.layers["0"]
+    layer.set_weight(layer.weight, torch.full((8,), 1e-4), keep_weight=True)
+    with pytest.warns(RolledBackWarning):
+        result = adaquant(calibration, granularity="layer", config=ReconstructionConfig(steps=2, weight_lr=1e6))
+    assert not result.units[0].accepted
+    assert torch.equal(layer.bias, torch.full((8,), 1e-4))
+
+
 def test_first_and_last_layer_are_tuned_at_no_less_than_their_least_width():
     calibration = calibrate(build(ResNet).eval(), IMAGES, "w4a4")
     result = adaquant(calibration, mode="parallel", candidates=["w2a3"], granularity="layer", config=CONFIG)

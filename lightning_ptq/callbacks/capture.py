@@ -18,13 +18,13 @@ from lightning_ptq.callbacks.base import (
     ptq_callbacks,
     rank_zero_info,
     told,
-)  # fmt: skip
+)
 from lightning_ptq.callbacks.logging import log_end, log_ranges, log_settings, shows_pictures
 from lightning_ptq.callbacks.muting import Step, calibration_forward, muted
 from lightning_ptq.callbacks.resuming import FOLDER, Journals
 from lightning_ptq.callbacks.sharing import check_same_length, no_waiting, population, unshuffled
 from lightning_ptq.callbacks.stopping import StopRequest
-from lightning_ptq.errors import CalibrationError, noted_warnings
+from lightning_ptq.errors import CalibrationError, CallbackError, ReportWarning, noted_warnings, warn
 from lightning_ptq.journal import Journal
 from lightning_ptq.patching import attributes
 from lightning_ptq.qconfig import ObserverName, QConfig
@@ -132,6 +132,7 @@ class CalibrationCapture(PTQCallback):
             return
         check_order(trainer)
         check_trainer(trainer)
+        _check_folder(self.report_dir)
         self._ranks, self._stop, self._error, self._journals = current_ranks(), StopRequest(), None, None
         pl_module.configure_model()
         self.calibration = self._calibrator = None
@@ -188,7 +189,6 @@ class CalibrationCapture(PTQCallback):
         self._ranks.check_same(dict(pl_module.state_dict()))
         if self.report is not None:
             self.report.finish(self.calibration)
-            self._tell(trainer, self.report)
         self.calibration.release()
         self._prepared = None
         if self._journals is not None:
@@ -202,14 +202,15 @@ class CalibrationCapture(PTQCallback):
                     if not checkpoint.save_last:
                         checkpoint.last_model_path = path
                     trainer.save_checkpoint(path)
+        if self.report is not None:  # last, so that a logger that fails costs neither the module nor the checkpoint
+            self._tell(trainer, self.report)
 
     def _tell(self, trainer: Any, report: PTQReport) -> None:
         """Say what came of it, on the console, in the logs, and in files if they are asked for."""
         summary = report.summary()
         rank_zero_info(
-            f"PTQ is done in {report.seconds:.0f} s: {report.float_bytes / 1e6:.3g} MB ->"
-            f" {report.packed_bytes / 1e6:.3g} MB,"
-            f" {summary['times smaller']:.1f} times smaller, with {len(report.warnings)} warnings. The rest is in"
+            f"PTQ is done in {report.seconds:.0f} s: {report.float_bytes / 1e6:.3g} MB -> {report.packed_bytes / 1e6:.3g}"
+            f" MB, {summary['times smaller']:.1f} times smaller, with {len(report.warnings)} warnings. The rest is in"
             " CalibrationCapture.report: report.print(), report.save(folder)."
         )
         if trainer.is_global_zero:
@@ -217,7 +218,10 @@ class CalibrationCapture(PTQCallback):
             pictures = report.pictures() if wanted else {}
             log_end(trainer, report, pictures)
             if self.report_dir is not None:
-                report.save(self.report_dir, pictures)
+                try:
+                    report.save(self.report_dir, pictures)
+                except OSError as error:
+                    warn(f"the report could not be written to {self.report_dir!r} ({error}).", ReportWarning)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Lightning skips the epoch of an empty loader, or of a run that ``ckpt_path`` says is over, without a word."""
@@ -277,6 +281,18 @@ class CalibrationCapture(PTQCallback):
 
     def _done(self) -> bool:
         return self._calibrator is None or self._calibrator.done
+
+
+def _check_folder(report_dir: str | None) -> None:
+    """Make the folder of the report, so that one that cannot be made is found out before the work."""
+    try:
+        if report_dir is not None:
+            Path(report_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CallbackError(
+            f"report_dir={report_dir!r} cannot be made ({error}). Write a folder that can be written to, or leave it"
+            " out and call report.save(folder) after fit."
+        ) from error
 
 
 @contextmanager

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import classifier, loader, same_state, state, trainer
+from helpers import Snapshot, classifier, loader, same_state, state, trainer
 
 from lightning_ptq import AdaQuantLayerwise, CalibrationCapture
 from lightning_ptq.callbacks import pipelines
+from lightning_ptq.errors import CallbackError, ReportWarning
+from lightning_ptq.report import PTQReport
+from lightning_ptq.surgery import is_prepared
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
@@ -197,3 +200,40 @@ def test_units_are_logged_as_they_come(pl, tmp_path):
 
     fit(pl, tmp_path, Watch(tmp_path), [CalibrationCapture("w3a4"), tuner])
     assert seen == [0, 1, 2, 3]
+
+
+def test_a_folder_that_cannot_be_made_is_found_out_before_the_work(pl, tmp_path):
+    (tmp_path / "file").touch()
+    module = classifier(pl)
+    before = Snapshot(module)
+    with pytest.raises(CallbackError, match=r"report_dir='.*file/deep' cannot be made"):
+        trainer(pl, tmp_path, CalibrationCapture("w8a8", report_dir=str(tmp_path / "file" / "deep"))).fit(
+            module, loader()
+        )
+    before.assert_unchanged()
+
+
+def test_a_report_that_cannot_be_written_costs_a_warning_only(pl, tmp_path, monkeypatch):
+    def full(*args: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(PTQReport, "save", full)
+    module = classifier(pl)
+    capture = CalibrationCapture("w8a8", report_dir=str(tmp_path / "report"))
+    with pytest.warns(ReportWarning, match="No space left"):
+        trainer(pl, tmp_path, capture).fit(module, loader())
+    assert is_prepared(module)
+    assert [type(warning) for warning in capture.report.warnings] == [ReportWarning]
+
+
+def test_a_logger_that_fails_in_the_end_does_not_cost_the_quantized_module(pl, tmp_path):
+    class Broken(pl.loggers.CSVLogger):
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            if "ptq/run/seconds" in metrics:
+                raise ConnectionError("no network")
+
+    module = classifier(pl)
+    with pytest.raises(ConnectionError):
+        trainer(pl, tmp_path, CalibrationCapture("w8a8"), logger=Broken(tmp_path)).fit(module, loader())
+    assert is_prepared(module)
+    assert module.net[0].qconfig is not None

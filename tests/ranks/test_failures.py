@@ -58,7 +58,7 @@ def fails(root: Any, how: str) -> Any:
             own(*args, **kwargs)
             raise ValueError("the disk is full")
 
-        tuning.work = work  # type: ignore[method-assign]
+        tuning.work = work  # type: ignore[method-assign]  # to fail within it
     start, raised = time.monotonic(), None
     try:
         fitting.fit(module, data)
