@@ -67,51 +67,24 @@ class FakeQuantize(nn.Module):
 class ActivationDrop:
     """Activations that keep their float value in a step of tuning, drawn at random (QDrop, Wei et al., 2022).
 
-    A step may be computed in parts, here or on several ranks: what is drawn for a sample is the same in all cases.
-
     Args:
         generator: Source of the random numbers.
+
+    Attributes:
+        probability: That a value is dropped.
     """
 
     def __init__(self, generator: torch.Generator) -> None:
         self.generator = generator
         self.probability = 0.0
-        self._drawn: list[Tensor] = []  # random bytes for all samples of the step, by call of a quantizer
-        self._calls = 0
-        self._part, self._samples = slice(0, 1), 1
-
-    def start_step(self, probability: float) -> None:
-        """Go on to the next step, in which values are dropped with this probability."""
-        self.probability = probability
-        self._drawn.clear()
-
-    def start_part(self, part: slice, samples: int) -> None:
-        """Go on to the part of the step with these of its so many samples."""
-        self._part, self._samples, self._calls = part, samples, 0
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """``y`` with some of its values replaced by those of ``x``."""
         if not self.probability:
             return y
-        dropped = self._bytes(x) < round(self.probability * 256)
-        return torch.lerp(y, x, dropped.to(x.dtype))  # several times faster than torch.where, backwards too
-
-    def _bytes(self, x: Tensor) -> Tensor:
-        """Random bytes of the shape of ``x``, the input of the next quantizer for the samples of the part."""
-        here = self._part.stop - self._part.start
-        per_sample, rest = divmod(x.shape[0] if x.dim() else 1, here)
-        if rest or not per_sample:  # not sample by sample, so there is nothing to go by
-            return self._draw(x.numel(), x.device).view(x.shape)
-        self._calls += 1
-        if len(self._drawn) < self._calls:
-            count = x.numel() // here * self._samples
-            self._drawn.append(self._draw(count, x.device).view(self._samples * per_sample, *x.shape[1:]))
-        whole = self._drawn[self._calls - 1]
-        return whole[self._part.start * per_sample : self._part.stop * per_sample].view(x.shape)
-
-    def _draw(self, count: int, device: torch.device) -> Tensor:
         # Random bytes cost an eighth of random floats, and dropping is on the path of every tuning step.
         words = torch.randint(
-            -(2**63), 2**63 - 1, (count // 8 + 1,), generator=self.generator, dtype=torch.int64, device=device
+            -(2**63), 2**63 - 1, (x.numel() // 8 + 1,), generator=self.generator, dtype=torch.int64, device=x.device
         )
-        return words.view(torch.uint8)[:count]
+        dropped = words.view(torch.uint8)[: x.numel()].view(x.shape) < round(self.probability * 256)
+        return torch.lerp(y, x, dropped.to(x.dtype))  # several times faster than torch.where, backwards too

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_ptq.journal import LayerStates, Piece
+from lightning_ptq.parts import Part
 from lightning_ptq.plan import layer_work
 from lightning_ptq.qconfig import LayerQConfig
 from lightning_ptq.ranks import Ranks
@@ -33,14 +34,12 @@ class ParallelRun(Run):
         self.tuned: LayerStates = {}
         super().__post_init__()
 
-    def steps_by_unit(self) -> list[int]:
-        """Optimisation steps of each unit on this rank."""
-        return [self._all_steps(unit) if self._mine(unit) else 0 for unit in self.units]
-
-    def _mine(self, unit: Unit) -> bool:
+    def mine(self, unit: Unit) -> bool:
+        """Whether this rank tunes the unit."""
         return self.owners[unit.name] == self.ranks.rank
 
-    def _all_steps(self, unit: Unit) -> int:
+    def steps_of(self, unit: Unit) -> int:
+        """Optimisation steps of a unit, at all candidates together."""
         return sum(self._steps(pairs) for pairs, _ in groupby(sorted(self._choices(unit), key=str)))
 
     def _costs(self) -> dict[str, float]:
@@ -49,10 +48,10 @@ class ParallelRun(Run):
             return dict.fromkeys((unit.name for unit in self.units), 1.0)
         layers = layer_work(self.calibration)
         work = {name: of_layer.macs + _WORK_OF_ACTIVATION * of_layer.outputs for name, of_layer in layers.items()}
-        return {unit.name: sum(work[name] for name in unit.layers) * self._all_steps(unit) for unit in self.units}
+        return {unit.name: sum(work[name] for name in unit.layers) * self.steps_of(unit) for unit in self.units}
 
     def all(self) -> AdaQuantResult:
-        """Every unit's float outputs, the own units' tuning, and an exchange."""
+        """The own units, and an exchange."""
         super().all()
         everything = self.ranks.gather((self.rows, self.tuned, self.result.seconds_tuning))
         rows = {name: found for of_rank, _, _ in everything for name, found in of_rank.items()}
@@ -67,31 +66,24 @@ class ParallelRun(Run):
         return self.result
 
     def unit(self, index: int) -> float:
-        """Capture; tune the unit if it is this rank's."""
-        unit, batches = self.units[index], len(self.calibration.batches)
-        data = UnitData(self.float_stream.inputs(index), self.store)
-        outputs = data.outputs(unit.module, batches, "float")
-        if not self._mine(unit):
-            self.float_stream.finish(index, outputs)
-            return 0.0
+        """Capture, and tune at each candidate or take from the journal."""
+        unit = self.work[index]
         piece = self.journal.read(unit.name) if self.journal and unit.name in self.kept else None
-        if piece is None:
-            data.set_targets(outputs, unit.module)
-        self.float_stream.finish(index, outputs)
+        data = self._capture(index, targets=piece is None)
         start = time.perf_counter()
         if piece is None:
             piece = self._tune_candidates(unit, data)
             if self.journal is not None:
                 self.journal.write(unit.name, piece)
         else:
-            self.steps_done += self._all_steps(unit)
+            self.steps_done += self.steps_of(unit)
             for row in piece.facts["rows"]:
                 self.on_unit(UnitResult.of(row))
         self.rows[unit.name] = piece.facts["rows"]
         self.tuned.update(piece.states)
         return time.perf_counter() - start
 
-    def _tune_candidates(self, unit: Unit, data: UnitData) -> Piece:
+    def _tune_candidates(self, unit: Unit, data: list[tuple[Part, UnitData]]) -> Piece:
         """Tune at each candidate, from the float weights; the calibrated widths stay in place."""
         own, choices = unit_qconfigs(unit), self._choices(unit)
         rows: list[dict[str, Any]] = []

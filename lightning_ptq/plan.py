@@ -14,6 +14,7 @@ from lightning_ptq.calibrated import Calibration
 from lightning_ptq.errors import CalibrationError
 from lightning_ptq.forward import batch_size
 from lightning_ptq.modules import QuantLayer, layers_in_mode
+from lightning_ptq.parts import Part
 from lightning_ptq.ranks import Ranks
 from lightning_ptq.store import disk_room
 from lightning_ptq.trace import RESULT, first_argument
@@ -55,7 +56,13 @@ class MemoryPlan:
 
 
 def plan_memory(
-    calibration: Calibration, units: Sequence[Unit], limit: int, steps: Sequence[int], batch: int, sequential: bool
+    calibration: Calibration,
+    units: Sequence[Unit],
+    limit: int,
+    steps: Sequence[int],
+    batch: int,
+    sequential: bool,
+    parts: Sequence[Part],
 ) -> MemoryPlan:
     """Work out what tuning will hold, from one watched forward of the first batch.
 
@@ -66,13 +73,17 @@ def plan_memory(
         steps: Optimisation steps of each unit here.
         batch: Samples a step.
         sequential: Two streams are kept, the float and the quantized one.
+        parts: Those of the calibration set that are captured and tuned on here.
 
     Raises:
         CalibrationError: If what a single unit needs fits neither into the limit nor onto the disk.
     """
+    share = sum(part.weight for part in parts)
+    if not units or not parts:
+        return MemoryPlan(0, limit, "no unit", "memory", 0.0)
     streams = 2 if sequential else 1
     sizes, seconds = _watch(calibration, units)
-    alone, kept = _held(calibration, units, sizes, streams)
+    alone, kept = ([share * most for most in found] for found in _held(calibration, units, sizes, streams, len(parts)))
     where, most = _place(kept, limit), max(kept)
     if max(alone) > (room := limit + disk_room()):
         worst = units[alone.index(max(alone))].name
@@ -85,7 +96,7 @@ def plan_memory(
     runs = streams * (len(units) / 2 if where == "recomputed" else 2)
     forwards = sum(per_sample.values()) * calibration.samples * runs
     tuning = sum(_STEP * per_sample[unit.name] * n * batch for unit, n in zip(units, steps, strict=True))
-    return MemoryPlan(round(most), limit, units[kept.index(most)].name, where, forwards + tuning)
+    return MemoryPlan(round(most), limit, units[kept.index(most)].name, where, share * (forwards + tuning))
 
 
 def keep_outputs(calibration: Calibration, units: Sequence[Unit], limit: int, whole: bool = False) -> bool:
@@ -117,20 +128,30 @@ def _held(
     units: Sequence[Unit],
     sizes: Mapping[str, tuple[int, int]],
     streams: int = 1,
+    parts: int = 1,
     whole: bool = False,
 ) -> tuple[list[float], list[float]]:
-    """Bytes held at each unit, from those of the first batch: for the unit alone, and with the outputs kept for it and
-    for later units.
+    """Bytes held at each unit at most, from those of the first batch: for the unit alone, and with the outputs kept for
+    it and for later units. One part is captured after the other, and then handed on after the other.
     """
     scale = calibration.samples / batch_size(calibration.batches[0])
     needed = calibration.trace.needed_outputs([unit.name for unit in units])
     alone, kept = [], []
+
+    def crossing(index: int, first: int) -> float:
+        """Bytes of the outputs of units before ``index`` that the ``first`` and those behind it need, in a stream."""
+        later = set().union(*(needed[other.name] for other in units[first:]), needed[RESULT] if whole else ())
+        return scale * sum(sizes[other.name][1] for other in units[:index] if other.name in later)
+
     for index, unit in enumerate(units):
-        inputs, outputs = sizes[unit.name]
-        later = set().union(*(needed[other.name] for other in units[index:]), needed[RESULT] if whole else ())
-        crossing = sum(sizes[other.name][1] for other in units[:index] if other.name in later)
-        alone.append(scale * (inputs + streams * outputs))
-        kept.append(alone[-1] + scale * streams * crossing)
+        inputs, outputs = (scale * size for size in sizes[unit.name])
+        before, after = crossing(index, index), crossing(index, index + 1)
+        held = streams * after + inputs + outputs
+        capture = max(streams * before + inputs, (streams - 1) * before + after + inputs + outputs) / parts
+        capture += max(inputs, outputs) / parts  # counted twice while they are put behind one another
+        rest = max(streams * before, held) * (parts - 1) / parts
+        alone.append(inputs + outputs + max(inputs, outputs) / parts)
+        kept.append(max(capture + rest, held + (streams - 1) * outputs / parts))
     return alone, kept
 
 

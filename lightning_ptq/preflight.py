@@ -25,6 +25,7 @@ from lightning_ptq.errors import (
 from lightning_ptq.forward import Forward, default_forward
 from lightning_ptq.macs import count_macs, macs_below
 from lightning_ptq.modules import FoldableBatchNorm, layers_in_mode, quantizable_types
+from lightning_ptq.parts import deal_parts
 from lightning_ptq.patching import left_as_it_was
 from lightning_ptq.plan import MemoryPlan, plan_memory
 from lightning_ptq.qconfig import QConfig
@@ -218,7 +219,9 @@ def _plan(
 ) -> tuple[MemoryPlan | None, list[Finding]]:
     """The plan for a set of ``samples``, or the hazard that it does not fit."""
     whole = replace(calibration, samples=samples)
+    size = calibration.samples
+    parts = deal_parts([size] * max(1, samples // size), config.parts, config.batch_size)
     try:
-        return plan_memory(whole, units, limit, steps, config.batch_size, sequential=True), []
+        return plan_memory(whole, units, limit, steps, config.batch_size, sequential=True, parts=parts), []
     except CalibrationError as error:
         return None, [Finding("memory", str(error))]

@@ -26,6 +26,8 @@ class QuantSpec:
         observer: How the initial range is chosen: ``"minmax"``, ``"percentile"`` or ``"mse"`` (the range with the
             least squared quantization error).
         percentile: The share of values, in percent, that ``"percentile"`` keeps inside the range.
+        signed_scale: Whether the scale of a weight may be negative: a symmetric grid has one level more below 0 than
+            above, and a negative scale puts it above (:func:`~lightning_ptq.observers.weight_qparams`).
 
     Raises:
         QConfigError: If a value is out of its domain.
@@ -42,6 +44,7 @@ class QuantSpec:
     per_channel: bool = False
     observer: ObserverName = "mse"
     percentile: float = 99.99
+    signed_scale: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
@@ -150,6 +153,7 @@ class QConfig:
         weight_observer: ObserverName = "mse",
         activation_observer: ObserverName = "mse",
         percentile: float = 99.99,
+        signed_scales: bool = True,
     ) -> QConfig:
         """Build a config from plain types; a :class:`QConfig` or its dictionary passes through.
 
@@ -165,7 +169,7 @@ class QConfig:
 
         def layer(candidate: str) -> LayerQConfig:
             pair = LayerQConfig.parse(candidate)
-            weight = replace(pair.weight, observer=weight_observer, percentile=percentile)
+            weight = replace(pair.weight, observer=weight_observer, percentile=percentile, signed_scale=signed_scales)
             activation = pair.activation and replace(
                 pair.activation, symmetric=symmetric_activations, observer=activation_observer, percentile=percentile
             )

@@ -68,7 +68,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, 
 
     Args:
         x: Any shape, floating point. Half precision is computed in float32 and cast back.
-        scale: Positive, broadcastable to ``x``.
+        scale: Not 0, broadcastable to ``x``; negative to turn the grid round.
         zero_point: Broadcastable to ``x``; integers, or floats that are rounded here and may carry a gradient.
         quant_min: Least integer of the grid.
         quant_max: Greatest integer of the grid.

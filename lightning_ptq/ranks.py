@@ -87,7 +87,9 @@ class ProcessRanks(Ranks):
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         # Objects travel over the CPU; tensors as the default group does it, for example by NCCL.
         self._control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
-        self._data = cast(dist.ProcessGroup, dist.new_group(timeout=_PATIENCE))
+        self._data = self._control
+        if dist.get_backend() != "gloo":
+            self._data = cast(dist.ProcessGroup, dist.new_group(timeout=_PATIENCE))
         self._looked = 0.0
         self._store = dist.distributed_c10d._get_default_store()
         self._key = "lightning_ptq"

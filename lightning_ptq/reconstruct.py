@@ -7,23 +7,26 @@ the unit is a layer or a block.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_ptq.fake_quant import ActivationDrop, FakeQuantize
+from lightning_ptq.fake_quant import FakeQuantize
 from lightning_ptq.gradient import Gradient
+from lightning_ptq.parts import Part, PartSamples
 from lightning_ptq.qconfig import LayerQConfig
 from lightning_ptq.ranks import Ranks
 from lightning_ptq.store import trim_heap
 from lightning_ptq.tuners import ReconstructionConfig, Tuner, layer_state, layer_tensors, make_tuner, set_layer_state
-from lightning_ptq.unit_data import Group, Minibatch, Sample, UnitData, float_leaves, run_unit
+from lightning_ptq.unit_data import Group, UnitData, float_leaves
 from lightning_ptq.units import Unit
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,10 @@ class UnitResult:
 
 def reconstruct_unit(
     unit: Unit,
-    data: UnitData,
+    data: Sequence[tuple[Part, UnitData]],
     config: ReconstructionConfig,
     steps: int,
-    generator: torch.Generator,
+    seed: int,
     on_step: Callable[[int], None] = lambda step: None,
     ranks: Ranks | None = None,
     restart: Callable[[], None] = lambda: None,
@@ -75,26 +78,25 @@ def reconstruct_unit(
 
     Args:
         unit: A unit of a calibrated module in eval mode.
-        data: Its inputs, with targets set.
+        data: The parts of its calibration samples that this rank has, with targets set.
         config: How.
         steps: Optimisation steps; see :meth:`ReconstructionConfig.steps_for`.
-        generator: Source of all randomness; in the same state on all ranks.
+        seed: Of all random choices; the same on all ranks.
         on_step: Called with the number of steps done.
-        ranks: The processes that share each step; all of them have the unit and its data.
+        ranks: The processes that share each step; all of them have the unit, and each part is one's.
         restart: Puts in place what tuning starts from, where that is not the state which it has to beat.
 
     Returns:
         The errors before and after, and whether the tuned state was kept.
     """
     start, ranks = time.perf_counter(), ranks or Ranks()
-    tune, held_out = data.split(config.held_out, generator)
-    judged = [(group, chunk.rows) for group, rows in data.batches(held_out, 64) for chunk in data.chunks(rows)]
+    samples = [PartSamples(part, of_part, config, seed) for part, of_part in data]
 
     def judge() -> float:
         trim_heap()  # forwards of other sizes than the steps': neither fits into what the other leaves in the heap
-        error = ranks.first(lambda: held_out_error(unit.module, judged))
+        found = _of_all_parts(ranks, {own.part.index: own.held_out_error(unit.module) for own in samples})
         trim_heap()
-        return error
+        return sum(error for error, _ in found) / max(sum(power for _, power in found), 1e-30)
 
     before = judge()
     widths = [cast(LayerQConfig, layer.qconfig) for layer in unit.layers.values()]
@@ -104,9 +106,8 @@ def reconstruct_unit(
     saved = [layer_state(layer) for layer in unit.layers.values()]
     restart()
     tuners = [make_tuner(unit, name, layer, config) for name, layer in unit.layers.items()]
-    with _tuning(unit, config, generator) as drop:
-        batches = _shuffled(data, tune, config.batch_size, steps, generator)
-        curve = _optimise(unit.module, tuners, data, batches, steps, config, drop, ranks, on_step)
+    with _tuning(unit, config):
+        curve = _optimise(unit, tuners, samples, steps, config, ranks, on_step)
     for tuner in tuners:
         tuner.write()
     ranks.spread(tensor for layer in unit.layers.values() for tensor in layer_tensors(layer).values())
@@ -118,25 +119,18 @@ def reconstruct_unit(
     return UnitResult(unit.name, bits, before, after, accepted, steps, time.perf_counter() - start, tuple(curve))
 
 
-def held_out_error(module: nn.Module, batches: list[Minibatch]) -> float:
-    """Squared error of the quantized module's outputs over the squared targets, summed over the batches."""
-    error = power = 0.0
-    for group, rows in batches:
-        outputs = float_leaves(run_unit(module, *group.arguments(rows), mode="quantized"))
-        for output, target in zip(outputs, group.targets or [], strict=True):
-            error += (output - target[rows]).double().square().sum().item()
-            power += target[rows].double().square().sum().item()
-    return error / max(power, 1e-30)
+def _of_all_parts(ranks: Ranks, found: dict[int, T]) -> list[T]:
+    """What was found for each part, in the order of the parts, whichever rank has them."""
+    merged = {index: value for of_rank in ranks.gather(found) for index, value in of_rank.items()}
+    return [merged[index] for index in sorted(merged)]
 
 
 def _optimise(
-    module: nn.Module,
+    unit: Unit,
     tuners: list[Tuner],
-    data: UnitData,
-    batches: Iterator[Minibatch],
+    samples: list[PartSamples],
     steps: int,
     config: ReconstructionConfig,
-    drop: ActivationDrop,
     ranks: Ranks,
     on_step: Callable[[int], None],
 ) -> list[tuple[int, float]]:
@@ -146,15 +140,22 @@ def _optimise(
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     gradient = Gradient([variable for group in groups for variable in group["params"]], ranks)
-    power = _power(data)
+    facts = _of_all_parts(ranks, {own.part.index: (own.data.separable, own.power()) for own in samples})
+    mixed, power = all(separable for separable, _ in facts), _mean_power([power for _, power in facts])
+    quantizers = [q for layer in unit.layers.values() if (q := layer.input_fake_quant) is not None]
     curve: list[tuple[int, float]] = []
-    for step, (group, rows) in enumerate(batches):
-        drop.start_step(config.drop * (1 - step / steps))
-        for index, chunk in enumerate(data.chunks(rows, config.parts)):
-            if ranks.mine(index):
-                drop.start_part(chunk.part, chunk.samples)
-                error = chunk.share * _relative_error(module, tuners, group, chunk.rows, power)
-                penalty = chunk.share * torch.stack([tuner.penalty(step / steps) for tuner in tuners]).sum()
+    for step in range(steps):
+        for own in samples:
+            # Where rows cannot be told apart, a step takes a whole call, of one part after the other.
+            weight = own.part.weight if mixed else float(step % len(facts) == own.part.index)
+            if not weight:
+                continue
+            own.drop.probability = config.drop * (1 - step / steps)
+            for quantizer in quantizers:
+                quantizer.drop = own.drop
+            for group, rows, share in own.draw():
+                error = weight * share * _relative_error(unit.module, tuners, group, rows, power)
+                penalty = weight * share * torch.stack([tuner.penalty(step / steps) for tuner in tuners]).sum()
                 gradient.add(error + penalty, error)
         total = gradient.reduce()
         if step % max(1, steps // 50) == 0:
@@ -165,14 +166,10 @@ def _optimise(
     return curve
 
 
-def _shuffled(
-    data: UnitData, samples: list[Sample], size: int, steps: int, generator: torch.Generator
-) -> Iterator[Minibatch]:
-    """So many mini-batches, epoch after epoch, each epoch in a new order."""
-    queue: list[Minibatch] = []
-    for _ in range(steps):
-        queue = queue or data.batches(samples, size, generator)
-        yield queue.pop()
+def _mean_power(parts: Sequence[list[tuple[float, int]]]) -> list[float]:
+    """Mean square of each of the float unit's outputs over all parts."""
+    columns = [list(zip(*column, strict=True)) for column in zip(*parts, strict=True)]
+    return [max(sum(squares) / sum(counts), 1e-20) for squares, counts in columns]
 
 
 def _relative_error(
@@ -186,15 +183,9 @@ def _relative_error(
     return torch.stack([(output - target[rows]).square().mean() / p for output, target, p in triples]).sum()
 
 
-def _power(data: UnitData) -> list[float]:
-    """Mean square of each target of the first group; a norm, for it copies nothing."""
-    targets = data.groups[0].targets or []
-    return [max(torch.linalg.vector_norm(t).item() ** 2 / t.numel(), 1e-20) for t in targets]
-
-
 @contextmanager
-def _tuning(unit: Unit, config: ReconstructionConfig, generator: torch.Generator) -> Iterator[ActivationDrop]:
-    """Gradients for the variables only, activations dropped; AdaRound's weights are on the grid already."""
+def _tuning(unit: Unit, config: ReconstructionConfig) -> Iterator[None]:
+    """Gradients for the variables only; AdaRound's weights are on the grid already. Ends the dropping."""
     frozen = [p for p in unit.module.parameters() if p.requires_grad]
     quantizers = [q for layer in unit.layers.values() if (q := layer.input_fake_quant) is not None]
     weights = [cast(FakeQuantize, layer.weight_fake_quant) for layer in unit.layers.values() if not layer.tied]
@@ -202,13 +193,10 @@ def _tuning(unit: Unit, config: ReconstructionConfig, generator: torch.Generator
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
-        drop = ActivationDrop(generator)
-        for quantizer in quantizers:
-            quantizer.drop = drop
         for quantizer in weights:
             quantizer.enabled = not soft
         with torch.enable_grad():
-            yield drop
+            yield
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)

@@ -8,7 +8,7 @@ and what is stored at a time is what crosses the boundary between finished and u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -76,6 +76,7 @@ class Replay:
             units before it are quantized as they are now.
         keep: Keep the outputs of finished units. If not, each unit's inputs come from a forward from the start.
         whole: Keep what :meth:`run` needs too: outputs that reach the forward's result past all later units.
+        batches: Which calibration batches, all by default; "by batch" below means by place in this list.
     """
 
     def __init__(
@@ -86,16 +87,19 @@ class Replay:
         stream: Stream,
         whole: bool = False,
         keep: bool = True,
+        batches: Sequence[int] | None = None,
     ) -> None:
         self.calibration = calibration
+        self.batches = range(len(calibration.batches)) if batches is None else batches
         self.units = units
         self.store = store
         self.stream = stream
         self.whole = whole
         self.keep = keep
         names = [unit.name for unit in units]
-        by_trace = {id(trace): trace.needed_outputs(names) for trace in calibration.traces}
-        self.needed = [by_trace[id(trace)] for trace in calibration.traces]  # by batch
+        self.traces = [calibration.traces[batch] for batch in self.batches]
+        by_trace = {id(trace): trace.needed_outputs(names) for trace in self.traces}
+        self.needed = [by_trace[id(trace)] for trace in self.traces]
         self.done: dict[str, list[list[Call]]] = {}  # unit -> batch -> call -> outputs
 
     def inputs(self, index: int) -> list[list[Call]]:
@@ -107,7 +111,7 @@ class Replay:
         unit = self.units[index]
         calls: list[list[Call]] = []
         proven: dict[int, bool] = {}  # by trace: whether handing out stored outputs gives what a full run gives
-        for batch, trace in enumerate(self.calibration.traces):
+        for batch, trace in enumerate(self.traces):
             found = self._capture(unit, batch, replace=proven.get(id(trace), True))
             if id(trace) not in proven:
                 full = self._capture(unit, batch, replace=False) if self.done else found
@@ -140,7 +144,7 @@ class Replay:
     def run(self, batch: int, replace: bool = True) -> Any:
         """The calibration forward on a batch; with ``replace``, finished units hand out their stored outputs."""
         with self._handed_out(batch, replace), layers_in_mode(self.calibration.module, self.stream):
-            return self.calibration.run(batch)
+            return self.calibration.run(self.batches[batch])
 
     def _capture(self, unit: Unit, batch: int, replace: bool) -> list[Call]:
         calls: list[Call] = []
@@ -158,7 +162,8 @@ class Replay:
             return calls
         raise CalibrationError(
             f"unit {unit.name!r} ran {unit.calls} times in the first forward and {len(calls)} times on calibration"
-            f" batch {batch}. Choose granularity='layer' or other blocks, so that each unit runs on every batch."
+            f" batch {self.batches[batch]}. Choose granularity='layer' or other blocks, so that each unit runs on every"
+            " batch."
         )
 
     @contextmanager

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -166,20 +165,16 @@ class UnitData:
         cut = min(cut, len(samples) - 1)
         return order[cut:], order[:cut] or order
 
-    def chunks(self, rows: Tensor | slice, parts: int = 1) -> list[Chunk]:
-        """A mini-batch in parts: where it is to be divided among ranks, and so that activations stay small.
+    def chunks(self, rows: Tensor | slice) -> list[tuple[Tensor | slice, float]]:
+        """A mini-batch in chunks, each with its share of the rows, so that activations stay small.
 
-        Gradients add up to those of the mini-batch. On the CPU small parts are several times faster: activations
+        Gradients add up to those of the mini-batch. On the CPU small chunks are several times faster: activations
         beyond some 32 MB are mapped afresh by the allocator each time, page by page.
         """
-        if isinstance(rows, slice):
-            count = rows.stop - rows.start
-            return [Chunk(rows, slice(0, count), count)]
-        size = -(-len(rows) // parts)
-        if self.device.type == "cpu":
-            size = min(size, max(1, _CHUNK_BYTES // self.row_bytes))
-        ends = [*range(0, len(rows), size), len(rows)]
-        return [Chunk(rows[a:b], slice(a, b), len(rows)) for a, b in pairwise(ends)]
+        if isinstance(rows, slice) or self.device.type != "cpu":
+            return [(rows, 1.0)]
+        size = max(1, _CHUNK_BYTES // self.row_bytes)
+        return [(chunk, len(chunk) / len(rows)) for chunk in rows.split(size)]
 
     @property
     def device(self) -> torch.device:
@@ -205,26 +200,6 @@ class UnitData:
         if generator is not None:
             result = [result[i] for i in _shuffle(len(result), generator).tolist()]
         return result
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A part of a mini-batch.
-
-    Attributes:
-        rows: Of the group.
-        part: The same, as positions in the mini-batch.
-        samples: In the mini-batch.
-    """
-
-    rows: Tensor | slice
-    part: slice
-    samples: int
-
-    @property
-    def share(self) -> float:
-        """Of the mini-batch."""
-        return float((self.part.stop - self.part.start) / self.samples)
 
 
 Sample = tuple[int, int]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -34,7 +35,7 @@ IMAGES = [
 ]
 TOKENS = token_batches(3, 32)
 NETS = {"resnet": (ResNet, IMAGES), "transformer": (Transformer, TOKENS)}
-CONFIG = ReconstructionConfig(steps=20, batch_size=16, weight_lr=0.05, drop=0.0, tolerance=0.0)
+CONFIG = ReconstructionConfig(steps=20, batch_size=16, weight_lr=0.05, drop=0.0, tolerance=0.0, held_out=0.25)
 MODES = [("sequential", "layer"), ("sequential", "block"), ("parallel", "layer"), ("parallel", "block")]
 
 
@@ -259,7 +260,7 @@ def test_finished_units_hand_on_their_outputs_instead_of_running_again(monkeypat
         return own(layer, *args, **kwargs)
 
     monkeypatch.setattr(QuantLayer, "forward", counted)
-    adaquant(calibration, granularity="layer", config=CONFIG)
+    adaquant(calibration, granularity="layer", config=replace(CONFIG, parts=1))
     first = calibration.layers["layers.0.attention.qkv"]
     batches, layers = len(TOKENS), len(calibration.layers)
     assert runs[id(first)] <= 2 * batches + 2 * (layers - 1) + 6  # both streams: outputs, a check a unit; and errors

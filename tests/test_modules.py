@@ -4,7 +4,6 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -294,36 +293,11 @@ def test_dropped_elements_keep_their_float_value() -> None:
     quantizer, x = FakeQuantize(QuantSpec(4)), torch.rand(20_000)
     rounded = quantizer(x)
     quantizer.drop = ActivationDrop(torch.Generator().manual_seed(0))
-    quantizer.drop.start_step(0.25)
+    quantizer.drop.probability = 0.25
     mixed = quantizer(x)
     dropped = mixed == x
     assert torch.equal(mixed[~dropped], rounded[~dropped])
     assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.015)
-
-
-def test_what_is_dropped_of_a_sample_is_the_same_in_whatever_parts_a_step_is_computed() -> None:
-    quantizers, x = (FakeQuantize(QuantSpec(2)), FakeQuantize(QuantSpec(2))), torch.rand(12, 3, 5)
-
-    def step(*bounds: int) -> list[torch.Tensor]:
-        drop = ActivationDrop(torch.Generator().manual_seed(0))
-        found = []
-        for probability in (0.5, 0.25):
-            drop.start_step(probability)
-            parts = []
-            for a, b in pairwise(bounds):
-                drop.start_part(slice(a, b), 12)
-                for quantizer in quantizers:
-                    quantizer.drop = drop
-                windows = x[a:b].repeat_interleave(2, 0)  # several rows a sample, as in windowed attention
-                parts.append(torch.cat([quantizers[0](x[a:b]), quantizers[1](windows).unflatten(0, (-1, 2))[:, 1]], 1))
-            found.append(torch.cat(parts))
-        return found
-
-    whole = step(0, 12)
-    for bounds in ((0, 6, 12), (0, 5, 10, 12), (5, 12), (0, 5)):
-        kept = slice(bounds[0], bounds[-1])
-        assert all(torch.equal(a[kept], b) for a, b in zip(whole, step(*bounds), strict=True))
-    assert not torch.equal(whole[0][:, :3], whole[0][:, 3:])
 
 
 def test_gradients_reach_weight_bias_and_input() -> None:

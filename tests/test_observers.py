@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -156,7 +157,7 @@ def rows() -> Tensor:
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "affine"])
 @pytest.mark.parametrize(("observer", "percentile"), [("minmax", 100), ("percentile", 95)])
 def test_weight_range_of_every_channel(observer: str, percentile: float, symmetric: bool) -> None:
-    spec = QuantSpec(4, symmetric, per_channel=True, observer=observer, percentile=percentile)
+    spec = QuantSpec(4, symmetric, per_channel=True, observer=observer, percentile=percentile, signed_scale=False)
     scale, zero = weight_qparams(rows(), spec)
     for i, row in enumerate(rows()):
         low, high = row.quantile(1 - percentile / 100), row.quantile(percentile / 100)
@@ -184,5 +185,28 @@ def test_mse_weights_are_close_to_brute_force(bits: int) -> None:
     x, (scale, zero) = rows(), weight_qparams(rows(), spec)
     found = squared_error(x, scale[:, None], zero[:, None], spec)
     tried = (x.abs().amax(1) * torch.linspace(0.005, 1, 400)[:, None] / spec.quant_max).clamp(min=1e-9)
+    tried = torch.cat([tried, -tried])
     best = torch.stack([squared_error(x, step[:, None], zero[:, None], spec) for step in tried]).amin(0)
     assert (found <= 1.02 * best).all()
+
+
+@pytest.mark.parametrize("observer", ["minmax", "percentile", "mse"])
+def test_the_level_more_is_on_the_side_where_a_channel_needs_it(observer: str) -> None:
+    signed = QuantSpec(2, per_channel=True, observer=observer, percentile=95)
+    unsigned = replace(signed, signed_scale=False)
+    x = rows()
+    errors = {}
+    for name, spec, weight in (("signed", signed, x), ("mirrored", signed, -x), ("unsigned", unsigned, x)):
+        scale, zero = weight_qparams(weight, spec)
+        errors[name] = squared_error(weight, scale[:, None], zero[:, None], spec)
+        assert not zero.any()
+        assert bool((scale < 0).any()) == (name != "unsigned")
+    torch.testing.assert_close(errors["signed"], errors["mirrored"])
+    assert (errors["signed"] <= errors["unsigned"]).all()
+    assert errors["signed"][5] < 0.8 * errors["unsigned"][5]  # no negative values, so three levels in place of two
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(8), QuantSpec(4, symmetric=False)], ids=["8 bits", "affine"])
+def test_other_grids_have_positive_scales(spec: QuantSpec) -> None:
+    scale, _ = weight_qparams(rows(), spec)
+    assert (scale > 0).all()

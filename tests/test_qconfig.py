@@ -141,6 +141,7 @@ CONFIGS = [
         weight_observer="percentile",
         activation_observer="minmax",
         percentile=99.5,
+        signed_scales=False,
     ),
 ]
 

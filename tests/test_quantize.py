@@ -12,7 +12,7 @@ from lightning_ptq.quantize import choose_qparams, dequantize, fake_quantize, qu
 quick = settings(max_examples=80, deadline=None, derandomize=True)
 
 specs = st.builds(QuantSpec, st.integers(2, 8), st.booleans())
-scales = st.floats(2**-10, 2**6, width=32)
+scales = st.floats(2**-10, 2**6, width=32) | st.floats(-(2**6), -(2**-10), width=32)  # negative: turned round
 
 
 plain = st.lists(st.floats(-1000, 1000, width=32), min_size=12, max_size=12).map(torch.tensor)

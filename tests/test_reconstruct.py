@@ -9,6 +9,7 @@ from torch import nn
 from lightning_ptq import LayerQConfig, QConfig, ReconstructionConfig, calibrate
 from lightning_ptq.errors import QConfigError, TiedWeightWarning
 from lightning_ptq.fake_quant import ActivationDrop
+from lightning_ptq.parts import deal_parts
 from lightning_ptq.reconstruct import reconstruct_unit
 from lightning_ptq.replay import Call
 from lightning_ptq.store import ActivationStore
@@ -52,20 +53,27 @@ class Case:
         self.x = inputs(shape, 0) + shift
         self.float_net = build(lambda: nn.Sequential(make())).eval()
         config = QConfig.parse(bits, first_last_bits=None, **options)
-        parts = self.x.split(50)
-        self.calibration = calibrate(build(lambda: nn.Sequential(make())).eval(), parts, config)
+        batches = self.x.split(50)
+        self.calibration = calibrate(build(lambda: nn.Sequential(make())).eval(), batches, config)
         (self.unit,) = find_units(self.calibration.module, self.calibration.trace, blocks=["0"])
         self.layer = next(iter(self.unit.layers.values()))
-        store = ActivationStore("1MB")
-        self.data = UnitData([[Call.of(((x,), {}), store.put)] for x in parts], store)
-        self.data.set_targets(self.data.outputs(self.unit.module, len(parts), "float"), self.unit.module)
+        self.batches = batches
+
+    def data(self, parts=2, batch_size=32):
+        """Of each part."""
+        store, found = ActivationStore("1MB"), []
+        for part in deal_parts([len(x) for x in self.batches], parts, batch_size):
+            data = UnitData([[Call.of(((self.batches[i],), {}), store.put)] for i in part.batches], store)
+            data.set_targets(data.outputs(self.unit.module, len(part.batches), "float"), self.unit.module)
+            found.append((part, data))
+        return found
 
     def tune(self, seed=0, on_step=lambda step: None, **options):
         config = ReconstructionConfig(
-            **{"steps": 60, "weight_lr": 0.05, "drop": 0.0, "batch_size": 32, "held_out": 0.125, **options}
+            **{"steps": 60, "weight_lr": 0.05, "drop": 0.0, "batch_size": 32, "held_out": 0.25, **options}
         )
-        steps, generator = config.steps_for([], SAMPLES), torch.Generator().manual_seed(seed)
-        return reconstruct_unit(self.unit, self.data, config, steps, generator, on_step)
+        self.parts = self.data(config.parts, config.batch_size)
+        return reconstruct_unit(self.unit, self.parts, config, config.steps_for([], SAMPLES), seed, on_step)
 
     def effective(self):
         """What the layer computes with, by the names that ``learn`` uses."""
@@ -133,16 +141,20 @@ def test_steps_go_by_the_least_width_and_the_samples(bits, samples, steps):
 
 def test_dropping_falls_to_zero_over_the_steps(monkeypatch):
     case = Case(*LAYERS["linear"])
-    seen, own = [], ActivationDrop.start_step
-    monkeypatch.setattr(ActivationDrop, "start_step", lambda drop, p: seen.append(p) or own(drop, p))
-    case.tune(steps=4, drop=0.8)
+    seen, own = [], ActivationDrop.__call__
+    monkeypatch.setattr(ActivationDrop, "__call__", lambda drop, x, y: seen.append(drop.probability) or own(drop, x, y))
+    case.tune(steps=4, drop=0.8, parts=1)
     assert seen == pytest.approx([0.8, 0.6, 0.4, 0.2])
 
 
 def test_the_errors_are_those_of_the_quantized_unit_on_the_held_out_samples():
     case = Case(*LAYERS["linear"])
-    _, held = case.data.split(0.25, torch.Generator().manual_seed(5))
-    x = case.x[[row for _, row in held]]
+    held = []
+    for index, (part, data) in enumerate(case.data()):
+        rows = torch.cat([torch.arange(SAMPLES).split(50)[batch] for batch in part.batches])
+        _, samples = data.split(0.25, torch.Generator().manual_seed(10 + index))
+        held += [int(rows[row]) for _, row in samples]
+    x = case.x[held]
     assert len(x) == SAMPLES // 4
     before = relative_error(case.calibration.module(x), case.float_net(x))
     result = case.tune(seed=5, held_out=0.25)
@@ -291,9 +303,10 @@ class InPlaceMixer(nn.Module):
 
 def test_a_unit_that_works_in_place_is_tuned_on_its_true_inputs():
     case = Case(InPlaceMixer, (6,))
-    assert not case.data.separable
-    case.tune(steps=5)
-    assert torch.equal(case.data.groups[0].inputs[0], case.x)
+    case.tune(steps=5, parts=1)
+    _, data = case.parts[0]
+    assert not data.separable
+    assert torch.equal(data.groups[0].inputs[0], case.x)
 
 
 class Tied(nn.Module):

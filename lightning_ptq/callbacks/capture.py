@@ -56,6 +56,8 @@ class CalibrationCapture(PTQCallback):
         weight_observer: ``"mse"``, ``"minmax"`` or ``"percentile"``.
         activation_observer: The same for activations.
         percentile: For the percentile observers, the share of values to keep, in percent.
+        signed_scales: Whether weight scales below 8 bits may be negative, where that suits a channel better; False
+            for inference engines that take positive scales only.
         resume: Keep the progress of the run on disk until it is over, and go on from there if it was cut off.
         resume_dir: Where; by default the folder ``ptq_progress`` in the Trainer's ``default_root_dir``.
         report_dir: A folder for the files of the report; by default none are written.
@@ -90,6 +92,7 @@ class CalibrationCapture(PTQCallback):
         weight_observer: ObserverName = "mse",
         activation_observer: ObserverName = "mse",
         percentile: float = 99.99,
+        signed_scales: bool = True,
         save_checkpoint: bool = True,
         resume: bool = True,
         resume_dir: str | None = None,
@@ -105,6 +108,7 @@ class CalibrationCapture(PTQCallback):
             weight_observer=weight_observer,
             activation_observer=activation_observer,
             percentile=percentile,
+            signed_scales=signed_scales,
         )
         if num_samples is not None and num_samples < 1:
             raise CalibrationError(f"num_samples must be 1 or more, got {num_samples}.")
@@ -209,9 +213,10 @@ class CalibrationCapture(PTQCallback):
         """Say what came of it, on the console, in the logs, and in files if they are asked for."""
         summary = report.summary()
         rank_zero_info(
-            f"PTQ is done in {report.seconds:.0f} s: {report.float_bytes / 1e6:.3g} MB -> {report.packed_bytes / 1e6:.3g}"
-            f" MB, {summary['times smaller']:.1f} times smaller, with {len(report.warnings)} warnings. The rest is in"
-            " CalibrationCapture.report: report.print(), report.save(folder)."
+            f"PTQ is done in {report.seconds:.0f} s: {report.float_bytes / 1e6:.3g} MB ->"
+            f" {report.packed_bytes / 1e6:.3g} MB, {summary['times smaller']:.1f} times smaller, with"
+            f" {len(report.warnings)} warnings. The rest is in CalibrationCapture.report: report.print(),"
+            " report.save(folder)."
         )
         if trainer.is_global_zero:
             wanted = self.report_dir is not None or shows_pictures(trainer)

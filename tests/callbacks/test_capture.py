@@ -149,6 +149,7 @@ OPTIONS = {
     "edges": {"first_last_bits": None},
     "symmetric": {"symmetric_activations": True},
     "observers": {"weight_observer": "minmax", "activation_observer": "percentile", "percentile": 95.0},
+    "scales": {"signed_scales": False},
 }
 
 
