@@ -86,13 +86,15 @@ class ActivationStore:
             self._since_trim = 0
             trim_heap()
         if size == 0 or self.in_memory + size <= self.limit:
-            tensor = (
-                _map_memory(shape, dtype)
-                if device.type == "cpu" and size
-                else torch.empty(tuple(shape), dtype=dtype, device=device)
-            )
             self.in_memory += size
             self.peak = max(self.peak, self.in_memory)
+            if device.type == "cpu" and size:
+                # A mapping of its own goes back to the system at once; the heap would keep much of it. It lives as long
+                # as any view of the tensor.
+                mapping = mmap.mmap(-1, size)
+                weakref.finalize(mapping, self._released, size, None)
+                return torch.frombuffer(mapping, dtype=dtype).view(tuple(shape))
+            tensor = torch.empty(tuple(shape), dtype=dtype, device=device)
             weakref.finalize(tensor, self._released, size, None)
             return tensor
         if size > disk_room(self._parent):
@@ -139,14 +141,6 @@ class ActivationStore:
 def disk_room(directory: str | None = None) -> int:
     """Bytes that activations may take of the disk with the temporary files: nine tenths of what is free."""
     return int(shutil.disk_usage(directory or tempfile.gettempdir()).free * 0.9)
-
-
-def _map_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A CPU tensor in a mapping of its own, which goes back to the system at once when the tensor is freed; the heap
-    would keep much of what many tensors of some megabytes each leave behind.
-    """
-    buffer = mmap.mmap(-1, torch.Size(shape).numel() * dtype.itemsize)
-    return torch.frombuffer(buffer, dtype=dtype).view(tuple(shape))
 
 
 def trim_heap() -> None:

@@ -93,7 +93,7 @@ class Trace:
 
         :data:`RESULT` stands for what the forward returned.
         """
-        names = set(units)
+        names, layers = set(units), set(self.layer_order)
         sources: dict[int, set[str]] = {}
         decisive: set[str] = set()  # units whose values Python has looked at, and may have branched on
         needed: dict[str, set[str]] = {name: set() for name in (*names, RESULT)}
@@ -101,7 +101,8 @@ class Trace:
             unit = next((name for name in event.scope if name in names), None)
             if event.kind == "op" and unit is None:
                 union = set().union(*(sources.get(key, set()) for key in event.reads))
-                decisive |= union if event.name in _READ_BY_PYTHON else set()
+                if event.name in _READ_BY_PYTHON and layers.isdisjoint(event.scope):  # else an observer did
+                    decisive |= union
                 sources.update((key, union) for key in event.writes)
             elif event.kind == "enter" and event.name == unit:
                 needed[unit].update(decisive, *(sources.get(key, set()) for key in event.reads))

@@ -102,7 +102,7 @@ def test_tuning_lowers_the_error_of_every_layer_type_also_on_fresh_samples(name,
     case, fresh = Case(*LAYERS[name]), inputs(LAYERS[name][1], 7)
     expected = case.float_net(fresh)
     before = relative_error(case.calibration.module(fresh), expected)
-    result = case.tune(rounding=rounding, weight_lr=0.1 if rounding == "adaround" else 0.05)
+    result = case.tune(rounding=rounding, weight_lr=0.1 if rounding == "adaround" else 0.025)
     assert result.accepted
     assert (result.name, result.bits) == ("0", "w3a8")
     assert result.error_after < 0.95 * result.error_before

@@ -114,3 +114,15 @@ def test_stack_concatenates_unequal_parts_and_lets_go_of_them(tmp_path, limit):
         assert parts == []
         assert torch.equal(whole, torch.cat(values))
         assert store.in_memory + store.on_disk == whole.nbytes
+
+
+def test_a_tensor_counts_as_long_as_a_view_of_it_lives():
+    with ActivationStore("1MB") as store:
+        whole = store.put(seeded(0, 8, 4))
+        first = whole.split(2)[0]
+        expected, size = first.clone(), whole.nbytes
+        del whole
+        assert store.in_memory == size
+        assert torch.equal(first, expected)
+        del first
+        assert store.in_memory == 0

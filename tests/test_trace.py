@@ -10,7 +10,7 @@ from models import ResidualBlock, attach_all, randomize_norms
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_ptq import prepare
+from lightning_ptq import Calibrator, prepare
 from lightning_ptq.trace import RESULT, Trace, trace
 
 
@@ -244,3 +244,11 @@ def test_batch_norms_know_the_layer_they_follow() -> None:
     )
     watched = attach_all(net, torch.randn(2, 3, 4, 4))
     assert watched.batch_norm_after == {"1": "0", "4.bn1": "4.conv1", "4.bn2": "4.conv2"}
+
+
+def test_what_observers_look_at_decides_nothing() -> None:
+    net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5)))
+    calibrator = Calibrator(prepare(net, "w4a4"))
+    calibrator.observe(torch.randn(3, 4))  # the observer of each layer looks for NaN
+    needed = calibrator.finish().trace.needed_outputs(["0", "2", "4"])
+    assert (needed["2"], needed["4"]) == ({"0"}, {"2"})
