@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_ptq.batches import Batches
 from lightning_ptq.fake_quant import FakeQuantize
 from lightning_ptq.forward import Forward, run_forward, to_device
 from lightning_ptq.modules import QuantLayer
@@ -26,19 +27,19 @@ class Calibration:
     Attributes:
         prepared: The module with its quantized layers, and the undo.
         forward: The calibration forward, called with the module and a batch.
-        batches: The calibration batches, on the CPU.
+        batches: The calibration batches, on the CPU or in files.
         device: Where the module runs.
         traces: What the forward did on each batch; batches on which it did the same share one.
         layers: The quantized layers by name, in execution order.
         folded: The layer that each folded batch norm went into.
         observers: What watched the input of each layer.
         samples: How many samples the batches hold.
-        ranks: The processes that share the work; each of them holds all batches.
+        ranks: The processes that share the work; each of them has all batches.
     """
 
     prepared: Prepared
     forward: Forward
-    batches: list[Any]
+    batches: Batches
     device: torch.device
     traces: list[Trace]
     layers: dict[str, QuantLayer]
@@ -62,7 +63,8 @@ class Calibration:
         """The calibration forward on batch ``index`` or some of its samples, in eval mode and without gradients unless
         asked for.
         """
-        batch = self.batches[index] if rows is None else take_rows(self.batches[index], rows)
+        batch = self.batches[index]
+        batch = batch if rows is None else take_rows(batch, rows)
         return run_forward(self.module, self.forward, to_device(batch, self.device), gradients)
 
     def qconfig_at(self, name: str, candidate: LayerQConfig | None = None) -> LayerQConfig:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from lightning_ptq.batches import Batches
 from lightning_ptq.calibrated import Calibration
 from lightning_ptq.errors import (
     CalibrationError,
@@ -55,7 +56,7 @@ class Calibrator:
         self.ranks = ranks or Ranks()
         self.population = population
         self.samples = 0
-        self.batches: list[Any] = []
+        self.batches = Batches()
         self.device = next((p.device for p in prepared.module.parameters()), torch.device("cpu"))
         self._first_size = self._seen = 0
         self._observers: dict[str, MinMaxObserver] = {}

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_ptq.batches import Batches
 from lightning_ptq.calibrated import Calibration
 from lightning_ptq.errors import QConfigError, StatisticsError
 from lightning_ptq.forward import batch_size, eval_mode
@@ -141,7 +142,7 @@ def split_samples(calibration: Calibration, held_out: float, seed: int) -> tuple
 
 
 def _with(calibration: Calibration, batches: list[Any], traces: list[Any]) -> Calibration:
-    return replace(calibration, batches=batches, traces=traces, samples=sum(map(batch_size, batches)))
+    return replace(calibration, batches=Batches(batches), traces=traces, samples=sum(map(batch_size, batches)))
 
 
 def _rows(batch: Any, rows: slice) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lightning_ptq.batches import Batches
 from lightning_ptq.forward import batch_size
 from lightning_ptq.observers import MinMaxObserver
 from lightning_ptq.ranks import Ranks
@@ -67,22 +68,27 @@ def merge_observers(
     return {name: observers[name] for name in names}
 
 
-def merge_batches(ranks: Ranks, batches: list[Any], traces: list[Trace]) -> tuple[list[Any], list[Trace]]:
+def merge_batches(ranks: Ranks, batches: Batches, traces: list[Trace]) -> tuple[Batches, list[Trace]]:
     """All ranks' calibration batches with their traces, in the order of the whole set.
 
     Where the forward did the same on all of them and batches can be divided, they are cut anew, so that their number
-    and size are what a single process would have had. Others are put behind one another, rank by rank in turn.
+    and size are what a single process would have had. Others are put behind one another, rank by rank in turn. A rank
+    holds every ``world``-th in memory, which are those that it tunes on in sequential mode, and the others in files.
     """
     if ranks.world == 1:
         return batches, traces
     alike = len(set().union(*ranks.gather({trace.digest() for trace in traces}))) == 1
     recut = alike and all(ranks.gather(all(is_divisible(batch) for batch in batches)))
     size = next(found for found in ranks.gather(batch_size(batches[0]) if batches else 0) if found)
-    whole: list[Any] = []
+    whole = Batches()
     for turn in range(max(ranks.gather(len(batches)))):  # turn by turn, so that no set is in memory twice
         own = _compact(batches[turn]) if turn < len(batches) else None
         found = [batch for batch in ranks.gather(own) if batch is not None]
-        whole += _recut(found, size) if recut else found
+        for batch in _recut(found, size) if recut else found:
+            if ranks.mine(len(whole)):
+                whole.append(batch)
+            else:
+                whole.put_away(batch)
     if recut:
         shared = next(of_rank for of_rank in ranks.gather(traces[:1]) if of_rank)[0]
         return whole, [traces[0] if traces else shared] * len(whole)

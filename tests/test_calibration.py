@@ -341,5 +341,5 @@ def test_float_mode_is_the_float_net_until_release():
         torch.testing.assert_close(calibration.module(x), expected)
     assert relative_error(calibration.run(0), expected) > 1e-6
     calibration.release()
-    assert calibration.batches == []
+    assert len(calibration.batches) == 0
     assert [layer.reference for layer in calibration.layers.values()] == [None] * 6

@@ -272,6 +272,9 @@ class CalibrationCapture(PTQCallback):
     def _undo_unless_finished(self) -> None:
         if self._prepared is not None:
             self._prepared.undo()
+            for holder in (self._calibrator, self.calibration):
+                if holder is not None:
+                    holder.batches.clear()
             self._prepared = self._calibrator = self.calibration = None
 
     def _observe(self, batch: Any) -> None:

@@ -137,7 +137,7 @@ def test_a_signal_ends_the_run_in_good_order(tmp_path, monkeypatch, world, signu
     (tmp_path / "temporary").mkdir()
     processes = Processes(world, waits, tmp_path, world)
     deadline = time.monotonic() + 20
-    while not any(tmp_path.glob("temporary/lightning_ptq_*")):  # activations on disk: it is at work
+    while not any(tmp_path.glob("temporary/lightning_ptq_*/*.bin")):  # activations on disk: it is at work
         assert time.monotonic() < deadline
         time.sleep(0.1)
     time.sleep(0.5)

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
-from helpers import IMAGES, LABELS, classifier, same_state, state, trainer
+import torch
+import torch.distributed as dist
+from helpers import IMAGES, LABELS, ResNet, build, classifier, same_state, seeded, state, trainer
 from ranks.processes import run
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_ptq import AdaQuantLayerwise, BitAllocator, CalibrationCapture, StatsTuning
+from lightning_ptq import AdaQuantLayerwise, BitAllocator, CalibrationCapture, StatsTuning, calibrate
+from lightning_ptq.batches import Batches
+from lightning_ptq.ranks import current_ranks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning_ptq.errors.RolledBackWarning"),
@@ -47,3 +52,38 @@ def test_any_number_of_ranks_ends_with_the_same_bytes(tmp_path, package):
         for found, allocated in run(world, quantized, package, tmp_path, advanced, world):
             assert allocated == allocation
             assert same_state(found, alone)
+
+
+def dealt(world: int) -> Any:
+    """The calibration set as a rank has it, and which of it lies in files."""
+    images = seeded(0, SAMPLES, 2, 6, 6)
+    if world > 1:
+        dist.init_process_group("gloo")
+    ranks = current_ranks()
+    own = images[ranks.rank :: world]
+    batches = calibrate(build(ResNet).eval(), own.split(8), "w4a4", ranks=ranks).batches
+    found = list(batches), [int(path.stem) for path in batches.files()], batches.files()[:1]
+    batches.clear()
+    return *found[:2], [path.parent.exists() for path in found[2]]
+
+
+def test_each_rank_has_all_batches_and_those_of_others_in_files():
+    whole, filed, _ = run(1, dealt, 1)[0]
+    assert filed == []
+    for rank, (batches, filed, left) in enumerate(run(2, dealt, 2)):
+        assert len(batches) == len(whole) == 5
+        assert all(torch.equal(a, b) for a, b in zip(batches, whole, strict=True))
+        assert filed == [index for index in range(5) if index % 2 != rank]
+        assert left == [False]
+
+
+def test_batches_stay_in_memory_where_the_disk_has_no_room(monkeypatch):
+    monkeypatch.setattr("lightning_ptq.batches.disk_room", lambda: 100)
+    batches, large = Batches(), torch.zeros(100)
+    for batch in ({"ids": [1, 2]}, large):
+        batches.put_away(batch)
+    assert [path.name for path in batches.files()] == ["0.pickle"]
+    assert pickle.loads(batches.files()[0].read_bytes()) == batches[0] == {"ids": [1, 2]}
+    assert batches[1] is large
+    assert batches[-1:] == [large]
+    batches.clear()
