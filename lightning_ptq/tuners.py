@@ -49,8 +49,9 @@ class ReconstructionConfig:
         drop: Probability that an activation keeps its float value in the first step (QDrop, Wei et al., 2022); it
             falls to 0 linearly, so that the last steps see the activations that the quantized unit will see.
         held_out: Share of the samples on which tuning is judged and which it does not see.
-        parts: A step's samples are computed in so many parts, one after the other, or at once on as many ranks: the
-            result is the same on any number of ranks, of which no more than this share a step.
+        parts: The calibration batches are dealt into so many parts, and each step takes samples of all of them. A
+            part is captured, held and computed by one rank: the result is the same on any number of ranks, of which
+            no more than this share a step.
         tolerance: A unit whose held-out error is below this to begin with is not tuned; None for 2e-3 where all widths
             are 8 bits, for there is mostly nothing to gain, and 0 below.
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ def main(
     qconfig: str = "w4a4",
     steps: int | None = None,
     calibration: int = 1024,
+    repeats: int = 1,
     mode: str | None = None,
     json: Path | None = None,
 ) -> None:
@@ -71,6 +73,7 @@ def main(
         qconfig: Bit widths for sequential mode; parallel mode tunes at four candidates.
         steps: Steps a unit; by default they go by the bit widths.
         calibration: Number of calibration images.
+        repeats: Runs of each kind, of which the medians are told: how much freed memory the heap holds is chance.
         mode: Measure this mode on the processes there are, and print JSON: what the recipe starts itself with.
         json: Where to write the measurements.
     """
@@ -87,7 +90,8 @@ def main(
         for world in (1, processes):
             given = ["--data", data, "--weights", weights, "--qconfig", qconfig, "--calibration", calibration]
             given += [] if steps is None else ["--steps", steps]
-            found = {"mode": kind, "processes": world, **_start(world, [*given, "--mode", kind])}
+            runs = [_start(world, [*given, "--mode", kind]) for _ in range(repeats)]
+            found = {"mode": kind, "processes": world, **_medians(runs)}
             alone = alone or found
             found["times_faster"] = alone["seconds_tuning"] / found["seconds_tuning"]
             rows.append(found)
@@ -105,6 +109,13 @@ def main(
     console.print(table)
     if json is not None:
         json.write_text(json_.dumps(rows, indent=1))
+
+
+def _medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of each figure; the checksum is one if it is the same in all runs."""
+    found: dict[str, Any] = {key: median(run[key] for run in runs) for key in runs[0] if key != "checksum"}
+    checksums = {run["checksum"] for run in runs}
+    return {**found, "runs": runs, "checksum": checksums.pop() if len(checksums) == 1 else ""}
 
 
 def _start(world: int, arguments: list[Any]) -> dict[str, Any]:

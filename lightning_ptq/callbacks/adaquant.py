@@ -39,7 +39,7 @@ class AdaQuantLayerwise(StepCallback):
         rounding: ``"continuous"`` or ``"adaround"``.
         drop: Probability that an activation keeps its float value in the first step; falls to 0.
         held_out: Share of the samples that tuning is judged on.
-        parts: A step is computed in so many parts; no more ranks than this share a step of sequential mode.
+        parts: The samples are dealt into so many parts; no more ranks than this share a step of sequential mode.
         tolerance: Units of less error than this are not tuned; None for 2e-3 at 8 bits, 0 below.
         memory_limit: For activations; beyond it they go to memory-mapped files.
         seed: Of all random choices.

@@ -19,13 +19,13 @@ FORK = multiprocessing.get_context("fork")  # children have torch and Lightning 
 
 
 class Processes:
-    """``work(*args)`` once for each rank, each in a process of its own.
+    """``work(*args)`` once for each rank, each in a process of its own, and with ``nodes`` on a node of its own.
 
     Attributes:
         results: What each rank returned, or (type, message) of what it raised; None while it runs or if it was killed.
     """
 
-    def __init__(self, world: int, work: Callable[..., Any], *args: Any) -> None:
+    def __init__(self, world: int, work: Callable[..., Any], *args: Any, nodes: bool = False) -> None:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -33,7 +33,7 @@ class Processes:
         self._pipes, self.processes = [], []
         for rank in range(world):
             ours, theirs = FORK.Pipe(duplex=False)
-            process = FORK.Process(target=_child, args=(rank, world, port, theirs, work, args), daemon=True)
+            process = FORK.Process(target=_child, args=(rank, world, port, nodes, theirs, work, args), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -67,10 +67,13 @@ class Processes:
         return self.results
 
 
-def _child(rank: int, world: int, port: int, pipe: Any, work: Callable[..., Any], args: Any) -> None:
-    settings = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": world, "RANK": rank, "LOCAL_RANK": rank}
+def _child(
+    rank: int, world: int, port: int, nodes: bool, pipe: Any, work: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    settings = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": world, "RANK": rank}
+    settings |= {"NODE_RANK": rank, "LOCAL_RANK": 0} if nodes else {"NODE_RANK": 0, "LOCAL_RANK": rank}
     if world > 1:
-        os.environ.update({key: str(value) for key, value in {**settings, "NODE_RANK": 0}.items()})
+        os.environ.update({key: str(value) for key, value in settings.items()})
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has it ignored
     torch.set_num_threads(1)
     try:
@@ -84,6 +87,6 @@ def _child(rank: int, world: int, port: int, pipe: Any, work: Callable[..., Any]
         dist.destroy_process_group()
 
 
-def run(world: int, work: Callable[..., Any], *args: Any, seconds: float = 90) -> list[Any]:
+def run(world: int, work: Callable[..., Any], *args: Any, seconds: float = 90, nodes: bool = False) -> list[Any]:
     """What ``work(*args)`` returned on each rank."""
-    return Processes(world, work, *args).wait(seconds)
+    return Processes(world, work, *args, nodes=nodes).wait(seconds)

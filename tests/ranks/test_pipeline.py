@@ -33,14 +33,13 @@ def advanced() -> list[Any]:
     ]
 
 
-def quantized(package: str, root: Any, callbacks: Any, world: int, batch_size: int = 8, **options: Any) -> Any:
+def quantized(package: str, root: Any, callbacks: Any, world: int, nodes: int = 1) -> Any:
     pl = pytest.importorskip(package)
     module = classifier(pl)
-    loader = DataLoader(TensorDataset(IMAGES[:SAMPLES], LABELS[:SAMPLES]), batch_size)
+    loader = DataLoader(TensorDataset(IMAGES[:SAMPLES], LABELS[:SAMPLES]), 8)
     found = callbacks()
-    several = {"strategy": "ddp", "devices": world} if world > 1 else {}
-    run = trainer(pl, root, *found, **several, **options)
-    run.fit(module, loader)
+    several = {"strategy": "ddp", "devices": world // nodes, "num_nodes": nodes} if world > 1 else {}
+    trainer(pl, root, *found, **several).fit(module, loader)
     allocations = [c.result.allocation.choice for c in found if isinstance(c, BitAllocator)]
     return state(module), allocations
 
@@ -52,6 +51,12 @@ def test_any_number_of_ranks_ends_with_the_same_bytes(tmp_path, package):
         for found, allocated in run(world, quantized, package, tmp_path, advanced, world):
             assert allocated == allocation
             assert same_state(found, alone)
+
+
+def test_two_nodes_end_with_the_same_bytes(tmp_path):
+    alone, _ = run(1, quantized, "pytorch_lightning", tmp_path, advanced, 1)[0]
+    for found, _ in run(2, quantized, "pytorch_lightning", tmp_path, advanced, 2, 2, nodes=True):
+        assert same_state(found, alone)
 
 
 def dealt(world: int) -> Any:
