@@ -72,8 +72,8 @@ class PartSamples:
         self.part, self.data = part, data
         self._generator = torch.Generator(data.device).manual_seed(seed * config.parts + part.index)
         self._tune, held_out = data.split(config.held_out, self._generator)
-        self._held_out = [(group, rows) for group, all_rows in data.batches(held_out, 64)
-                          for rows, _ in data.chunks(all_rows)]  # fmt: skip
+        judged = data.batches(held_out, 64)
+        self._held_out = [(group, rows) for group, all_rows in judged for rows, _ in data.chunks(all_rows)]
         self._queue: list[Minibatch] = []
         self.drop = ActivationDrop(self._generator)
 
@@ -85,12 +85,11 @@ class PartSamples:
 
     def power(self) -> list[tuple[float, int]]:
         """Of each output of the float unit: the sum of its squares, and how many values those are."""
-        columns = zip(*(group.targets or [] for group in self.data.groups), strict=True)
-        # a norm, for it copies nothing
-        return [
-            (sum(torch.linalg.vector_norm(t).item() ** 2 for t in column), sum(t.numel() for t in column))
-            for column in columns
-        ]
+        found = []
+        for column in zip(*(group.targets or [] for group in self.data.groups), strict=True):
+            squares = sum(torch.linalg.vector_norm(t).item() ** 2 for t in column)  # a norm copies nothing
+            found.append((squares, sum(t.numel() for t in column)))
+        return found
 
     def held_out_error(self, module: nn.Module) -> tuple[float, float]:
         """Squared error of the quantized module's outputs on the held-out samples, and the squared targets."""

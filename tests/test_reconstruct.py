@@ -162,6 +162,15 @@ def test_the_errors_are_those_of_the_quantized_unit_on_the_held_out_samples():
     assert result.error_after == pytest.approx(relative_error(case.calibration.module(x), case.float_net(x)), rel=1e-5)
 
 
+@pytest.mark.parametrize("rows", [lambda: nn.Linear(48, 12), lambda: nn.Sequential(nn.Linear(48, 12), nn.GELU())])
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+def test_the_loss_of_a_step_is_the_error_on_its_samples_in_however_many_parts(parts, rows):
+    case = Case(rows, (48,))  # three batches of unequal size
+    result = case.tune(steps=1, parts=parts, batch_size=10_000, held_out=0.0)
+    assert len(case.parts) == min(parts, 3)
+    assert result.curve[0][1] == pytest.approx(result.error_before, rel=1e-5)
+
+
 DISTURBED = {  # each leaves something to find
     "weight": lambda layer: None,
     "bias": lambda layer: layer.bias.data.add_(0.3),
