@@ -26,6 +26,8 @@ from lightning_ptq.trace import RESULT
 from lightning_ptq.units import Unit
 
 Stream = Literal["float", "quantized"]
+Proof = dict[int, bool]
+"""By trace: whether handing out stored outputs gives what a full run gives."""
 
 
 @dataclass
@@ -101,21 +103,27 @@ class Replay:
         by_trace = {id(trace): trace.needed_outputs(names) for trace in self.traces}
         self.needed = [by_trace[id(trace)] for trace in self.traces]
         self.done: dict[str, list[list[Call]]] = {}  # unit -> batch -> call -> outputs
+        self.proof: Proof = {}  # of the last captured unit
 
-    def inputs(self, index: int) -> list[list[Call]]:
+    def inputs(self, index: int, known: Proof | None = None) -> list[list[Call]]:
         """(args, kwargs) of every call of unit ``index``, by batch; the units before it must be finished.
+
+        Args:
+            index: Of the unit.
+            known: The :attr:`proof` of another stream for this unit; without it, the first batch of each trace runs in
+                full too.
 
         Raises:
             CalibrationError: If the forward does not reach the unit as often as when it was watched.
         """
         unit = self.units[index]
         calls: list[list[Call]] = []
-        proven: dict[int, bool] = {}  # by trace: whether handing out stored outputs gives what a full run gives
+        self.proof = dict(known or {})
         for batch, trace in enumerate(self.traces):
-            found = self._capture(unit, batch, replace=proven.get(id(trace), True))
-            if id(trace) not in proven:
+            found = self._capture(unit, batch, replace=self.proof.get(id(trace), True))
+            if id(trace) not in self.proof:
                 full = self._capture(unit, batch, replace=False) if self.done else found
-                proven[id(trace)] = self._equal(found, full)
+                self.proof[id(trace)] = self._equal(found, full)
                 found = full
             calls.append(found)
         self._drop_unneeded(index)

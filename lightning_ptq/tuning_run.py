@@ -120,7 +120,7 @@ class Run:
         outputs = data.outputs(module, len(stream.batches), "float")
         if self.sequential and self.quantized_streams[place].needs_others(index):
             del data  # before as much again is captured
-            data = UnitData(self.quantized_streams[place].inputs(index), self.store)
+            data = UnitData(self.quantized_streams[place].inputs(index, stream.proof), self.store)
         if targets:
             data.set_targets(outputs, module)
         stream.finish(index, outputs)
