@@ -19,6 +19,8 @@ from torch import Tensor
 from lightning_ptq.errors import CalibrationError, QConfigError
 
 _TRIM_EVERY = 2**23  # bytes stored; what the forwards between them leave in the heap grows to several times as much
+# Not shared with child processes, as mappings are by default where there are such flags: that costs time at each page.
+_PRIVATE: dict[str, Any] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -91,7 +93,7 @@ class ActivationStore:
             if device.type == "cpu" and size:
                 # A mapping of its own goes back to the system at once; the heap would keep much of it. It lives as long
                 # as any view of the tensor.
-                mapping = mmap.mmap(-1, size)
+                mapping = mmap.mmap(-1, size, **_PRIVATE)
                 weakref.finalize(mapping, self._released, size, None)
                 return torch.frombuffer(mapping, dtype=dtype).view(tuple(shape))
             tensor = torch.empty(tuple(shape), dtype=dtype, device=device)
