@@ -104,6 +104,7 @@ class Run:
             seconds = self.unit(index)
             self.result.seconds_tuning += seconds
             self.result.seconds_capture += time.perf_counter() - start - seconds
+            self.progress(self.steps_done, self.steps, unit.name)  # also where there was nothing to tune
         return self.result
 
     @abstractmethod
