@@ -323,7 +323,7 @@ def test_the_calibration_is_at_hand_for_other_callbacks_and_let_go_in_the_end(pl
     capture = CalibrationCapture("w4a4")
     trainer(pl, tmp_path, capture, Other()).fit(classifier(pl), loader())
     assert held == [(5, True)]
-    assert capture.calibration.batches == []
+    assert len(capture.calibration.batches) == 0
     assert capture.calibration.layers["net.3"].reference is None
 
 
