@@ -33,16 +33,15 @@ class Gradient:
             loss: Of the part, scalar; the losses of all parts add up to that of the step.
             shown: In place of ``loss``, what :meth:`reduce` adds up.
         """
-        found = torch.autograd.grad(loss, self.variables, allow_unused=True)
-        for place, gradient in zip(self.flat[:-1].split(self.sizes), found, strict=True):
-            if gradient is not None:
-                place += gradient.flatten()
+        found = torch.autograd.grad(loss, self.variables, materialize_grads=True)
+        self.flat[:-1] += torch.cat([gradient.flatten() for gradient in found])
         self.flat[-1] += (loss if shown is None else shown).detach()
 
     def reduce(self) -> Tensor:
         """Sum over ranks, set every variable's ``grad``, and start afresh; returns the loss of the step."""
         self.ranks.sum_(self.flat)
-        for variable, gradient in zip(self.variables, self.flat[:-1].split(self.sizes), strict=True):
+        whole = self.flat[:-1].to(self.variables[0].dtype)  # at once: on a GPU each conversion is a launch
+        for variable, gradient in zip(self.variables, whole.split(self.sizes), strict=True):
             variable.grad = gradient.view_as(variable).to(variable.dtype)
         loss = self.flat[-1].clone()
         self.flat.zero_()

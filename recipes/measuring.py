@@ -89,15 +89,24 @@ def top1(module: Classifier, loader: DataLoader) -> float:
 
 
 def seconds_per_pass(module: Classifier, loader: DataLoader, batch_size: int = 32) -> float:
-    """Seconds of one forward and backward pass of the float model over the calibration set."""
-    module = copy.deepcopy(module).train()
+    """Seconds of a forward and backward pass of the float model over the set, where the Trainer computes."""
+    device = trainer().strategy.root_device
+    module = copy.deepcopy(module).train().to(device)
     images = [image for image, _ in DataLoader(loader.dataset, batch_size=batch_size)]
-    module(images[0]).square().mean().backward()
-    start = time.perf_counter()
-    for batch in images:
+    start = 0.0
+    for batch in [images[0], *images]:  # once to warm up
         module.zero_grad()
-        module(batch).square().mean().backward()
-    return time.perf_counter() - start
+        module(batch.to(device)).square().mean().backward()
+        if not start:
+            start = _now(device)
+    return _now(device) - start
+
+
+def _now(device: torch.device) -> float:
+    """The time when all work on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def peak_rss_mb() -> float:
@@ -192,6 +201,9 @@ def run(
     record["seconds"] = time.perf_counter() - start
     record["top1_quantized"] = top1(module, test)
     record["peak_rss_mb"] = peak_rss_mb()
+    record["device"] = str(trainer().strategy.root_device)
+    if torch.cuda.is_initialized():
+        record["peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 1e6
     record["size_bytes"] = packed_size(module)
     record["size_bytes_float"] = sum(t.numel() * t.element_size() for t in float_module.net.state_dict().values())
     for callback in callbacks:
@@ -237,7 +249,8 @@ def _print(record: dict[str, Any]) -> None:
     table.add_row("top-1 quantized", f"{record['top1_quantized']:.2f}, a drop of {drop:.2f}")
     passes = record["seconds"] / record["seconds_per_pass"]
     table.add_row("seconds", f"{record['seconds']:.1f}, as {passes:.1f} passes forward and backward")
-    table.add_row("peak memory, MB", f"{record['peak_rss_mb']:.0f}")
+    gpu = f", and {record['peak_gpu_mb']:.0f} on the GPU" if "peak_gpu_mb" in record else ""
+    table.add_row("peak memory, MB", f"{record['peak_rss_mb']:.0f}{gpu}")
     times = record["size_bytes_float"] / record["size_bytes"]
     table.add_row("packed file, KB", f"{record['size_bytes'] / 1e3:.1f}, {times:.2f} times smaller than float")
     console.print(table)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -73,7 +74,7 @@ def main(
         qconfig: Bit widths for sequential mode; parallel mode tunes at four candidates.
         steps: Steps a unit; by default they go by the bit widths.
         calibration: Number of calibration images.
-        repeats: Runs of each kind, of which the medians are told: how much freed memory the heap holds is chance.
+        repeats: Runs of each kind, in turn, of which the medians are told.
         mode: Measure this mode on the processes there are, and print JSON: what the recipe starts itself with.
         json: Where to write the measurements.
     """
@@ -86,12 +87,14 @@ def main(
     table = Table("mode", "processes", "tuning, s", "times faster", "capture, s", "peak MB a process", "same bytes")
     rows: list[dict[str, Any]] = []
     for kind in ("parallel", "sequential"):
+        given = ["--data", data, "--weights", weights, "--qconfig", qconfig, "--calibration", calibration]
+        given += ["--mode", kind] if steps is None else ["--mode", kind, "--steps", steps]
+        worlds = 1, processes
+        # In turn, so that what else the machine does meanwhile meets both alike.
+        runs = [[_start(world, given) for world in worlds] for _ in range(repeats)]
         alone: dict[str, Any] = {}
-        for world in (1, processes):
-            given = ["--data", data, "--weights", weights, "--qconfig", qconfig, "--calibration", calibration]
-            given += [] if steps is None else ["--steps", steps]
-            runs = [_start(world, [*given, "--mode", kind]) for _ in range(repeats)]
-            found = {"mode": kind, "processes": world, **_medians(runs)}
+        for world, own in zip(worlds, zip(*runs, strict=True), strict=True):
+            found = {"mode": kind, "processes": world, **_medians(own)}
             alone = alone or found
             found["times_faster"] = alone["seconds_tuning"] / found["seconds_tuning"]
             rows.append(found)
@@ -111,7 +114,7 @@ def main(
         json.write_text(json_.dumps(rows, indent=1))
 
 
-def _medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def _medians(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Of each figure; the checksum is one if it is the same in all runs."""
     found: dict[str, Any] = {key: median(run[key] for run in runs) for key in runs[0] if key != "checksum"}
     checksums = {run["checksum"] for run in runs}

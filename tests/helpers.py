@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
 from typing import Any
 
@@ -14,6 +15,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
 from lightning_ptq.modules import FoldableBatchNorm, QuantLayer
+
+ACCELERATOR = os.environ.get(
+    "PTQ_TEST_ACCELERATOR", "cpu"
+)  # with "gpu" the Trainers of the tests use one, in all ranks
 
 
 def seeded(seed: int, *shape: int) -> Tensor:
@@ -230,12 +235,17 @@ def loader(batch_size: int = 8, **kwargs: Any) -> DataLoader[Any]:
 
 
 def trainer(pl: Any, root: Any, *callbacks: Any, **kwargs: Any) -> Any:
-    """A quiet Trainer on the CPU."""
+    """A quiet Trainer; on a GPU each process is a node, for NCCL wants those of one node on different GPUs."""
     quiet = {
         "logger": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "enable_checkpointing": False,
     }
-    options = {"max_epochs": 1, "accelerator": "cpu", "devices": 1, "default_root_dir": str(root), **quiet, **kwargs}
+    options = {
+        "max_epochs": 1, "accelerator": ACCELERATOR, "devices": 1, "default_root_dir": str(root), **quiet, **kwargs
+    }  # fmt: skip
+    if ACCELERATOR == "gpu":
+        several = {"num_nodes": options.get("num_nodes", 1) * options["devices"], "devices": 1}
+        options |= {"deterministic": True, **several}
     return pl.Trainer(callbacks=list(callbacks), **options)

@@ -202,7 +202,7 @@ class RunRecord:
 
 def of_values(values: Tensor) -> Histogram:
     """A histogram of a tensor."""
-    values = values.detach().float().flatten()
+    values = values.detach().float().flatten().cpu()  # counting on a GPU is not deterministic
     low, high = (end.item() for end in values.aminmax())
     counts = torch.histc(values, BINS, low, high) if low < high else torch.tensor([values.numel()] + [0] * (BINS - 1))
     return Histogram(_edges(low, high), counts.long().tolist())

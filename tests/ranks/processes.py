@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from helpers import ACCELERATOR
 
 FORK = multiprocessing.get_context("fork")  # children have torch and Lightning imported already
 
@@ -71,6 +72,9 @@ def _child(
     rank: int, world: int, port: int, nodes: bool, pipe: Any, work: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     settings = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": world, "RANK": rank}
+    if ACCELERATOR == "gpu":  # all ranks are on the first one, each on what NCCL takes for a host of its own
+        nodes = True
+        settings |= {"NCCL_HOSTID": f"host{rank}", "NCCL_SOCKET_IFNAME": "lo", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     settings |= {"NODE_RANK": rank, "LOCAL_RANK": 0} if nodes else {"NODE_RANK": 0, "LOCAL_RANK": rank}
     if world > 1:
         os.environ.update({key: str(value) for key, value in settings.items()})

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import IMAGES, LABELS, Snapshot, classifier, loader, trainer
+from helpers import ACCELERATOR, IMAGES, LABELS, Snapshot, classifier, loader, trainer
 from ranks.processes import Processes, run
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -51,7 +51,7 @@ def fails(root: Any, how: str) -> Any:
     tuning = AdaQuantLayerwise(steps=30)
     data: Any = DataLoader(Spoilt(9 if how in ("NaN", "load") else -1, how), 8)  # sample 9 is rank 1's
     fitting = trainer(pl, root, CalibrationCapture("w4a4"), tuning, strategy="ddp", devices=2)
-    if how == "tuning" and os.environ["LOCAL_RANK"] == "1":
+    if how == "tuning" and os.environ["RANK"] == "1":
         own = tuning.work
 
         def work(*args: Any, **kwargs: Any) -> Any:
@@ -81,17 +81,20 @@ def test_what_fails_on_one_rank_ends_all_of_them_with_its_message(tmp_path, how,
 
 
 def exchanges() -> Any:
-    dist.init_process_group("gloo", rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+    backend, device = ("nccl", "cuda") if ACCELERATOR == "gpu" else ("gloo", "cpu")
+    dist.init_process_group(backend, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
     ranks = current_ranks()
     assert isinstance(ranks, ProcessRanks)
-    tensor = torch.full((2,), float(ranks.rank))
+    tensor = torch.full((2,), float(ranks.rank), device=device)
     ranks.spread([tensor])
-    summed = ranks.sum_(torch.tensor([ranks.rank + 1.0]))
+    summed = ranks.sum_(torch.tensor([ranks.rank + 1.0], device=device))
     found = [ranks.gather(ranks.rank), ranks.first(lambda: f"of {ranks.rank}"), tensor.tolist(), summed.item()]
     ranks.check_same({"same": tensor})
     for pause in (1.5, 0.98, 0.99, 1.0, 1.01, 1.02):  # longer than a rank waits before it looks around, or just as long
         time.sleep(pause * ranks.rank)
         assert ranks.gather(pause) == [pause, pause]
+        time.sleep(pause * ranks.rank)
+        assert ranks.sum_(torch.tensor([pause], device=device)).item() == pytest.approx(2 * pause)
     try:
         ranks.first(lambda: 1 / 0)
     except ZeroDivisionError as error:
@@ -118,7 +121,7 @@ def waits(root: Any, world: int) -> Any:
 
     module = classifier(pl)
     before = Snapshot(module)
-    Path(root, f"started{os.environ.get('LOCAL_RANK', 0)}").touch()
+    Path(root, f"started{os.environ.get('RANK', 0)}").touch()
     several = {"strategy": "ddp", "devices": world} if world > 1 else {}
     capture = CalibrationCapture("w4a4", resume_dir=str(Path(root, "progress")))
     fitting = trainer(pl, root, capture, AdaQuantLayerwise(steps=100_000, memory_limit=0), **several)
@@ -155,7 +158,7 @@ def own_sampler(root: Any, shuffle: bool) -> Any:
 
     module, data = classifier(pl), TensorDataset(IMAGES[:13], LABELS[:13])
     capture = CalibrationCapture("w4a4")
-    rank = int(os.environ["LOCAL_RANK"])
+    rank = int(os.environ["RANK"])
     sampler = DistributedSampler(data, 2, rank, shuffle=shuffle, seed=3)
     found: list[Any] = []
 
