@@ -87,8 +87,10 @@ class PartSamples:
         """Of each output of the float unit: the sum of its squares, and how many values those are."""
         found = []
         for column in zip(*(group.targets or [] for group in self.data.groups), strict=True):
-            squares = sum(torch.linalg.vector_norm(t).item() ** 2 for t in column)  # a norm copies nothing
-            found.append((squares, sum(t.numel() for t in column)))
+            calls = [(call, target.device) for target in column for call in target.calls]
+            # A norm copies nothing, but from files to the GPU.
+            squares = sum(torch.linalg.vector_norm(call.to(device)).item() ** 2 for call, device in calls)
+            found.append((squares, sum(call.numel() for call, _ in calls)))
         return found
 
     def held_out_error(self, module: nn.Module) -> tuple[float, float]:
@@ -96,7 +98,7 @@ class PartSamples:
         error = power = 0.0
         for group, rows in self._held_out:
             outputs = float_leaves(run_unit(module, *group.arguments(rows), mode="quantized"))
-            for output, target in zip(outputs, group.targets or [], strict=True):
-                error += (output - target[rows]).double().square().sum().item()
-                power += target[rows].double().square().sum().item()
+            for output, target in zip(outputs, group.wanted(rows), strict=True):
+                error += (output - target).double().square().sum().item()
+                power += target.double().square().sum().item()
         return error, power

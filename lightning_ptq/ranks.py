@@ -85,7 +85,7 @@ class ProcessRanks(Ranks):
 
     def __init__(self) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        # Objects travel over the CPU; tensors as the default group does it, for example by NCCL.
+        # Objects, and tensors on the CPU, go by gloo; others as the default group does it, for example by NCCL.
         self._control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
         self._data = self._control
         if dist.get_backend() != "gloo":
@@ -116,6 +116,17 @@ class ProcessRanks(Ranks):
             deadline = time.monotonic() + _FAREWELL
             while self._store.add(f"{self._key} known", 0) < self.world and time.monotonic() < deadline:
                 time.sleep(0.02)
+
+    def _group(self, tensor: Tensor) -> dist.ProcessGroup:
+        """What the tensor travels over.
+
+        All ranks meet before NCCL is called: whoever waits in it, or in its start, for a rank that failed can neither
+        look whether one did, nor end.
+        """
+        if tensor.device.type == "cpu":
+            return self._control
+        self._wait(dist.all_reduce(torch.zeros(1), group=self._control, async_op=True))
+        return self._data
 
     def _wait(self, work: Any, on_gpu: bool = False) -> None:
         """Wait for an exchange, or for the news that a rank has failed."""
@@ -164,14 +175,14 @@ class ProcessRanks(Ranks):
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """See :class:`Ranks`."""
-        self._wait(dist.all_reduce(tensor, group=self._data, async_op=True), tensor.is_cuda)
+        self._wait(dist.all_reduce(tensor, group=self._group(tensor), async_op=True), tensor.is_cuda)
         return tensor
 
     def spread(self, tensors: Iterable[Tensor]) -> None:
         """See :class:`Ranks`."""
         for tensor in tensors:
             whole = tensor.detach().contiguous()
-            self._wait(dist.broadcast(whole, src=0, group=self._data, async_op=True), whole.is_cuda)
+            self._wait(dist.broadcast(whole, src=0, group=self._group(whole), async_op=True), whole.is_cuda)
             tensor.detach().copy_(whole)
 
     def check_same(self, tensors: Mapping[str, Tensor]) -> None:

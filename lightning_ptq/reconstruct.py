@@ -179,8 +179,8 @@ def _relative_error(
     state = {name: tensor for tuner in tuners for name, tensor in tuner.tensors().items()}
     args, kwargs = group.arguments(rows)
     outputs = float_leaves(functional_call(module, state, args, kwargs))
-    triples = zip(outputs, group.targets or [], power, strict=True)
-    return torch.stack([(output - target[rows]).square().mean() / p for output, target, p in triples]).sum()
+    triples = zip(outputs, group.wanted(rows), power, strict=True)
+    return torch.stack([(output - target).square().mean() / p for output, target, p in triples]).sum()
 
 
 @contextmanager

@@ -37,30 +37,41 @@ class Call:
     Attributes:
         leaves: Tensors and other values.
         spec: How to put them together again.
+        devices: Of each tensor; those of a GPU may be kept in files.
     """
 
     leaves: list[Any]
     spec: TreeSpec
+    devices: list[torch.device | None]
 
     @classmethod
     def of(cls, tree: Any, keep: Callable[[Tensor], Any] = lambda tensor: tensor) -> Call:
         """Take ``tree`` apart; tensors pass through ``keep``."""
         leaves, spec = tree_flatten(tree)
-        return cls([keep(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+        devices = [leaf.device if isinstance(leaf, Tensor) else None for leaf in leaves]
+        return cls([keep(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec, devices)
 
     def tree(self) -> Any:
-        """The structure put together."""
-        return tree_unflatten(self.leaves, self.spec)
+        """The structure put together, of copies on the tensors' devices."""
+        leaves = []
+        for leaf, device in zip(self.leaves, self.devices, strict=True):
+            absent = isinstance(leaf, _Absent)
+            leaves.append(leaf.zeros(device) if absent else leaf.to(device, copy=True) if device is not None else leaf)
+        return tree_unflatten(leaves, self.spec)
+
+    def drop(self) -> None:
+        """Let go of the tensors; their shapes stay."""
+        self.leaves = [_Absent(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
 
 
 class _Absent:
     """Stands for a tensor that nobody needs any more; only its shape is kept."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
+        self.shape, self.dtype = tensor.shape, tensor.dtype
 
-    def zeros(self) -> Tensor:
-        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+    def zeros(self, device: torch.device | None) -> Tensor:
+        return torch.zeros(self.shape, dtype=self.dtype, device=device)
 
 
 class _Reached(BaseException):
@@ -147,7 +158,7 @@ class Replay:
             for name, outputs in self.done.items():
                 if name not in later:
                     for call in outputs[batch]:
-                        call.leaves = [_Absent(leaf) if isinstance(leaf, Tensor) else leaf for leaf in call.leaves]
+                        call.drop()
 
     def run(self, batch: int, replace: bool = True) -> Any:
         """The calibration forward on a batch; with ``replace``, finished units hand out their stored outputs."""
@@ -187,15 +198,7 @@ class Replay:
     def _hand_out(calls: list[Call]) -> Any:
         remaining = iter(calls)
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            call = next(remaining)
-            leaves = [
-                leaf.zeros() if isinstance(leaf, _Absent) else leaf.clone() if isinstance(leaf, Tensor) else leaf
-                for leaf in call.leaves
-            ]
-            return tree_unflatten(leaves, call.spec)
-
-        return forward
+        return lambda *args, **kwargs: next(remaining).tree()
 
     @staticmethod
     def _equal(left: list[Call], right: list[Call]) -> bool:
@@ -207,6 +210,7 @@ def near(left: Tensor, right: Tensor) -> bool:
     """True if two tensors are the same but for the rounding of the kernels."""
     if left.shape != right.shape:
         return False
+    left = left.to(right.device)  # either may be in a file
     if not left.is_floating_point():
         return bool(torch.equal(left, right))
     # Batched kernels may round differently; a value out of place differs by far more.

@@ -115,14 +115,14 @@ class ActivationStore:
         return tensor
 
     def put(self, tensor: Tensor) -> Tensor:
-        """A copy of ``tensor``, kept here."""
+        """A copy of ``tensor``, kept here: on its device, or in a file, which is on the CPU."""
         copy = self.empty(tensor.shape, tensor.dtype, tensor.device)
         return copy.copy_(tensor.detach())
 
-    def stack(self, parts: list[Tensor]) -> Tensor:
+    def stack(self, parts: list[Tensor], device: torch.device) -> Tensor:
         """The parts behind one another along the first dimension; the list is emptied on the way."""
         rows = sum(len(part) for part in parts)
-        whole = self.empty((rows, *parts[0].shape[1:]), parts[0].dtype, parts[0].device)
+        whole = self.empty((rows, *parts[0].shape[1:]), parts[0].dtype, device)
         start = 0
         parts.reverse()
         while parts:

@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,24 +19,41 @@ from lightning_ptq.store import ActivationStore
 
 
 @dataclass
+class Target:
+    """One of the float unit's outputs in all calls of a group.
+
+    Attributes:
+        calls: By call.
+        whole: The same behind one another; None where their shapes do not fit.
+        device: Where the unit has them.
+    """
+
+    calls: list[Tensor]
+    whole: Tensor | None
+    device: torch.device
+
+
+@dataclass
 class Group:
     """Calls of one shape, behind one another.
 
     Attributes:
         inputs: Leaves of (args, kwargs); sample-wise ones are stacked over all calls, the others are shared.
+        devices: Where the unit has each of them; those of a GPU may be kept in files.
         spec: How the inputs go together.
         sample_wise: Which leaves have one row a sample.
         bounds: First row of each call, and the end of the last.
         calls: (batch, call) of each of them.
-        targets: The float unit's outputs: sample-wise leaves, stacked.
+        targets: The float unit's outputs.
     """
 
     inputs: list[Any]
+    devices: list[torch.device | None]
     spec: TreeSpec
     sample_wise: list[bool]
     bounds: list[int]
     calls: list[tuple[int, int]]
-    targets: list[Tensor] | None = None
+    targets: list[Target] | None = None
 
     @property
     def rows(self) -> int:
@@ -45,12 +63,19 @@ class Group:
     def arguments(self, rows: Tensor | slice) -> tuple[Any, Any]:
         """(args, kwargs) of some rows, copied: a unit may work on its inputs in place."""
         picked = []
-        for leaf, wise in zip(self.inputs, self.sample_wise, strict=True):
+        for leaf, device, wise in zip(self.inputs, self.devices, self.sample_wise, strict=True):
             part = leaf[rows] if wise else leaf
-            is_view = isinstance(leaf, Tensor) and (isinstance(rows, slice) or not wise)
-            picked.append(part.clone() if is_view else part)
+            is_view = isinstance(rows, slice) or not wise
+            picked.append(part if device is None else part.to(device, copy=is_view))
         args, kwargs = tree_unflatten(picked, self.spec)
         return args, kwargs
+
+    def wanted(self, rows: Tensor | slice) -> list[Tensor]:
+        """The targets of some rows, or of a whole call, which may have other rows than the inputs."""
+        if isinstance(rows, slice):
+            call = self.bounds.index(rows.start)
+            return [target.calls[call].to(target.device) for target in self.targets or []]
+        return [cast(Tensor, target.whole)[rows].to(target.device) for target in self.targets or []]
 
     def slices(self) -> Iterator[slice]:
         """The rows of each call."""
@@ -81,7 +106,6 @@ class UnitData:
         first = members[0][1]
         sample_wise = _sample_wise(first)
         sizes = [_rows(call) for _, call in members]
-        bounds = [0, *torch.tensor(sizes).cumsum(0).tolist()]
         leaves: list[Any] = []
         for i, wise in enumerate(sample_wise):
             if wise:
@@ -89,10 +113,11 @@ class UnitData:
                 for _, call in members:
                     parts.append(call.leaves[i])
                     call.leaves[i] = None
-                leaves.append(self.store.stack(parts))
+                leaves.append(self.store.stack(parts, cast(torch.device, first.devices[i])))
             else:
                 leaves.append(first.leaves[i])
-        return Group(leaves, first.spec, sample_wise, bounds, [key for key, _ in members])
+        bounds = [0, *accumulate(sizes)]
+        return Group(leaves, first.devices, first.spec, sample_wise, bounds, [key for key, _ in members])
 
     def set_targets(self, outputs: list[list[Call]], unit: nn.Module) -> None:
         """Take the float unit's outputs, by batch and call, as targets; the calls then hold views of the targets."""
@@ -104,15 +129,19 @@ class UnitData:
                     group.targets.append(self._stack_column(calls, column))
         self.separable = self._check_separable(unit)
 
-    def _stack_column(self, calls: list[Call], column: int) -> Tensor:
+    def _stack_column(self, calls: list[Call], column: int) -> Target:
+        device = cast(torch.device, calls[0].devices[column])
         parts = [call.leaves[column] for call in calls]
+        if not parts[0].dim() or len({part.shape[1:] for part in parts}) > 1:
+            return Target(parts, None, device)
         rows = [len(part) for part in parts]
         for call in calls:
             call.leaves[column] = None
-        whole = self.store.stack(parts)
-        for call, part in zip(calls, whole.split(rows), strict=True):
-            call.leaves[column] = part
-        return whole
+        whole = self.store.stack(parts, device)
+        views = list(whole.split(rows))
+        for call, view in zip(calls, views, strict=True):
+            call.leaves[column] = view
+        return Target(views, whole, device)
 
     def drop_targets(self) -> None:
         """Let go of the targets."""
@@ -131,19 +160,20 @@ class UnitData:
         for group in self.groups:
             rows = next(group.slices())
             size = rows.stop - rows.start
-            if group.targets is None or any(len(target) != group.rows for target in group.targets):
+            whole = [target.whole for target in group.targets or []]
+            if not whole or any(tensor is None or len(tensor) != group.rows for tensor in whole):
                 return False
             if size < 2:
                 continue
             part = slice(rows.start + size // 2, rows.stop)
             with _largest_output(unit) as largest:
-                whole = float_leaves(run_unit(unit, *group.arguments(rows), mode="float"))
+                outputs = float_leaves(run_unit(unit, *group.arguments(rows), mode="float"))
             self.row_bytes = max(self.row_bytes, largest[0] // size)
             try:
                 half = float_leaves(run_unit(unit, *group.arguments(part), mode="float"))
             except RuntimeError:  # shapes that fit the whole call only
                 return False
-            for all_rows, some in zip(whole, half, strict=True):
+            for all_rows, some in zip(outputs, half, strict=True):
                 expected = all_rows[size // 2 :]
                 if some.shape != expected.shape:
                     return False
@@ -178,9 +208,9 @@ class UnitData:
 
     @property
     def device(self) -> torch.device:
-        """Where the inputs are."""
-        leaves = (leaf for group in self.groups for leaf in group.inputs if isinstance(leaf, Tensor))
-        return next((leaf.device for leaf in leaves), torch.device("cpu"))
+        """Where the unit computes: on the GPU if any of its inputs is there."""
+        devices = (device for group in self.groups for device in group.devices if device is not None)
+        return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
     def batches(self, samples: list[Sample], size: int, generator: torch.Generator | None = None) -> list[Minibatch]:
         """The samples in mini-batches of one group each, shuffled if a generator is given."""
@@ -241,7 +271,9 @@ def float_leaves(output: Any) -> list[Tensor]:
 
 
 def _rows(call: Call) -> int:
-    return next((leaf.shape[0] for leaf in call.leaves if isinstance(leaf, Tensor) and leaf.dim()), 1)
+    """Of the first floating-point tensor: what else a unit takes, such as an order, may be shared by all samples."""
+    leaves = [leaf for leaf in call.leaves if isinstance(leaf, Tensor) and leaf.dim()]
+    return next((leaf.shape[0] for leaf in leaves if leaf.is_floating_point()), leaves[0].shape[0] if leaves else 1)
 
 
 def _sample_wise(call: Call) -> list[bool]:
@@ -253,9 +285,9 @@ def _signature(call: Call) -> Any:
     """Equal for calls whose rows can be stacked."""
     wise = _sample_wise(call)
     parts: list[Any] = []
-    for leaf, is_wise in zip(call.leaves, wise, strict=True):
+    for leaf, device, is_wise in zip(call.leaves, call.devices, wise, strict=True):
         if is_wise:
-            parts.append(("rows", tuple(leaf.shape[1:]), leaf.dtype))
+            parts.append(("rows", tuple(leaf.shape[1:]), leaf.dtype, device))
         elif isinstance(leaf, Tensor):
             data = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
             parts.append(("tensor", tuple(leaf.shape), leaf.dtype, hashlib.sha1(data).hexdigest()))

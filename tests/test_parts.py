@@ -79,7 +79,7 @@ def test_what_is_drawn_differs_by_part_and_seed_and_not_by_what_else_is_drawn():
 
 def test_the_power_of_the_targets_is_summed_over_all_samples():
     own = samples_of(2, 0)
-    targets = torch.cat([target for group in own.data.groups for target in group.targets])
+    targets = torch.cat([target.whole for group in own.data.groups for target in group.targets])
     ((squares, count),) = own.power()
     assert count == targets.numel()
     assert squares == pytest.approx(targets.double().square().sum().item(), rel=1e-5)

@@ -249,7 +249,7 @@ def test_batches_of_several_sizes_and_lengths_keep_their_order_and_their_targets
             assert torch.equal(outputs[0].leaves[0], unit(x))
         for group, rows in data.batches(data.split(0.3, torch.Generator())[0], 3):
             (x,), _ = group.arguments(rows)
-            torch.testing.assert_close(group.targets[0][rows], unit(x))
+            torch.testing.assert_close(group.wanted(rows)[0], unit(x))
 
 
 class Mixing(nn.Module):
@@ -275,7 +275,7 @@ def test_rows_are_separable_only_where_no_output_depends_on_several(batch_first,
         assert len(taken) == (6 if batch_first else 3)  # mini-batches of two rows, or whole calls
         for group, rows in taken:
             (x,), _ = group.arguments(rows)
-            torch.testing.assert_close(group.targets[0][rows], unit(x))
+            torch.testing.assert_close(group.wanted(rows)[0], unit(x))
 
 
 GROUPS = {
@@ -331,6 +331,44 @@ def test_masks_go_with_their_samples_and_shared_tensors_with_their_calls():
 class Ordered(nn.Module):
     def forward(self, x, order):
         return x[:, order]
+
+
+class OrderFirst(nn.Module):
+    def forward(self, order, x):
+        return x[:, order]
+
+
+def test_a_shared_tensor_may_come_before_the_samples():
+    batches, order = [seeded(i, 5, 3) for i in range(2)], torch.tensor([2, 0, 1])
+    with ActivationStore("1MB") as store:
+        data = UnitData([[Call.of(((order, x), {}), store.put)] for x in batches], store)
+        data.set_targets(data.outputs(OrderFirst(), 2, "float"), OrderFirst())
+        assert data.separable
+        assert data.groups[0].rows == 10
+        assert torch.equal(data.groups[0].wanted(torch.tensor([6]))[0], batches[1][1:2][:, order])
+
+
+class Turned(nn.Module):
+    """Puts out rows of another number than it takes, and one number for all of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.layer(x).transpose(0, 1), x.mean()
+
+
+def test_outputs_of_other_rows_than_the_inputs_are_taken_call_by_call():
+    unit = build(Turned)
+    with ActivationStore("1MB") as store:
+        data = unit_data(unit, [seeded(i, size, 5, 6) for i, size in enumerate((4, 3, 4))], store)
+        assert not data.separable
+        taken = data.batches(data.split(0, torch.Generator())[0], 2)
+        assert len(taken) == 3
+        for group, rows in taken:
+            (x,), _ = group.arguments(rows)
+            assert all(torch.equal(*pair) for pair in zip(group.wanted(rows), unit(x), strict=True))
 
 
 def test_calls_with_different_shared_tensors_are_not_taken_for_one_another():

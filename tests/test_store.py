@@ -110,7 +110,7 @@ def test_stack_concatenates_unequal_parts_and_lets_go_of_them(tmp_path, limit):
     values = [seeded(i, rows, 2, 3) for i, rows in enumerate((4, 1, 3))]
     with ActivationStore(limit, str(tmp_path)) as store:
         parts = [store.put(value) for value in values]
-        whole = store.stack(parts)
+        whole = store.stack(parts, torch.device("cpu"))
         assert parts == []
         assert torch.equal(whole, torch.cat(values))
         assert store.in_memory + store.on_disk == whole.nbytes
