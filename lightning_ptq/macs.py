@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 
 def count_macs(module: nn.Module, run: Callable[[], Any]) -> dict[str, float]:
@@ -57,13 +57,21 @@ def count_macs(module: nn.Module, run: Callable[[], Any]) -> dict[str, float]:
     try:
         for name, child in module.named_modules():
             handles += [child.register_forward_pre_hook(enter(name)), child.register_forward_hook(leave)]
-        with _attention_in_parts(), FlopCounterMode(display=False) as counter:
+        with _attention_in_parts(), FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
             run()
         book()
     finally:
         for handle in handles:
             handle.remove()
     return own
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
+    return sdpa_flop_count(query, key, value)
+
+
+# For older torch (2.11, for example), which has no formula for it.
+_FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
 
 
 @contextmanager

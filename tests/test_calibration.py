@@ -179,7 +179,10 @@ class Functional(nn.Module):
         (lambda x, w: F.linear(x, w, w[0]), "addmm in inner"),
         (lambda x, w: torch.einsum("ni,nij->nj", x, w.expand(len(x), 4, 4)), "bmm in inner"),
         (lambda x, w: F.conv1d(x[:, None], w[:1, None, :1]).squeeze(1), "convolution in inner"),
-        (lambda x, w: F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0], "attention.* in inner"),
+        (
+            lambda x, w: F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0],
+            "(attention.*|bmm) in inner",
+        ),
     ],
     ids=["matmul", "linear", "einsum", "conv", "attention"],
 )
