@@ -35,7 +35,7 @@ class ReconstructionConfig:
     """How a unit is tuned.
 
     Args:
-        steps: Optimisation steps a unit; None to go by the least width in the unit and the number
+        steps: Optimisation steps a unit; None to go by the least width in the unit and, below 4 bits, the number
             of samples (:meth:`steps_for`).
         batch_size: Samples a step.
         learn: What is tuned; any of ``"weight"``, ``"bias"``, ``"weight_scale"``, ``"activation_scale"``,
@@ -93,12 +93,16 @@ class ReconstructionConfig:
                 raise QConfigError(f"{name} must lie in [0, 1), got {getattr(self, name)!r}.")
 
     def steps_for(self, qconfigs: Iterable[LayerQConfig], samples: int) -> int:
-        """Steps for a unit whose layers have these widths, with so many calibration samples: the fewer there are, the
-        sooner tuning fits them alone. Half of the table's steps at a quarter of its 1024 samples.
+        """Steps for a unit whose layers have these widths, with so many calibration samples.
+
+        Below 4 bits, the fewer samples there are, the sooner tuning fits them alone: half of the table's steps at a
+        quarter of its 1024 samples.
         """
         if self.steps is not None:
             return self.steps
-        return max(1, round(DEFAULT_STEPS[_least_bits(qconfigs)] * math.sqrt(min(1.0, samples / 1024))))
+        bits = _least_bits(qconfigs)
+        share = math.sqrt(min(1.0, samples / 1024)) if bits < 4 else 1.0
+        return max(1, round(DEFAULT_STEPS[bits] * share))
 
     def tolerance_for(self, qconfigs: Iterable[LayerQConfig]) -> float:
         """Tolerance for a unit whose layers have these widths."""

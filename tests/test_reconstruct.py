@@ -131,7 +131,7 @@ def test_a_unit_below_the_tolerance_is_left_alone(bits, options, tuned):
 
 
 @pytest.mark.parametrize(("bits", "samples", "steps"), [
-    ("w2a4", 1024, 200), ("w2a4", 5000, 200), ("w4a8", 1024, 100), ("w4a8", 256, 50), ("w8a8", 1, 1),
+    ("w2a4", 1024, 200), ("w2a4", 5000, 200), ("w3a3", 256, 100), ("w3a3", 1, 6), ("w4a8", 256, 100), ("w8a8", 1, 40),
 ])  # fmt: skip
 def test_steps_go_by_the_least_width_and_the_samples(bits, samples, steps):
     widths = [LayerQConfig.parse(bits), LayerQConfig.parse("w8a8")]
