@@ -23,7 +23,8 @@ def quickstart(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Unit tests, doctests and two-process tests: nox -s tests [-- pytest arguments]"""
     session.install("-e", ".[tests]")
-    session.run("pytest", *session.posargs, env={"OMP_NUM_THREADS": "2"})
+    at_once = ["--numprocesses=auto", "--maxprocesses=4"]
+    session.run("pytest", *at_once, *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session

@@ -185,8 +185,8 @@ def test_the_units_and_their_steps():
         ("blocks.1", 100, ("w4a4",)),
         ("head", 40, ("w8a8",)),
     ]
-    fewer = inspect_module(build(ResNet), IMAGES, "w4a4", samples=256, granularity="layer")
-    assert [unit.steps for unit in fewer.units] == [20, 50, 50, 50, 50, 20]
+    fewer = inspect_module(build(ResNet), IMAGES, "w3a3", samples=256, granularity="layer")
+    assert [unit.steps for unit in fewer.units] == [40, 100, 100, 100, 100, 40]
 
 
 NETS = {
