@@ -16,9 +16,8 @@ from torchmetrics import MeanMetric
 
 from lightning_ptq.modules import FoldableBatchNorm, QuantLayer
 
-ACCELERATOR = os.environ.get(
-    "PTQ_TEST_ACCELERATOR", "cpu"
-)  # with "gpu" the Trainers of the tests use one, in all ranks
+# With "gpu" the Trainers of the tests use one, in all ranks.
+ACCELERATOR = os.environ.get("PTQ_TEST_ACCELERATOR", "cpu")
 
 
 def seeded(seed: int, *shape: int) -> Tensor:
