@@ -106,7 +106,7 @@ def _distil(
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
-    gradients = Gradient(list(values.values()), calibration.ranks)
+    gradients = Gradient(list(values.values()), calibration.ranks, ReconstructionConfig.parts)
     order: list[int] = []
     try:
         for parameter, _ in flags:
@@ -145,5 +145,5 @@ def _differentiate(
         rows = slice(start, min(start + size, samples))
         found, _ = reader.read(partial(calibration.run, batch, True, rows if divisible else None))
         with torch.enable_grad():
-            gradient.add(divergence(found, target[rows], measure).sum() / samples)
+            gradient.add(index, divergence(found, target[rows], measure).sum() / samples)
     gradient.reduce()

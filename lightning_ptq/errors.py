@@ -58,9 +58,11 @@ class PTQWarning(UserWarning):
 
     Attributes:
         remedy: What can be done about it.
+        of_rank: Whether it may be about what one rank alone has; others are alike on all ranks.
     """
 
     remedy: ClassVar[str] = ""
+    of_rank: ClassVar[bool] = False
 
     def __init__(self, message: str = "", details: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
@@ -112,6 +114,7 @@ class ProgressWarning(PTQWarning):
     """Saved progress that cannot be used: damaged, or of another run."""
 
     remedy = "Delete the folder, or point resume_dir to another."
+    of_rank = True
 
 
 class RolledBackWarning(PTQWarning):
@@ -132,22 +135,26 @@ class ReportWarning(PTQWarning):
     remedy = "For plots, pip install 'lightning-ptq[plots]'. To write the report again, call report.save(folder)."
 
 
-_notes: ContextVar[tuple[list[PTQWarning], ...]] = ContextVar("_notes", default=())
+_notes: ContextVar[tuple[tuple[list[PTQWarning], bool], ...]] = ContextVar("_notes", default=())
 
 
 def warn(
     message: str, category: type[PTQWarning], stacklevel: int = 1, details: Mapping[str, str] | None = None
 ) -> None:
     """Issue a warning, and note it wherever :func:`noted_warnings` is open."""
-    for notes in _notes.get():
+    for notes, _ in _notes.get():
         notes.append(category(message, details))
-    warnings.warn(message, category, stacklevel=stacklevel + 1)
+    if category.of_rank or all(first for _, first in _notes.get()):
+        warnings.warn(message, category, stacklevel=stacklevel + 1)
 
 
 @contextmanager
-def noted_warnings(notes: list[PTQWarning]) -> Iterator[None]:
-    """Append every warning of the library to ``notes`` inside the ``with`` block, also those that filters hide."""
-    token = _notes.set((*_notes.get(), notes))
+def noted_warnings(notes: list[PTQWarning], first: bool = True) -> Iterator[None]:
+    """Append every warning of the library to ``notes`` inside the ``with`` block, also those that filters hide.
+
+    Unless this is the ``first`` rank, those that all ranks have alike are noted only.
+    """
+    token = _notes.set((*_notes.get(), (notes, first)))
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -13,36 +14,42 @@ from lightning_ptq.ranks import Ranks
 class Gradient:
     """Adds the gradients of the parts of a step up, over all ranks.
 
-    Parts are summed in float64, in which the sum of a few float32 values is exact: the result is the same bytes
-    whichever rank had which part. Of a step, one flattened vector crosses the network.
+    Part ``i`` is computed on rank ``i % world``, and all ranks add the parts up in their order: the result is the same
+    bytes on any number of ranks. Of a step, one flattened vector a part crosses the network, once.
 
     Args:
         variables: What is optimised; their ``grad`` is what :meth:`reduce` leaves.
         ranks: The processes that share the steps.
+        parts: How many a step has.
     """
 
-    def __init__(self, variables: Sequence[Tensor], ranks: Ranks) -> None:
+    def __init__(self, variables: Sequence[Tensor], ranks: Ranks, parts: int) -> None:
         self.variables, self.ranks = list(variables), ranks
         self.sizes = [variable.numel() for variable in self.variables]
-        self.flat = torch.zeros(sum(self.sizes) + 1, dtype=torch.float64, device=self.variables[0].device)
+        owners = min(ranks.world, parts)
+        dtype = reduce(torch.promote_types, (variable.dtype for variable in self.variables))
+        size = sum(self.sizes) + 1  # the loss comes last
+        self._flat = torch.zeros(owners, -(-parts // owners), size, dtype=dtype, device=self.variables[0].device)
+        self._rows = [self._flat[part % owners, part // owners] for part in range(parts)]
 
-    def add(self, loss: Tensor, shown: Tensor | None = None) -> None:
-        """Add a part's gradient.
+    def add(self, part: int, loss: Tensor, shown: Tensor | None = None) -> None:
+        """Add to a part's gradient.
 
         Args:
-            loss: Of the part, scalar; the losses of all parts add up to that of the step.
+            part: Which.
+            loss: Of the part, or of some of its samples, scalar; all of them add up to the loss of the step.
             shown: In place of ``loss``, what :meth:`reduce` adds up.
         """
         found = torch.autograd.grad(loss, self.variables, materialize_grads=True)
-        self.flat[:-1] += torch.cat([gradient.flatten() for gradient in found])
-        self.flat[-1] += (loss if shown is None else shown).detach()
+        row = self._rows[part]
+        row[:-1] += torch.cat([gradient.flatten() for gradient in found])
+        row[-1] += (loss if shown is None else shown).detach()
 
     def reduce(self) -> Tensor:
-        """Sum over ranks, set every variable's ``grad``, and start afresh; returns the loss of the step."""
-        self.ranks.sum_(self.flat)
-        whole = self.flat[:-1].to(self.variables[0].dtype)  # at once: on a GPU each conversion is a launch
-        for variable, gradient in zip(self.variables, whole.split(self.sizes), strict=True):
+        """Sum over all parts, set every variable's ``grad``, and start afresh; returns the loss of the step."""
+        self.ranks.share(list(self._flat))
+        whole = reduce(torch.add, self._rows[1:], self._rows[0].clone())
+        for variable, gradient in zip(self.variables, whole[:-1].split(self.sizes), strict=True):
             variable.grad = gradient.view_as(variable).to(variable.dtype)
-        loss = self.flat[-1].clone()
-        self.flat.zero_()
-        return loss
+        self._flat.zero_()
+        return whole[-1]

@@ -10,7 +10,7 @@ import hashlib
 import pickle
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -62,9 +62,8 @@ class Ranks:
         """What ``work`` returns or raises on rank 0, on all ranks."""
         return work()
 
-    def sum_(self, tensor: Tensor) -> Tensor:
-        """The tensor, summed over ranks in place."""
-        return tensor
+    def share(self, tensors: Sequence[Tensor]) -> None:
+        """Give all ranks the values that tensor ``i`` has on rank ``i``, in place; there may be fewer than ranks."""
 
     def spread(self, tensors: Iterable[Tensor]) -> None:
         """Give all ranks the values that the tensors have on rank 0, in place."""
@@ -173,10 +172,13 @@ class ProcessRanks(Ranks):
             raise error or failure
         return cast(T, value)
 
-    def sum_(self, tensor: Tensor) -> Tensor:
+    def share(self, tensors: Sequence[Tensor]) -> None:
         """See :class:`Ranks`."""
-        self._wait(dist.all_reduce(tensor, group=self._group(tensor), async_op=True), tensor.is_cuda)
-        return tensor
+        group = self._group(tensors[0])
+        # All at once. An all-reduce would take two rounds, and add in an order that goes by the number of ranks.
+        sent = [dist.broadcast(tensor, src=r, group=group, async_op=True) for r, tensor in enumerate(tensors)]
+        for tensor, work in zip(tensors, sent, strict=True):
+            self._wait(work, tensor.is_cuda)
 
     def spread(self, tensors: Iterable[Tensor]) -> None:
         """See :class:`Ranks`."""

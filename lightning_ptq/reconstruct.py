@@ -134,14 +134,18 @@ def _optimise(
     ranks: Ranks,
     on_step: Callable[[int], None],
 ) -> list[tuple[int, float]]:
-    groups = [group for tuner in tuners for group in tuner.groups()]
-    if not groups:
+    by_rate: dict[float, list[Tensor]] = {}
+    for variable, rate in (found for tuner in tuners for found in tuner.variables.values()):
+        by_rate.setdefault(rate, []).append(variable)
+    if not by_rate:
         return []
-    optimizer = torch.optim.Adam(groups)
+    # A group for each rate and one kernel a group: by tensor, Adam would take a tenth of a step.
+    groups = [{"params": variables, "lr": rate} for rate, variables in by_rate.items()]
+    optimizer = torch.optim.Adam(groups, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    gradient = Gradient([variable for group in groups for variable in group["params"]], ranks)
     facts = _of_all_parts(ranks, {own.part.index: (own.data.separable, own.power()) for own in samples})
     mixed, power = all(separable for separable, _ in facts), _mean_power([power for _, power in facts])
+    gradient = Gradient([variable for variables in by_rate.values() for variable in variables], ranks, len(facts))
     quantizers = [q for layer in unit.layers.values() if (q := layer.input_fake_quant) is not None]
     curve: list[tuple[int, float]] = []
     for step in range(steps):
@@ -156,7 +160,7 @@ def _optimise(
             for group, rows, share in own.draw():
                 error = weight * share * _relative_error(unit.module, tuners, group, rows, power)
                 penalty = weight * share * torch.stack([tuner.penalty(step / steps) for tuner in tuners]).sum()
-                gradient.add(error + penalty, error)
+                gradient.add(own.part.index, error + penalty, error)
         total = gradient.reduce()
         if step % max(1, steps // 50) == 0:
             curve.append((step, float(total)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -123,7 +123,7 @@ class Tuner:
         self.quantizer = cast(FakeQuantize, layer.weight_fake_quant)
         self.start = {name: tensor.detach().clone() for name, tensor in layer_tensors(layer).items()}
         learn = set(config.learn) - ({"weight", "weight_scale"} if layer.tied else set())
-        self.variables: dict[str, tuple[Tensor, float]] = {}
+        self.variables: dict[str, tuple[Tensor, float]] = {}  # with their rates
         for name, part, rate in (
             ("weight", "weight", config.weight_lr),
             ("bias", "bias", config.bias_lr),
@@ -137,10 +137,6 @@ class Tuner:
 
     def _variable(self, part: str) -> Tensor:
         return torch.zeros_like(self.start[part], dtype=torch.float32).requires_grad_()
-
-    def groups(self) -> list[dict[str, Any]]:
-        """Parameter groups for the optimizer."""
-        return [{"params": [variable], "lr": rate} for variable, rate in self.variables.values()]
 
     def tensors(self) -> dict[str, Tensor]:
         """What the module is to compute with, by name, differentiable in the variables."""

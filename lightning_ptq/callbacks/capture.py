@@ -142,7 +142,7 @@ class CalibrationCapture(PTQCallback):
         self.calibration = self._calibrator = None
         self.report = PTQReport(type(pl_module).__name__, plain({c.title: told(c) for c in ptq_callbacks(trainer)}))
         with ExitStack() as stack:
-            stack.enter_context(noted_warnings(self.report.warnings))
+            stack.enter_context(noted_warnings(self.report.warnings, first=self._ranks.rank == 0))
             forward = calibration_forward(pl_module, self.step)
             self._prepared = prepare(pl_module, self.qconfig)
             stack.callback(self._undo_unless_finished)

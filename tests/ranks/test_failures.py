@@ -87,14 +87,17 @@ def exchanges() -> Any:
     assert isinstance(ranks, ProcessRanks)
     tensor = torch.full((2,), float(ranks.rank), device=device)
     ranks.spread([tensor])
-    summed = ranks.sum_(torch.tensor([ranks.rank + 1.0], device=device))
-    found = [ranks.gather(ranks.rank), ranks.first(lambda: f"of {ranks.rank}"), tensor.tolist(), summed.item()]
+    shared = torch.full((2, 3), float(ranks.rank + 1), device=device)
+    ranks.share(list(shared))
+    found = [ranks.gather(ranks.rank), ranks.first(lambda: f"of {ranks.rank}"), tensor.tolist(), shared.tolist()]
     ranks.check_same({"same": tensor})
     for pause in (1.5, 0.98, 0.99, 1.0, 1.01, 1.02):  # longer than a rank waits before it looks around, or just as long
         time.sleep(pause * ranks.rank)
         assert ranks.gather(pause) == [pause, pause]
         time.sleep(pause * ranks.rank)
-        assert ranks.sum_(torch.tensor([pause], device=device)).item() == pytest.approx(2 * pause)
+        shared = torch.full((2,), pause * ranks.rank, device=device)
+        ranks.share([shared[:1], shared[1:]])
+        assert shared.tolist() == pytest.approx([0, pause])
     try:
         ranks.first(lambda: 1 / 0)
     except ZeroDivisionError as error:
@@ -109,7 +112,7 @@ def exchanges() -> Any:
 def test_exchanges():
     first, second = run(2, exchanges)
     assert first == second
-    assert first[:5] == [[0, 1], "of 0", [0.0, 0.0], 3.0, "division by zero"]
+    assert first[:5] == [[0, 1], "of 0", [0.0, 0.0], [[1.0] * 3, [2.0] * 3], "division by zero"]
     assert "different bytes in 'b'" in first[5]
     assert current_ranks().world == 1
     assert Ranks().gather("x") == ["x"]

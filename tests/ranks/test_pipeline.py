@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ptq import AdaQuantLayerwise, BitAllocator, CalibrationCapture, StatsTuning, calibrate
 from lightning_ptq.batches import Batches
+from lightning_ptq.errors import PTQWarning
 from lightning_ptq.ranks import current_ranks
 
 pytestmark = [
@@ -57,6 +59,23 @@ def test_two_nodes_end_with_the_same_bytes(tmp_path):
     alone, _ = run(1, quantized, "pytorch_lightning", tmp_path, advanced, 1)[0]
     for found, _ in run(2, quantized, "pytorch_lightning", tmp_path, advanced, 2, 2, nodes=True):
         assert same_state(found, alone)
+
+
+def warned(root: Any) -> Any:
+    capture = CalibrationCapture("w4a4", num_samples=1000)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        quantized("pytorch_lightning", root, lambda: [capture], 2)
+    assert capture.report is not None
+    ours = [str(warning.message) for warning in heard if issubclass(warning.category, PTQWarning)]
+    return [str(note) for note in capture.report.warnings], ours
+
+
+def test_what_all_ranks_warn_of_alike_is_shown_once_and_noted_by_all(tmp_path):
+    (noted, shown), (also_noted, shown_too) = run(2, warned, tmp_path)
+    assert noted == also_noted == shown
+    assert "37 samples, 1000 were asked" in shown[0]
+    assert shown_too == []
 
 
 def dealt(world: int) -> Any:
