@@ -7,12 +7,14 @@ with its message instead of waiting for ever.
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -25,7 +27,10 @@ T = TypeVar("T")
 
 _PATIENCE = timedelta(days=7)  # a rank may rightly wait as long as another one tunes
 _LOOK = timedelta(seconds=1)  # how often a rank that waits looks whether another one has failed
+_SPIN = 0.02  # seconds that a rank waits without going to sleep, from which it would wake up late, or on another core
 _FAREWELL = 20.0  # seconds that a rank that failed gives the others to learn of it
+
+_yield: Callable[[], None] = getattr(os, "sched_yield", partial(time.sleep, 0))  # Windows has none
 
 
 class Ranks:
@@ -129,6 +134,9 @@ class ProcessRanks(Ranks):
 
     def _wait(self, work: Any, on_gpu: bool = False) -> None:
         """Wait for an exchange, or for the news that a rank has failed."""
+        deadline = time.monotonic() + _SPIN
+        while not work.is_completed() and time.monotonic() < deadline:
+            _yield()
         while on_gpu and not work.is_completed():  # NCCL takes a wait that times out for an error
             self.poll()
         while not work.is_completed():
