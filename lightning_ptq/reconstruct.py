@@ -139,9 +139,9 @@ def _optimise(
         by_rate.setdefault(rate, []).append(variable)
     if not by_rate:
         return []
-    # A group for each rate and one kernel a group: by tensor, Adam would take a tenth of a step.
+    # A group for each rate, stepped as a whole: one by one, its tensors would take a tenth of a step. The same bytes.
     groups = [{"params": variables, "lr": rate} for rate, variables in by_rate.items()]
-    optimizer = torch.optim.Adam(groups, fused=True)
+    optimizer = torch.optim.Adam(groups, foreach=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     facts = _of_all_parts(ranks, {own.part.index: (own.data.separable, own.power()) for own in samples})
     mixed, power = all(separable for separable, _ in facts), _mean_power([power for _, power in facts])
