@@ -11,17 +11,20 @@ from typing import Any
 
 
 class StopRequest:
-    """Whether SIGTERM has come.
+    """Whether SIGTERM or an interrupt (Ctrl-C) has come.
 
-    Lightning looks for it between batches only, and its handler, under DDP, waits for ranks that may be busy for
-    minutes. The library looks at each step of its work.
+    An interrupt ends the run at once, and at the next step where code that ran meanwhile has swallowed it. Lightning
+    looks for SIGTERM between batches only, and its handler, under DDP, waits for ranks that may be busy for minutes.
+    The library looks at each step of its work.
     """
 
     def __init__(self) -> None:
-        self.received = False
+        self.received = self.interrupted = False
 
     def check(self, trainer: Any) -> None:
-        """Raise Lightning's ``SIGTERMException`` if SIGTERM has come."""
+        """Raise Lightning's ``SIGTERMException`` if SIGTERM has come, ``KeyboardInterrupt`` if an interrupt has."""
+        if self.interrupted:
+            raise KeyboardInterrupt
         if self.received:
             package = type(trainer).__module__.split(".trainer")[0]
             raise importlib.import_module(f"{package}.utilities.exceptions").SIGTERMException
@@ -32,15 +35,22 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.getsignal(signal.SIGTERM)
+        before, interrupt_before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
 
         def handle(signum: int, frame: Any) -> None:
             self.received = True
             if world == 1 and callable(before):
                 before(signum, frame)
 
+        def interrupt(signum: int, frame: Any) -> None:
+            self.interrupted = True
+            signal.default_int_handler(signum, frame)
+
         signal.signal(signal.SIGTERM, handle)
+        if interrupt_before is signal.default_int_handler:  # another one may mean something else by it
+            signal.signal(signal.SIGINT, interrupt)
         try:
             yield
         finally:
             signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGINT, interrupt_before)

@@ -5,6 +5,7 @@ import signal
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ranks.processes import Processes, run
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_ptq import AdaQuantLayerwise, CalibrationCapture
+from lightning_ptq.callbacks.stopping import StopRequest
 from lightning_ptq.modules import QuantLayer
 from lightning_ptq.ranks import ProcessRanks, Ranks, current_ranks
 
@@ -153,6 +155,22 @@ def test_a_signal_ends_the_run_in_good_order(tmp_path, monkeypatch, world, signu
     assert [error for error, _ in results[1:]] == ["RankError"] * (world - 1)
     assert not list(tmp_path.glob("temporary/lightning_ptq_*"))
     assert not list(tmp_path.glob("progress/*.part"))
+
+
+def test_an_interrupt_that_was_swallowed_ends_the_run_at_the_next_step():
+    own = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    stop = StopRequest()
+    try:
+        with stop.watching(1):
+            stop.check(None)
+            with suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                stop.check(None)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, own)
 
 
 def own_sampler(root: Any, shuffle: bool) -> Any:
