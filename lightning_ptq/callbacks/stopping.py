@@ -31,11 +31,14 @@ class StopRequest:
 
     @contextmanager
     def watching(self, world: int) -> Iterator[None]:
-        """Take SIGTERM inside the ``with`` block; a handler that is there is called too, on a single process."""
+        """Take SIGTERM inside the ``with`` block; a handler that is there is called too, on a single process.
+
+        Interrupts are noted where Python's own handler is in place, which is called then.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before, interrupt_before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+        before, ours = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
         def handle(signum: int, frame: Any) -> None:
             self.received = True
@@ -47,10 +50,11 @@ class StopRequest:
             signal.default_int_handler(signum, frame)
 
         signal.signal(signal.SIGTERM, handle)
-        if interrupt_before is signal.default_int_handler:  # another one may mean something else by it
+        if ours:  # another one may mean something else by it
             signal.signal(signal.SIGINT, interrupt)
         try:
             yield
         finally:
             signal.signal(signal.SIGTERM, before)
-            signal.signal(signal.SIGINT, interrupt_before)
+            if ours:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
