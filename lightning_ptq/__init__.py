@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_ptq.adaquant import adaquant
-from lightning_ptq.allocation import BitAllocation, allocate_bits
-from lightning_ptq.bias_tuning import tune_bias
-from lightning_ptq.calibrated import Calibration
-from lightning_ptq.calibration import Calibrator, calibrate
-from lightning_ptq.choices import Choices
-from lightning_ptq.costs import Cost, bops_cost, size_cost, table_cost
+from lightning_ptq.allocation.costs import Cost, bops_cost, size_cost, table_cost
+from lightning_ptq.allocation.frontier import Frontier, frontier
+from lightning_ptq.allocation.search import AllocationResult, apply_allocation, search_allocation
+from lightning_ptq.allocation.sensitivity import measure_choice, measure_sensitivity
+from lightning_ptq.allocation.sensitivity_table import SensitivityTable
+from lightning_ptq.allocation.solver import BitAllocation, allocate_bits
+from lightning_ptq.calibration.calibration import Calibration
+from lightning_ptq.calibration.calibrator import Calibrator, calibrate
+from lightning_ptq.calibration.candidates import Choices
 from lightning_ptq.export.packed import load_packed, save_packed
-from lightning_ptq.frontier import Frontier, frontier
-from lightning_ptq.judging import StatisticsResult
-from lightning_ptq.qconfig import LayerQConfig, QConfig, QuantSpec
-from lightning_ptq.reconstruct import UnitResult
-from lightning_ptq.refinement import AllocationResult, apply_allocation, search_allocation
+from lightning_ptq.network.prepare import Prepared, prepare
+from lightning_ptq.numerics.qconfig import LayerQConfig, QConfig, QuantSpec
 from lightning_ptq.report import PTQReport
 from lightning_ptq.report.preflight import Preflight
-from lightning_ptq.sensitivity import SensitivityTable, measure_choice, measure_sensitivity
-from lightning_ptq.statistics import para_normalize, reestimate_batch_norm
-from lightning_ptq.surgery import Prepared, prepare
-from lightning_ptq.tuners import ReconstructionConfig
-from lightning_ptq.tuning_run import AdaQuantResult
+from lightning_ptq.statistics.acceptance import StatisticsResult
+from lightning_ptq.statistics.bias import tune_bias
+from lightning_ptq.statistics.normalization import para_normalize, reestimate_batch_norm
+from lightning_ptq.tuning.adaquant import adaquant
+from lightning_ptq.tuning.config import ReconstructionConfig
+from lightning_ptq.tuning.reconstruct import UnitResult
+from lightning_ptq.tuning.run import AdaQuantResult
 
 if TYPE_CHECKING:
     from lightning_ptq.callbacks import AdaQuantLayerwise, BitAllocator, CalibrationCapture, StatsTuning, inspect

@@ -35,7 +35,7 @@ from lightning_ptq import (
 )
 from lightning_ptq.callbacks import pipelines
 from lightning_ptq.errors import PTQWarning
-from lightning_ptq.report.sheets import allocation_sheet
+from lightning_ptq.report.tables import allocation_sheet
 
 console = Console()
 

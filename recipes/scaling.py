@@ -21,7 +21,7 @@ from rich.table import Table
 from torch.utils.data import DataLoader, Subset
 
 from lightning_ptq import QConfig, ReconstructionConfig, adaquant, calibrate
-from lightning_ptq.ranks import current_ranks, digest
+from lightning_ptq.runtime.ranks import current_ranks, digest
 
 CANDIDATES = ["w8a8", "w4a4", "w3a3", "w2a4"]
 

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_ptq import prepare
-from lightning_ptq.qconfig import LayerQConfig
-from lightning_ptq.trace import Trace, trace
+from lightning_ptq.network.trace import Trace, trace
+from lightning_ptq.numerics.qconfig import LayerQConfig
 
 
 def randomize_norms(module: nn.Module) -> nn.Module:

@@ -23,7 +23,7 @@ from torch import nn
 
 from lightning_ptq import QConfig, ReconstructionConfig, adaquant, calibrate
 from lightning_ptq.errors import QConfigError, RolledBackWarning
-from lightning_ptq.modules import QuantLayer
+from lightning_ptq.network.layers import QuantLayer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning_ptq.errors.FunctionalOpWarning"),

@@ -14,8 +14,8 @@ from lightning_ptq.errors import (
     QConfigError,
     UnreachedLayerWarning,
 )
-from lightning_ptq.modules import layers_in_mode
-from lightning_ptq.quantize import choose_qparams
+from lightning_ptq.network.layers import layers_in_mode
+from lightning_ptq.numerics.quantize import choose_qparams
 
 
 class OutOfOrder(nn.Module):

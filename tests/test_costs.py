@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lightning_ptq import Choices, QConfig, apply_allocation, bops_cost, calibrate, save_packed, size_cost, table_cost
-from lightning_ptq.costs import multiply_accumulates
+from lightning_ptq.allocation.costs import multiply_accumulates
 from lightning_ptq.errors import AllocationError
 
 IMAGES = [seeded(1, 10, 2, 6, 6), seeded(2, 6, 2, 6, 6)]

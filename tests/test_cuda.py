@@ -35,7 +35,7 @@ from lightning_ptq import (
     reestimate_batch_norm,
     save_packed,
 )
-from lightning_ptq.forward import to_device
+from lightning_ptq.calibration.forward import to_device
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 

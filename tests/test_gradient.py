@@ -9,8 +9,8 @@ import torch
 from helpers import seeded
 from torch import Tensor
 
-from lightning_ptq.gradient import Gradient
-from lightning_ptq.ranks import Ranks
+from lightning_ptq.runtime.gradient import Gradient
+from lightning_ptq.runtime.ranks import Ranks
 
 
 class Thread(Ranks):

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_ptq import prepare
-from lightning_ptq.fake_quant import ActivationDrop, FakeQuantize
-from lightning_ptq.modules import QuantLayer, layers_in_mode, swapped_class
-from lightning_ptq.qconfig import LayerQConfig, QuantSpec
+from lightning_ptq.network.layers import QuantLayer, layers_in_mode, swapped_class
+from lightning_ptq.numerics.fake_quantize import FakeQuantize
+from lightning_ptq.numerics.qconfig import LayerQConfig, QuantSpec
+from lightning_ptq.tuning.reconstruct import ActivationDrop
 
 # name -> how the layer is made, and an input's shape
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

@@ -9,17 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_ptq.observers import (
-    MinMaxObserver,
-    MSEObserver,
-    PercentileObserver,
-    make_observer,
-    weight_qparams,
-)
-from lightning_ptq.qconfig import QuantSpec
-from lightning_ptq.quantize import choose_qparams, fake_quantize
-from lightning_ptq.ranks import Ranks
-from lightning_ptq.sharding import merge_observers
+from lightning_ptq.calibration.calibrator import merge_observers
+from lightning_ptq.numerics.observers import MinMaxObserver, MSEObserver, PercentileObserver, make_observer
+from lightning_ptq.numerics.qconfig import QuantSpec
+from lightning_ptq.numerics.quantize import choose_qparams, fake_quantize
+from lightning_ptq.numerics.weight_scales import weight_qparams
+from lightning_ptq.runtime.ranks import Ranks
 
 OBSERVERS = ["minmax", "percentile", "mse"]
 

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_ptq import QConfig, ReconstructionConfig, calibrate
-from lightning_ptq.parts import PartSamples, deal_parts
-from lightning_ptq.replay import Replay
-from lightning_ptq.store import ActivationStore
-from lightning_ptq.unit_data import UnitData
-from lightning_ptq.units import find_units
+from lightning_ptq.activations.replay import Replay
+from lightning_ptq.activations.shards import PartSamples, deal_parts
+from lightning_ptq.activations.store import ActivationStore
+from lightning_ptq.activations.unit_data import UnitData
+from lightning_ptq.network.units import find_units
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)

@@ -41,7 +41,7 @@ def test_a_small_disk_means_computing_again_with_the_same_result(name, mode, mon
         calibration = calibration_of(name)
         if room is None:  # so much that the plan for the disk is too big, yet any unit fits
             room = round(0.99 * plans[0].most)
-        monkeypatch.setattr("lightning_ptq.plan.disk_room", lambda room=room: room)
+        monkeypatch.setattr("lightning_ptq.activations.memory_plan.disk_room", lambda room=room: room)
         adaquant(calibration, mode=mode, granularity="layer", config=CONFIG, memory_limit=limit, announce=plans.append)
         nets.append(state(calibration.module))
     assert [plan.where for plan in plans] == ["memory", "disk", "recomputed"]
@@ -53,7 +53,7 @@ def test_a_small_disk_means_computing_again_with_the_same_result(name, mode, mon
 def test_what_fits_nowhere_is_told_before_the_work(monkeypatch):
     calibration = calibration_of("resnet")
     before = state(calibration.module)
-    monkeypatch.setattr("lightning_ptq.plan.disk_room", lambda: 100)
+    monkeypatch.setattr("lightning_ptq.activations.memory_plan.disk_room", lambda: 100)
     with pytest.raises(CalibrationError, match=r"unit 'blocks\.0' take .* fewer samples, raise memory_limit"):
         adaquant(calibration, config=CONFIG, memory_limit=0)
     assert same_state(state(calibration.module), before)

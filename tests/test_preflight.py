@@ -15,12 +15,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from lightning_ptq import QConfig, ReconstructionConfig, adaquant, calibrate, save_packed
-from lightning_ptq.costs import multiply_accumulates
+from lightning_ptq.allocation.costs import multiply_accumulates
+from lightning_ptq.calibration.forward import default_forward
+from lightning_ptq.calibration.layer_costs import count_macs, macs_below
 from lightning_ptq.errors import CalibrationError, PTQWarning, QConfigError, SurgeryError
 from lightning_ptq.export.packed import packed_tensors
-from lightning_ptq.forward import default_forward
-from lightning_ptq.macs import count_macs, macs_below
-from lightning_ptq.preflight import inspect_module
+from lightning_ptq.report.inspect_module import inspect_module
 
 quiet = pytest.mark.filterwarnings("ignore::lightning_ptq.errors.PTQWarning")
 IMAGES = seeded(0, 8, 2, 6, 6)
@@ -207,7 +207,7 @@ def test_one_batch_tells_what_tuning_on_all_will_hold(name, granularity):
 
 
 def test_a_disk_that_is_too_small_is_a_hazard(monkeypatch):
-    monkeypatch.setattr("lightning_ptq.plan.disk_room", lambda: 0)
+    monkeypatch.setattr("lightning_ptq.activations.memory_plan.disk_room", lambda: 0)
     found = inspect_module(build(ResNet), IMAGES, memory_limit=100)
     assert found.plan is None
     assert [hazard.category for hazard in found.hazards] == ["memory"]

@@ -6,7 +6,7 @@ from dataclasses import FrozenInstanceError
 import pytest
 
 from lightning_ptq.errors import QConfigError
-from lightning_ptq.qconfig import LayerQConfig, QConfig, QuantSpec
+from lightning_ptq.numerics.qconfig import LayerQConfig, QConfig, QuantSpec
 
 
 @pytest.mark.parametrize(

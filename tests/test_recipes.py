@@ -13,7 +13,7 @@ from helpers import classifier_class, loader
 from lightning_cli import main as lightning_cli
 
 from lightning_ptq import AdaQuantLayerwise, BitAllocator, CalibrationCapture, StatsTuning, load_packed
-from lightning_ptq.modules import QuantLayer
+from lightning_ptq.network.layers import QuantLayer
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter is intended")
 

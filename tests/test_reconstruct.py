@@ -7,14 +7,13 @@ from helpers import build, relative_error, same_state, seeded, state
 from torch import nn
 
 from lightning_ptq import LayerQConfig, QConfig, ReconstructionConfig, calibrate
+from lightning_ptq.activations.calls import Call
+from lightning_ptq.activations.shards import deal_parts
+from lightning_ptq.activations.store import ActivationStore
+from lightning_ptq.activations.unit_data import UnitData
 from lightning_ptq.errors import QConfigError, TiedWeightWarning
-from lightning_ptq.fake_quant import ActivationDrop
-from lightning_ptq.parts import deal_parts
-from lightning_ptq.reconstruct import reconstruct_unit
-from lightning_ptq.replay import Call
-from lightning_ptq.store import ActivationStore
-from lightning_ptq.unit_data import UnitData
-from lightning_ptq.units import find_units
+from lightning_ptq.network.units import find_units
+from lightning_ptq.tuning.reconstruct import ActivationDrop, reconstruct_unit
 
 
 class SameConv(nn.Conv2d):

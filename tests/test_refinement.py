@@ -26,7 +26,7 @@ from lightning_ptq import (
     size_cost,
 )
 from lightning_ptq.errors import AllocationError
-from lightning_ptq.report.sheets import allocation_sheet
+from lightning_ptq.report.tables import allocation_sheet
 
 CANDIDATES = ["w8a8", "w4a4", "w2a4"]
 

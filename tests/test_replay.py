@@ -9,12 +9,13 @@ from helpers import ResNet, Transformer, build, seeded, token_batches
 from torch import nn
 
 from lightning_ptq import QConfig, calibrate
+from lightning_ptq.activations.calls import Call
+from lightning_ptq.activations.replay import Replay
+from lightning_ptq.activations.store import ActivationStore
+from lightning_ptq.activations.unit_data import UnitData
 from lightning_ptq.errors import CalibrationError
-from lightning_ptq.modules import QuantLayer, layers_in_mode
-from lightning_ptq.replay import Call, Replay
-from lightning_ptq.store import ActivationStore
-from lightning_ptq.unit_data import UnitData
-from lightning_ptq.units import find_units
+from lightning_ptq.network.layers import QuantLayer, layers_in_mode
+from lightning_ptq.network.units import find_units
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_ptq.errors.FunctionalOpWarning")
 

@@ -10,9 +10,9 @@ from torch import nn
 
 from lightning_ptq import QConfig, calibrate, para_normalize, reestimate_batch_norm, tune_bias
 from lightning_ptq.errors import CalibrationError, QConfigError, StatisticsError, UnfoldedBatchNormWarning
-from lightning_ptq.judging import split_samples
-from lightning_ptq.modules import layers_in_mode
-from lightning_ptq.statistics import ChannelStatistics, watch_outputs
+from lightning_ptq.network.layers import layers_in_mode
+from lightning_ptq.statistics.acceptance import split_samples
+from lightning_ptq.statistics.channel_statistics import ChannelStatistics, watch_outputs
 
 
 class Folded(nn.Module):
@@ -203,7 +203,7 @@ def test_what_does_not_help_beyond_doubt_on_held_out_samples_is_taken_back(step,
     calibration = calibrate(build(lambda: nn.Sequential(nn.Linear(6, 4, bias=False))).eval(), batches(FLAT), "w2a8")
     after = 1 - torch.tensor(gains, dtype=torch.float64)
     values = iter([[torch.ones_like(after)], [after]])
-    monkeypatch.setattr("lightning_ptq.outputs.Meter.each", lambda meter: next(values))
+    monkeypatch.setattr("lightning_ptq.calibration.outputs.Meter.each", lambda meter: next(values))
     before = state(calibration.module)
     result = step(calibration)
     assert (result.accepted, result.before, result.after) == (accepted, 1.0, pytest.approx(float(after.mean())))
@@ -214,10 +214,10 @@ def test_what_does_not_help_beyond_doubt_on_held_out_samples_is_taken_back(step,
 def test_a_small_disk_means_computing_again_with_the_same_result(step, monkeypatch):
     calibrations = [calibration_of() for _ in range(3)]
     expected = STEPS[step](calibrations[0], held_out=0.25)
-    for room in ("lightning_ptq.plan.disk_room", "lightning_ptq.store.disk_room"):
+    for room in ("lightning_ptq.activations.memory_plan.disk_room", "lightning_ptq.runtime.memory.disk_room"):
         monkeypatch.setattr(room, lambda *_: 0)
     with monkeypatch.context() as patch:
-        patch.setattr("lightning_ptq.statistics.keep_outputs", lambda *_: True)
+        patch.setattr("lightning_ptq.statistics.normalization.keep_outputs", lambda *_: True)
         with pytest.raises(CalibrationError, match="fit neither into memory_limit"):
             STEPS[step](calibrations[1], memory_limit="100KB")
     assert STEPS[step](calibrations[2], memory_limit="100KB") == expected  # the inputs of any layer fit

@@ -6,8 +6,9 @@ import pytest
 import torch
 from helpers import seeded
 
+from lightning_ptq.activations.store import ActivationStore
 from lightning_ptq.errors import QConfigError
-from lightning_ptq.store import ActivationStore, parse_bytes
+from lightning_ptq.runtime.memory import parse_bytes
 
 
 @pytest.mark.parametrize(

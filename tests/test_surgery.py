@@ -22,9 +22,9 @@ from lightning_ptq.errors import (
     UnfoldedBatchNormWarning,
     UnsupportedLayerWarning,
 )
-from lightning_ptq.modules import FoldableBatchNorm, QuantLayer
-from lightning_ptq.surgery import fold_batch_norms
-from lightning_ptq.trace import trace
+from lightning_ptq.network.batch_norm import fold_batch_norms
+from lightning_ptq.network.layers import FoldableBatchNorm, QuantLayer
+from lightning_ptq.network.trace import trace
 
 
 def objects(module: nn.Module) -> list[tuple[str, int]]:

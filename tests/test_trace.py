@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_ptq import Calibrator, prepare
-from lightning_ptq.trace import RESULT, Trace, trace
+from lightning_ptq.network.trace import RESULT, Trace, trace
 
 
 class Pieces(nn.Module):

@@ -12,9 +12,9 @@ from torchvision.models.resnet import BasicBlock
 
 from lightning_ptq import prepare
 from lightning_ptq.errors import QConfigError
-from lightning_ptq.qconfig import LayerQConfig
-from lightning_ptq.trace import trace
-from lightning_ptq.units import find_units
+from lightning_ptq.network.trace import trace
+from lightning_ptq.network.units import find_units
+from lightning_ptq.numerics.qconfig import LayerQConfig
 
 
 class AttributeBlocks(nn.Module):

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_ptq.adaquant import DEFAULT_MEMORY_LIMIT, AdaQuantMode, adaquant, check_arguments
-from lightning_ptq.calibrated import Calibration
-from lightning_ptq.callbacks.base import StepCallback, rank_zero_info
-from lightning_ptq.callbacks.logging import UnitScalars
-from lightning_ptq.callbacks.progress import progress_task
-from lightning_ptq.journal import Journal
+from lightning_ptq.calibration.calibration import Calibration
+from lightning_ptq.callbacks.base import StepCallback
+from lightning_ptq.callbacks.trainer.lightning import rank_zero_info
+from lightning_ptq.callbacks.trainer.loggers import UnitScalars
+from lightning_ptq.callbacks.trainer.progress import progress_task
+from lightning_ptq.network.units import BlockRule, Granularity
 from lightning_ptq.report import PTQReport
-from lightning_ptq.report.sheets import key_of
-from lightning_ptq.tuners import ReconstructionConfig, Rounding
-from lightning_ptq.tuning_run import AdaQuantResult
-from lightning_ptq.units import BlockRule, Granularity
+from lightning_ptq.report.tables import key_of
+from lightning_ptq.runtime.journal import Journal
+from lightning_ptq.runtime.memory import DEFAULT_MEMORY_LIMIT
+from lightning_ptq.tuning.adaquant import AdaQuantMode, adaquant, check_arguments
+from lightning_ptq.tuning.config import ReconstructionConfig, Rounding
+from lightning_ptq.tuning.run import AdaQuantResult
 
 _DEFAULTS = ReconstructionConfig()
 
@@ -31,7 +33,7 @@ class AdaQuantLayerwise(StepCallback):
         candidates: Bit widths for parallel mode; by default the calibrated ones alone.
         steps: Optimisation steps a unit; None to go by the widths and the number of samples.
         batch_size: Samples a step.
-        learn: What is tuned; see :class:`~lightning_ptq.tuners.ReconstructionConfig`, as for the rest.
+        learn: What is tuned; see :class:`~lightning_ptq.tuning.config.ReconstructionConfig`, as for the rest.
         weight_lr: In steps of the weight grid.
         bias_lr: Relative to the mean magnitude of the layer's biases.
         scale_lr: Relative to the scale.
@@ -45,7 +47,7 @@ class AdaQuantLayerwise(StepCallback):
         seed: Of all random choices.
 
     Attributes:
-        result: The :class:`~lightning_ptq.tuning_run.AdaQuantResult` of the last run.
+        result: The :class:`~lightning_ptq.tuning.run.AdaQuantResult` of the last run.
 
     Raises:
         QConfigError: If an argument is out of its domain.

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from lightning_ptq.calibrated import Calibration
+from lightning_ptq.allocation.costs import Cost, Table, bops_cost, size_cost, table_cost
+from lightning_ptq.allocation.frontier import Frontier, sweep
+from lightning_ptq.allocation.search import AllocationResult, apply_allocation, search_allocation
+from lightning_ptq.allocation.sensitivity import MEASURES, Measure
+from lightning_ptq.calibration.calibration import Calibration
+from lightning_ptq.calibration.candidates import Choices, TunedStates
+from lightning_ptq.calibration.outputs import ChooseOutput
 from lightning_ptq.callbacks.adaquant import AdaQuantLayerwise
 from lightning_ptq.callbacks.base import StepCallback, ptq_callbacks
-from lightning_ptq.callbacks.logging import log_scalars
-from lightning_ptq.callbacks.progress import progress_task
-from lightning_ptq.choices import Choices, TunedStates
-from lightning_ptq.costs import Cost, Table, bops_cost, size_cost, table_cost
+from lightning_ptq.callbacks.trainer.loggers import log_scalars
+from lightning_ptq.callbacks.trainer.progress import progress_task
 from lightning_ptq.errors import AllocationError, QConfigError
-from lightning_ptq.frontier import Frontier, sweep
-from lightning_ptq.journal import Journal
-from lightning_ptq.outputs import ChooseOutput
-from lightning_ptq.qconfig import LayerQConfig
-from lightning_ptq.refinement import AllocationResult, apply_allocation, search_allocation
+from lightning_ptq.numerics.qconfig import LayerQConfig
 from lightning_ptq.report import PTQReport
-from lightning_ptq.sensitivity import MEASURES, Measure
+from lightning_ptq.runtime.journal import Journal
 
 DEFAULT_CANDIDATES = ("w8a8", "w4a8", "w4a4", "w2a4")
 
@@ -27,7 +27,7 @@ DEFAULT_CANDIDATES = ("w8a8", "w4a8", "w4a4", "w2a4")
 class BitAllocator(StepCallback):
     """Chooses each layer's bit widths: the least degradation within a budget, or the least cost within a degradation.
 
-    A shell around :func:`~lightning_ptq.refinement.search_allocation`; comes behind :class:`CalibrationCapture`, or
+    A shell around :func:`~lightning_ptq.allocation.search.search_allocation`; comes behind :class:`CalibrationCapture`, or
     behind a parallel :class:`AdaQuantLayerwise`, whose candidates and tuned states it then takes. A sequential
     :class:`AdaQuantLayerwise` may follow.
 
@@ -42,7 +42,7 @@ class BitAllocator(StepCallback):
         candidates: Bit widths to choose from; by default those of the parallel AdaQuantLayerwise, or
             w8a8, w4a8, w4a4 and w2a4.
         measure: ``"kl"``, ``"mse"``, ``"loss"`` or ``"fisher"``; see
-            :func:`~lightning_ptq.sensitivity.measure_sensitivity`.
+            :func:`~lightning_ptq.allocation.sensitivity.measure_sensitivity`.
         output: Which tensor of the network's output ``"kl"`` and ``"mse"`` compare: a key, an index or a function.
         rounds: Sensitivity tables to measure; those behind the first are measured around the best choice so far, which
             changes only if the network measures better.
@@ -51,7 +51,7 @@ class BitAllocator(StepCallback):
         time_limit: Seconds for the solver.
 
     Attributes:
-        result: The :class:`~lightning_ptq.refinement.AllocationResult` of the last run.
+        result: The :class:`~lightning_ptq.allocation.search.AllocationResult` of the last run.
 
     Raises:
         QConfigError: If an argument is out of its domain.

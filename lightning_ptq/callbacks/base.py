@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lightning_ptq.calibrated import Calibration
-from lightning_ptq.callbacks.logging import log_sheets
+from lightning_ptq.calibration.calibration import Calibration
+from lightning_ptq.callbacks.trainer.lightning import LightningCallback
+from lightning_ptq.callbacks.trainer.loggers import log_sheets
 from lightning_ptq.errors import CallbackError
-from lightning_ptq.journal import Journal
 from lightning_ptq.report import PTQReport
-
-if TYPE_CHECKING:
-    from pytorch_lightning import Callback as LightningCallback
-    from pytorch_lightning.utilities.rank_zero import rank_zero_info as rank_zero_info  # type: ignore[attr-defined]  # of lightning_utilities
-    from pytorch_lightning.utilities.seed import isolate_rng as isolate_rng
-else:
-    # A Trainer of either package takes its own Callback class, so the callbacks derive from each that is installed.
-    _packages = [p for p in ("pytorch_lightning", "lightning") if importlib.util.find_spec(p)]
-    _modules = [importlib.import_module("lightning.pytorch" if p == "lightning" else p) for p in _packages]
-    isolate_rng = importlib.import_module(f"{_modules[0].__name__}.utilities.seed").isolate_rng
-    rank_zero_info = importlib.import_module(f"{_modules[0].__name__}.utilities.rank_zero").rank_zero_info
-    LightningCallback = type("LightningCallback", tuple(m.Callback for m in _modules), {"__module__": __name__})
+from lightning_ptq.runtime.journal import Journal
 
 ORDER = (
     ("CalibrationCapture", ("",)),

@@ -8,30 +8,23 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning_ptq.calibrated import Calibration
-from lightning_ptq.calibration import Calibrator
-from lightning_ptq.callbacks.base import (
-    PTQCallback,
-    check_order,
-    check_trainer,
-    isolate_rng,
-    ptq_callbacks,
-    rank_zero_info,
-    told,
-)
-from lightning_ptq.callbacks.logging import log_end, log_ranges, log_settings, shows_pictures
-from lightning_ptq.callbacks.muting import Step, calibration_forward, muted
-from lightning_ptq.callbacks.resuming import FOLDER, Journals
-from lightning_ptq.callbacks.sharing import check_same_length, no_waiting, population, unshuffled
-from lightning_ptq.callbacks.stopping import StopRequest
+from lightning_ptq.calibration.calibration import Calibration
+from lightning_ptq.calibration.calibrator import Calibrator
+from lightning_ptq.callbacks.base import PTQCallback, check_order, check_trainer, ptq_callbacks, told
+from lightning_ptq.callbacks.trainer.dataloading import check_same_length, no_waiting, population, unshuffled
+from lightning_ptq.callbacks.trainer.lightning import isolate_rng, rank_zero_info
+from lightning_ptq.callbacks.trainer.loggers import log_end, log_ranges, log_settings, shows_pictures
+from lightning_ptq.callbacks.trainer.muting import Step, calibration_forward, muted
+from lightning_ptq.callbacks.trainer.resuming import FOLDER, Journals
+from lightning_ptq.callbacks.trainer.signals import StopRequest
 from lightning_ptq.errors import CalibrationError, CallbackError, ReportWarning, noted_warnings, warn
-from lightning_ptq.journal import Journal
-from lightning_ptq.patching import attributes
-from lightning_ptq.qconfig import ObserverName, QConfig
-from lightning_ptq.ranks import Ranks, current_ranks
+from lightning_ptq.network.prepare import Prepared, is_prepared, prepare
+from lightning_ptq.numerics.qconfig import ObserverName, QConfig
 from lightning_ptq.report import PTQReport
 from lightning_ptq.report.ptq_report import plain
-from lightning_ptq.surgery import Prepared, is_prepared, prepare
+from lightning_ptq.runtime.journal import Journal
+from lightning_ptq.runtime.patching import attributes
+from lightning_ptq.runtime.ranks import Ranks, current_ranks
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +37,7 @@ class CalibrationCapture(PTQCallback):
     the Trainer. If anything fails, the float module is put back as it was.
 
     Args:
-        qconfig: What to quantize: ``"w4a8"`` and the like, a :class:`~lightning_ptq.qconfig.QConfig`, or its
+        qconfig: What to quantize: ``"w4a8"`` and the like, a :class:`~lightning_ptq.numerics.qconfig.QConfig`, or its
             dictionary.
         num_samples: Enough samples: the pass stops behind the batch that completes them. None for the whole loader.
         step: The calibration forward: ``"training"`` (the module's ``training_step``), ``"predict"`` (its
@@ -66,7 +59,7 @@ class CalibrationCapture(PTQCallback):
 
     Attributes:
         report: The :class:`~lightning_ptq.report.PTQReport` of the last run.
-        calibration: The :class:`~lightning_ptq.calibrated.Calibration`, from the end of the pass to the end of fit.
+        calibration: The :class:`~lightning_ptq.calibration.calibration.Calibration`, from the end of the pass to the end of fit.
 
     Raises:
         QConfigError: If the config cannot be read.

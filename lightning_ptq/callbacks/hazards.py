@@ -12,8 +12,8 @@ from rich.filesize import decimal
 
 from lightning_ptq.callbacks.adaquant import AdaQuantLayerwise
 from lightning_ptq.callbacks.base import capture_of, check_order, check_trainer, ptq_callbacks
-from lightning_ptq.callbacks.muting import lightning_base
-from lightning_ptq.callbacks.resuming import FOLDER
+from lightning_ptq.callbacks.trainer.muting import lightning_base
+from lightning_ptq.callbacks.trainer.resuming import FOLDER
 from lightning_ptq.errors import CallbackError
 from lightning_ptq.report.preflight import Finding, Preflight
 

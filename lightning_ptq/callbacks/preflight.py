@@ -7,19 +7,19 @@ from typing import Any
 
 from torch import nn
 
+from lightning_ptq.calibration.forward import Forward, default_forward
 from lightning_ptq.callbacks.adaquant import AdaQuantLayerwise
 from lightning_ptq.callbacks.base import ptq_callbacks
 from lightning_ptq.callbacks.capture import CalibrationCapture
 from lightning_ptq.callbacks.hazards import find_hazards
-from lightning_ptq.callbacks.muting import Step, calibration_forward
+from lightning_ptq.callbacks.trainer.muting import Step, calibration_forward
 from lightning_ptq.errors import CalibrationError
-from lightning_ptq.forward import Forward, default_forward
-from lightning_ptq.patching import attributes
-from lightning_ptq.preflight import inspect_module
-from lightning_ptq.qconfig import QConfig
+from lightning_ptq.network.units import BlockRule, Granularity
+from lightning_ptq.numerics.qconfig import QConfig
+from lightning_ptq.report.inspect_module import inspect_module
 from lightning_ptq.report.preflight import Preflight
-from lightning_ptq.tuners import ReconstructionConfig
-from lightning_ptq.units import BlockRule, Granularity
+from lightning_ptq.runtime.patching import attributes
+from lightning_ptq.tuning.config import ReconstructionConfig
 
 
 def inspect(

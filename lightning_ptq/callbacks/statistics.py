@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from lightning_ptq.adaquant import DEFAULT_MEMORY_LIMIT
-from lightning_ptq.bias_tuning import tune_bias
-from lightning_ptq.calibrated import Calibration
+from lightning_ptq.calibration.calibration import Calibration
+from lightning_ptq.calibration.outputs import ChooseOutput, Divergence
 from lightning_ptq.callbacks.base import StepCallback
-from lightning_ptq.callbacks.logging import log_scalars
-from lightning_ptq.callbacks.progress import progress_task
+from lightning_ptq.callbacks.trainer.loggers import log_scalars
+from lightning_ptq.callbacks.trainer.progress import progress_task
 from lightning_ptq.errors import QConfigError
-from lightning_ptq.journal import Journal
-from lightning_ptq.judging import StatisticsResult
-from lightning_ptq.outputs import ChooseOutput, Divergence
 from lightning_ptq.report import PTQReport
-from lightning_ptq.statistics import para_normalize, reestimate_batch_norm
+from lightning_ptq.runtime.journal import Journal
+from lightning_ptq.runtime.memory import DEFAULT_MEMORY_LIMIT
+from lightning_ptq.statistics.acceptance import StatisticsResult
+from lightning_ptq.statistics.bias import tune_bias
+from lightning_ptq.statistics.normalization import para_normalize, reestimate_batch_norm
 
 Target = Literal["auto", "batch_norm", "float"]
 
@@ -23,8 +23,8 @@ Target = Literal["auto", "batch_norm", "float"]
 class StatsTuning(StepCallback):
     """Corrects the biases that quantization brings into means and deviations; integers stay as they are.
 
-    A shell around :func:`~lightning_ptq.statistics.reestimate_batch_norm`,
-    :func:`~lightning_ptq.statistics.para_normalize` and :func:`~lightning_ptq.bias_tuning.tune_bias`; the last of the
+    A shell around :func:`~lightning_ptq.statistics.normalization.reestimate_batch_norm`,
+    :func:`~lightning_ptq.statistics.normalization.para_normalize` and :func:`~lightning_ptq.statistics.bias.tune_bias`; the last of the
     callbacks. Each step is kept only if it brings the network closer to the float one on held-out samples.
 
     Args:
@@ -42,7 +42,7 @@ class StatsTuning(StepCallback):
         seed: Of all random choices.
 
     Attributes:
-        result: A :class:`~lightning_ptq.judging.StatisticsResult` for each step of the last run.
+        result: A :class:`~lightning_ptq.statistics.acceptance.StatisticsResult` for each step of the last run.
 
     Raises:
         QConfigError: If an argument is out of its domain.

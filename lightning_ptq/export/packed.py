@@ -7,44 +7,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_ptq.calibration.layer_costs import float_keys, state_key
 from lightning_ptq.errors import PackedFileError, SurgeryError
-from lightning_ptq.fake_quant import FakeQuantize
-from lightning_ptq.modules import FoldableBatchNorm, QuantLayer, quantizable_types
-from lightning_ptq.qconfig import LayerQConfig, QConfig, QuantSpec
-from lightning_ptq.surgery import is_prepared, prepare, quant_layers
+from lightning_ptq.export.bits import pack_bits, unpack_bits
+from lightning_ptq.network.layers import FoldableBatchNorm, QuantLayer, quantizable_types
+from lightning_ptq.network.prepare import is_prepared, prepare, quant_layers
+from lightning_ptq.numerics.fake_quantize import FakeQuantize
+from lightning_ptq.numerics.qconfig import LayerQConfig, QConfig, QuantSpec
 
 FORMAT = "lightning_ptq"
 FORMAT_VERSION = 1
-
-
-def pack_bits(integers: Tensor, bits: int) -> Tensor:
-    """Integers from 0 to ``2**bits - 1``, any shape, as a bit stream of bytes (uint8, 1-d), lowest bit first.
-
-    Example:
-        >>> pack_bits(torch.tensor([1, 2, 3, 0]), 2).tolist()
-        [57]
-    """
-    flat = integers.flatten().to(torch.uint8).cpu().numpy()
-    stream = np.unpackbits(flat[:, None], axis=1, count=bits, bitorder="little")
-    return torch.from_numpy(np.packbits(stream.reshape(-1), bitorder="little"))
-
-
-def unpack_bits(stream: Tensor, bits: int, count: int) -> Tensor:
-    """The inverse of :func:`pack_bits`: ``count`` integers (uint8, 1-d)."""
-    flags = np.unpackbits(stream.numpy(), count=bits * count, bitorder="little").reshape(count, bits)
-    return torch.from_numpy(np.packbits(flags, axis=1, bitorder="little")[:, 0])
 
 
 def save_packed(module: nn.Module, path: str | os.PathLike[str]) -> int:
@@ -78,16 +60,9 @@ def packed_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]
     ]
     tensors: dict[str, Tensor] = {}
     header = {"layers": {name: _pack_layer(name, layer, tensors) for name, layer in layers.items()}, "folded": folded}
-    for key in _float_keys(module, layers, folded):
+    for key in float_keys(module, layers, folded):
         tensors[key] = module.state_dict()[key].detach().cpu().contiguous().clone()
     return tensors, header
-
-
-def packed_bytes(layer: QuantLayer, spec: QuantSpec) -> int:
-    """Bytes of a layer's weight in the packed file at ``spec``: integers, scales and zero points."""
-    shape, _ = layer.channel_layout()
-    scales = torch.Size(shape).numel() if spec.per_channel else 1
-    return -(-layer.weight.numel() * spec.bits // 8) + scales * (4 if spec.symmetric else 8)
 
 
 def load_packed(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -116,7 +91,7 @@ def load_packed(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         cast(FoldableBatchNorm, module.get_submodule(name)).set_folded(True)
     for name, entry in layers.items():
         _unpack_layer(name, prepared.layers[name], entry, tensors)
-    ours = {_key(name, part) for name in layers for part in _PARTS}
+    ours = {state_key(name, part) for name in layers for part in _PARTS}
     module.load_state_dict({key: value for key, value in tensors.items() if key not in ours}, strict=False)
     return module
 
@@ -142,30 +117,6 @@ class _Entry:
         return cls(data["kind"], tuple(data["shape"]), qconfig, data.get("scale"), data.get("zero_point"))
 
 
-def _key(name: str, key: str) -> str:
-    return f"{name}.{key}" if name else key
-
-
-def _float_keys(module: nn.Module, layers: Iterable[str], folded: Iterable[str]) -> list[str]:
-    """Keys of the state dict, of a float or a quantized module, that are kept as they are: neither quantized weights
-    and their grids, nor folded batch norms, nor the second places of a shared layer.
-    """
-    first = {id(child): name for name, child in module.named_modules()}
-    weights, norms = set(layers), set(folded)
-    left_out: set[str] = set()
-    for alias, child in module.named_modules(remove_duplicate=False):
-        name = first[id(child)]
-        if name in norms or (name in weights and name != alias):
-            left_out.update(_key(alias, key) for key in child.state_dict())
-        elif name in weights:
-            own = ("weight", "qconfig_json", *(f"{q}_fake_quant.{b}" for q in ("weight", "input") for b in _BUFFERS))
-            left_out.update(_key(alias, key) for key in own)
-    return [key for key, value in module.state_dict().items() if key not in left_out and isinstance(value, Tensor)]
-
-
-_BUFFERS = ("scale", "zero_point")
-
-
 def _kind(layer: nn.Module) -> str:
     return next((kind.__name__ for kind in quantizable_types() if isinstance(layer, kind)), type(layer).__name__)
 
@@ -174,10 +125,10 @@ def _pack_layer(name: str, layer: QuantLayer, tensors: dict[str, Tensor]) -> dic
     quantizer = cast(FakeQuantize, layer.weight_fake_quant)
     spec = quantizer.spec
     integers = quantizer.integers(layer.weight.detach()) - spec.quant_min
-    tensors[_key(name, _PACKED)] = pack_bits(integers, spec.bits)
-    tensors[_key(name, _SCALE)] = quantizer.scale.detach().float().flatten().cpu()
+    tensors[state_key(name, _PACKED)] = pack_bits(integers, spec.bits)
+    tensors[state_key(name, _SCALE)] = quantizer.scale.detach().float().flatten().cpu()
     if not spec.symmetric:
-        tensors[_key(name, _ZERO_POINT)] = quantizer.zero_point.detach().flatten().cpu()
+        tensors[state_key(name, _ZERO_POINT)] = quantizer.zero_point.detach().flatten().cpu()
     entry: dict[str, Any] = {"kind": _kind(layer), "shape": list(layer.weight.shape), "weight": _short(spec)}
     if layer.input_fake_quant is not None:
         activation = layer.input_fake_quant
@@ -188,14 +139,14 @@ def _pack_layer(name: str, layer: QuantLayer, tensors: dict[str, Tensor]) -> dic
 
 def _unpack_layer(name: str, layer: QuantLayer, entry: _Entry, tensors: dict[str, Tensor]) -> None:
     spec, weight = entry.qconfig.weight, layer.weight
-    bias = tensors.get(_key(name, "bias"), layer.bias)
-    stream = tensors[_key(name, _PACKED)]
+    bias = tensors.get(state_key(name, "bias"), layer.bias)
+    stream = tensors[state_key(name, _PACKED)]
     integers = unpack_bits(stream, spec.bits, weight.numel()).view(weight.shape).float() + spec.quant_min
     layer.attach(entry.qconfig)
     quantizer = cast(FakeQuantize, layer.weight_fake_quant)
-    quantizer.scale.copy_(tensors[_key(name, _SCALE)].view_as(quantizer.scale))
+    quantizer.scale.copy_(tensors[state_key(name, _SCALE)].view_as(quantizer.scale))
     if not spec.symmetric:
-        quantizer.zero_point.copy_(tensors[_key(name, _ZERO_POINT)].view_as(quantizer.zero_point))
+        quantizer.zero_point.copy_(tensors[state_key(name, _ZERO_POINT)].view_as(quantizer.zero_point))
     values = quantizer.values(integers.to(weight.device))
     # A weight that was shared is this layer's own from here on: each may have another grid.
     layer.set_weight(values, None if bias is None else bias.to(weight.device))
@@ -255,11 +206,11 @@ def _check_fits(
     for name in folded:
         if not isinstance(modules.get(name), _BatchNorm):
             raise other(f"there is no batch norm {name!r} here")
-    ours = {_key(name, part) for name in layers for part in _PARTS}
+    ours = {state_key(name, part) for name in layers for part in _PARTS}
     state = module.state_dict()
-    expected = set(_float_keys(module, layers, folded))
+    expected = set(float_keys(module, layers, folded))
     given = set(tensors) - ours
-    biases = {_key(name, "bias") for name in layers} if folded else set()
+    biases = {state_key(name, "bias") for name in layers} if folded else set()
     if wrong := sorted((expected - given) | (given - expected - biases)):
         raise other(f"{wrong[:4]} are in one and not in the other")
     if wrong := sorted(key for key in given & set(state) if state[key].shape != tensors[key].shape):
@@ -269,8 +220,8 @@ def _check_fits(
 def _check_whole(path: str, name: str, entry: _Entry, tensors: Mapping[str, Tensor], count: int) -> None:
     spec = entry.qconfig.weight
     parts = (_PACKED, _SCALE) if spec.symmetric else _PARTS
-    if missing := [part for part in parts if _key(name, part) not in tensors]:
+    if missing := [part for part in parts if state_key(name, part) not in tensors]:
         raise PackedFileError(f"{path} is damaged: the weight of layer {name!r} is missing ({missing}).")
-    size, channels = tensors[_key(name, _PACKED)].numel(), tensors[_key(name, _SCALE)].numel()
+    size, channels = tensors[state_key(name, _PACKED)].numel(), tensors[state_key(name, _SCALE)].numel()
     if size != -(-count * spec.bits // 8) or (channels == 1) < (not spec.per_channel) or count % channels:
         raise PackedFileError(f"{path} is damaged: the weight of layer {name!r} has {size} bytes, {channels} scales.")

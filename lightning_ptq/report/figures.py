@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from lightning_ptq.frontier import Frontier
-from lightning_ptq.refinement import AllocationResult
+from lightning_ptq.allocation.frontier import Frontier
+from lightning_ptq.allocation.search import AllocationResult
+from lightning_ptq.allocation.sensitivity_table import SensitivityTable
 from lightning_ptq.report.record import Histogram, RunRecord
-from lightning_ptq.report.sheets import key_of
-from lightning_ptq.sensitivity import SensitivityTable
-from lightning_ptq.tuning_run import AdaQuantResult
+from lightning_ptq.report.tables import key_of
+from lightning_ptq.tuning.run import AdaQuantResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.filesize import decimal
 
-from lightning_ptq.plan import MemoryPlan
-from lightning_ptq.report.sheet import Sheet
+from lightning_ptq.activations.memory_plan import MemoryPlan
+from lightning_ptq.report.table import Sheet
 
 ESTIMATE = (
     "Bytes: an upper bound from the shapes; what is held is mostly some 0.6 of it. Time: from one forward of this"

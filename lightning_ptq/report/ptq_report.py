@@ -18,8 +18,8 @@ from rich.console import Console
 
 from lightning_ptq.errors import PTQWarning, ReportWarning, warn
 from lightning_ptq.report.record import RunRecord
-from lightning_ptq.report.sheet import Sheet, is_number, shown
-from lightning_ptq.report.sheets import all_sheets
+from lightning_ptq.report.table import Sheet, is_number, shown
+from lightning_ptq.report.tables import all_sheets
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,18 +12,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lightning_ptq.calibrated import Calibration
-from lightning_ptq.costs import bit_operations
+from lightning_ptq.allocation.costs import bit_operations
+from lightning_ptq.allocation.frontier import Frontier
+from lightning_ptq.allocation.search import AllocationResult
+from lightning_ptq.calibration.calibration import Calibration
+from lightning_ptq.calibration.layer_costs import layer_work, packed_bytes
 from lightning_ptq.errors import PTQWarning
-from lightning_ptq.export.packed import packed_bytes, packed_tensors
-from lightning_ptq.frontier import Frontier
-from lightning_ptq.judging import StatisticsResult
-from lightning_ptq.modules import QuantLayer
-from lightning_ptq.observers import HistogramObserver, MinMaxObserver
-from lightning_ptq.plan import layer_work
-from lightning_ptq.qconfig import LayerQConfig
-from lightning_ptq.refinement import AllocationResult
-from lightning_ptq.tuning_run import AdaQuantResult
+from lightning_ptq.export.packed import packed_tensors
+from lightning_ptq.network.layers import QuantLayer
+from lightning_ptq.numerics.observers import HistogramObserver, MinMaxObserver
+from lightning_ptq.numerics.qconfig import LayerQConfig
+from lightning_ptq.statistics.acceptance import StatisticsResult
+from lightning_ptq.tuning.run import AdaQuantResult
 
 BINS = 64
 

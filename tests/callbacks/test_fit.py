@@ -31,8 +31,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_ptq import AdaQuantLayerwise, CalibrationCapture, adaquant, calibrate, prepare
 from lightning_ptq.callbacks.base import check_trainer
 from lightning_ptq.errors import CalibrationError, CallbackError, SurgeryError
-from lightning_ptq.modules import QuantLayer
-from lightning_ptq.reconstruct import ReconstructionConfig
+from lightning_ptq.network.layers import QuantLayer
+from lightning_ptq.tuning.reconstruct import ReconstructionConfig
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),

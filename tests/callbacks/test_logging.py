@@ -14,8 +14,8 @@ from helpers import Snapshot, classifier, loader, same_state, state, trainer
 from lightning_ptq import AdaQuantLayerwise, CalibrationCapture
 from lightning_ptq.callbacks import pipelines
 from lightning_ptq.errors import CallbackError, ReportWarning
+from lightning_ptq.network.prepare import is_prepared
 from lightning_ptq.report import PTQReport
-from lightning_ptq.surgery import is_prepared
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),

@@ -11,7 +11,7 @@ from helpers import IMAGES, LABELS, SmallNet, Snapshot, build, classifier, loade
 import lightning_ptq
 from lightning_ptq import AdaQuantLayerwise, BitAllocator, CalibrationCapture, QConfig
 from lightning_ptq.errors import CalibrationError, PTQError
-from lightning_ptq.preflight import inspect_module
+from lightning_ptq.report.inspect_module import inspect_module
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning_ptq.errors.PTQWarning"),

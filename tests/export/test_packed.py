@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from lightning_ptq import LayerQConfig, QConfig, QuantSpec, calibrate, load_packed, prepare, save_packed
 from lightning_ptq.errors import PackedFileError, SurgeryError, TiedWeightWarning, UnfoldedBatchNormWarning
-from lightning_ptq.export.packed import FORMAT_VERSION, pack_bits, unpack_bits
+from lightning_ptq.export.bits import pack_bits, unpack_bits
+from lightning_ptq.export.packed import FORMAT_VERSION
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 INPUT = (4, 3, 8, 8)

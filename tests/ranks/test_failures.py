@@ -17,9 +17,9 @@ from ranks.processes import Processes, run
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_ptq import AdaQuantLayerwise, CalibrationCapture
-from lightning_ptq.callbacks.stopping import StopRequest
-from lightning_ptq.modules import QuantLayer
-from lightning_ptq.ranks import ProcessRanks, Ranks, current_ranks
+from lightning_ptq.callbacks.trainer.signals import StopRequest
+from lightning_ptq.network.layers import QuantLayer
+from lightning_ptq.runtime.ranks import ProcessRanks, Ranks, current_ranks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning_ptq.errors.RolledBackWarning"),

@@ -12,9 +12,9 @@ from ranks.processes import run
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ptq import AdaQuantLayerwise, BitAllocator, CalibrationCapture, StatsTuning, calibrate
-from lightning_ptq.batches import Batches
+from lightning_ptq.calibration.batches import Batches
 from lightning_ptq.errors import PTQWarning
-from lightning_ptq.ranks import current_ranks
+from lightning_ptq.runtime.ranks import current_ranks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning_ptq.errors.RolledBackWarning"),
@@ -102,7 +102,7 @@ def test_each_rank_has_all_batches_and_those_of_others_in_files():
 
 
 def test_batches_stay_in_memory_where_the_disk_has_no_room(monkeypatch):
-    monkeypatch.setattr("lightning_ptq.batches.disk_room", lambda: 100)
+    monkeypatch.setattr("lightning_ptq.calibration.batches.disk_room", lambda: 100)
     batches, large = Batches(), torch.zeros(100)
     for batch in ({"ids": [1, 2]}, large):
         batches.put_away(batch)

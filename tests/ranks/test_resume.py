@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import random
 import signal
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -16,9 +15,9 @@ from ranks.test_pipeline import CANDIDATES, SAMPLES
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ptq import AdaQuantLayerwise, BitAllocator, CalibrationCapture, StatsTuning
-from lightning_ptq.callbacks.resuming import settings
+from lightning_ptq.callbacks.trainer.resuming import settings
 from lightning_ptq.errors import ProgressWarning
-from lightning_ptq.journal import Journal, Piece
+from lightning_ptq.runtime.journal import Journal, Piece
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning_ptq.errors.RolledBackWarning"),
@@ -124,9 +123,9 @@ def test_nothing_is_done_twice(tmp_path, monkeypatch, measure):
     whole = quantized(tmp_path / "whole", measure=measure)
     cut_off(tmp_path, monkeypatch, measure=measure)
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["lightning_ptq.tuning_run"], "reconstruct_unit", lambda *args: 1 / 0)
-        patch.setattr(sys.modules["lightning_ptq.sensitivity"]._Sweep, "_rise", lambda *args: 1 / 0)
-        patch.setattr(sys.modules["lightning_ptq.sensitivity"], "fisher_rises", lambda *args: 1 / 0)
+        patch.setattr("lightning_ptq.tuning.run.reconstruct_unit", lambda *args: 1 / 0)
+        patch.setattr("lightning_ptq.allocation.sensitivity._Sweep._rise", lambda *args: 1 / 0)
+        patch.setattr("lightning_ptq.allocation.sensitivity.fisher_rises", lambda *args: 1 / 0)
         assert same_state(quantized(tmp_path, measure=measure), whole)
 
 

@@ -22,16 +22,16 @@ from lightning_ptq import (
     size_cost,
     tune_bias,
 )  # fmt: skip
-from lightning_ptq.choices import Choices
-from lightning_ptq.errors import (
+from lightning_ptq.allocation.frontier import sweep
+from lightning_ptq.calibration.candidates import Choices
+from lightning_ptq.errors import (  # fmt: skip
     PTQWarning,
     ReportWarning,
     RolledBackWarning,
     UnfoldedBatchNormWarning,
     noted_warnings,
     warn,
-)  # fmt: skip
-from lightning_ptq.frontier import sweep
+)
 from lightning_ptq.report import PTQReport
 from lightning_ptq.report.record import of_observer, of_values
 

@@ -1,0 +1,118 @@
+"""Where activations are kept: in memory up to a limit, beyond it in memory-mapped files."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ptq.errors import CalibrationError
+from lightning_ptq.runtime.memory import disk_room, parse_bytes, trim_heap
+
+_TRIM_EVERY = 2**23  # bytes stored; what the forwards between them leave in the heap grows to several times as much
+# Not shared with child processes, as mappings are by default where there are such flags: that costs time at each page.
+_PRIVATE: dict[str, Any] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+
+
+class ActivationStore:
+    """Allocates tensors for activations and counts their bytes until they are garbage.
+
+    Args:
+        limit: Bytes to hold in memory; what comes on top goes to memory-mapped files.
+        directory: Where the files go; by default a temporary folder. It is removed by :meth:`close`.
+
+    Attributes:
+        in_memory: Bytes held in memory now.
+        on_disk: Bytes held in files now.
+        peak: Most bytes held in memory so far.
+
+    Example:
+        >>> with ActivationStore(limit=1000) as store:
+        ...     small, large = store.put(torch.zeros(10)), store.put(torch.zeros(1000))
+        ...     store.in_memory, store.on_disk
+        (40, 4000)
+    """
+
+    def __init__(self, limit: str | int, directory: str | None = None) -> None:
+        self.limit = parse_bytes(limit)
+        self.in_memory = self.on_disk = self.peak = self._since_trim = 0
+        self._parent = directory
+        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._files = 0
+
+    def __enter__(self) -> ActivationStore:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the folder and the files in it."""
+        if self._directory is not None:
+            self._directory.cleanup()
+            self._directory = None
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised tensor, on ``device`` while the limit allows, else in a file."""
+        size = torch.Size(shape).numel() * dtype.itemsize
+        self._since_trim += size
+        if self._since_trim > _TRIM_EVERY:
+            self._since_trim = 0
+            trim_heap()
+        if size == 0 or self.in_memory + size <= self.limit:
+            self.in_memory += size
+            self.peak = max(self.peak, self.in_memory)
+            if device.type == "cpu" and size:
+                # A mapping of its own goes back to the system at once; the heap would keep much of it. It lives as long
+                # as any view of the tensor.
+                mapping = mmap.mmap(-1, size, **_PRIVATE)
+                weakref.finalize(mapping, self._released, size, None)
+                return torch.frombuffer(mapping, dtype=dtype).view(tuple(shape))
+            tensor = torch.empty(tuple(shape), dtype=dtype, device=device)
+            weakref.finalize(tensor, self._released, size, None)
+            return tensor
+        if size > disk_room(self._parent):
+            raise CalibrationError(
+                f"{size} bytes of activations fit neither into memory_limit nor onto the disk, which has"
+                f" {disk_room(self._parent)} to spare. Raise memory_limit, point TMPDIR to a larger disk, or calibrate"
+                " with fewer samples."
+            )
+        if self._directory is None:
+            self._directory = tempfile.TemporaryDirectory(prefix="lightning_ptq_", dir=self._parent)
+        path = os.path.join(self._directory.name, f"{self._files}.bin")
+        self._files += 1
+        tensor = torch.from_file(path, shared=True, size=torch.Size(shape).numel(), dtype=dtype).view(tuple(shape))
+        self.on_disk += size
+        weakref.finalize(tensor, self._released, size, path)
+        return tensor
+
+    def put(self, tensor: Tensor) -> Tensor:
+        """A copy of ``tensor``, kept here: on its device, or in a file, which is on the CPU."""
+        copy = self.empty(tensor.shape, tensor.dtype, tensor.device)
+        return copy.copy_(tensor.detach())
+
+    def stack(self, parts: list[Tensor], device: torch.device) -> Tensor:
+        """The parts behind one another along the first dimension; the list is emptied on the way."""
+        rows = sum(len(part) for part in parts)
+        whole = self.empty((rows, *parts[0].shape[1:]), parts[0].dtype, device)
+        start = 0
+        parts.reverse()
+        while parts:
+            part = parts.pop()
+            whole[start : start + len(part)] = part
+            start += len(part)
+        return whole
+
+    def _released(self, size: int, path: str | None) -> None:
+        if path is None:
+            self.in_memory -= size
+            return
+        self.on_disk -= size
+        if os.path.exists(path):
+            os.unlink(path)

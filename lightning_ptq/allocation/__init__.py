@@ -1,0 +1,1 @@
+"""Bit allocation: sensitivities, costs and the integer program."""

@@ -1,0 +1,177 @@
+"""The trade-off between a budget and the predicted degradation: one sensitivity table, many solutions."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_ptq.allocation.costs import Cost
+from lightning_ptq.allocation.sensitivity_table import SensitivityTable
+from lightning_ptq.allocation.solver import BitAllocation, allocate_bits
+from lightning_ptq.errors import AllocationError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """One budget.
+
+    Attributes:
+        budget: As it was given.
+        predicted: The measure that the sensitivities predict: base value and rises.
+        measured: The measure of the network at this allocation; None if it was not measured.
+        allocation: The optimal choice.
+    """
+
+    budget: float
+    predicted: float
+    measured: float | None
+    allocation: BitAllocation
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Optimal choices over a sweep of budgets.
+
+    Attributes:
+        cost: The cost whose budget is swept.
+        measure: What is predicted and measured.
+        unit: Of the cost.
+        points: By budget, ascending.
+        skipped: Budgets that no choice can meet, or that limit nothing.
+    """
+
+    cost: str
+    measure: str
+    unit: str = ""
+    points: list[FrontierPoint] = field(default_factory=list)
+    skipped: list[float] = field(default_factory=list)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A flat row per point: budget, costs, predicted, measured, and each layer's candidate."""
+        return [
+            {
+                "budget": point.budget, **point.allocation.costs, "predicted": point.predicted,
+                "measured": point.measured, "proven": point.allocation.proven, **point.allocation.choice,
+            }
+            for point in self.points
+        ]  # fmt: skip
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the frontier: ``*.json`` with all there is, ``*.csv`` with a row per point, ``*.png`` drawn.
+
+        Raises:
+            AllocationError: If the ending is none of these.
+        """
+        path = Path(path)
+        if path.suffix == ".json":
+            path.write_text(json.dumps(asdict(self), indent=1))
+        elif path.suffix == ".csv":
+            rows = self.rows()
+            with path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+        elif path.suffix == ".png":
+            self._draw(path)
+        else:
+            raise AllocationError(f"cannot write a frontier to {path}. End the name in .json, .csv or .png.")
+
+    def _draw(self, path: Path) -> None:
+        from matplotlib.figure import Figure  # slow to import, and needed by drawings only
+
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        self.draw(figure.add_subplot())
+        figure.savefig(path, dpi=150)
+
+    def draw(self, axes: Axes) -> None:
+        """Draw predictions and measurements over the cost into a matplotlib ``Axes``."""
+        costs = [point.allocation.costs[self.cost] for point in self.points]
+        axes.plot(costs, [point.predicted for point in self.points], "o-", label="predicted")
+        measured = [(c, p.measured) for c, p in zip(costs, self.points, strict=True) if p.measured is not None]
+        if measured:
+            axes.plot(*zip(*measured, strict=True), "s--", label="measured")
+        values = [p.predicted for p in self.points] + [value for _, value in measured]
+        if min(values) > 0:
+            axes.set_yscale("log")
+        axes.set_xlabel(f"{self.cost}, {self.unit}" if self.unit else self.cost)
+        axes.set_ylabel(self.measure)
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
+
+
+def frontier(
+    sensitivity: SensitivityTable,
+    costs: Sequence[Cost] | Cost,
+    budgets: Sequence[float],
+    cost: str | None = None,
+    *,
+    measure: Callable[[Mapping[str, str]], float] | None = None,
+    others: Mapping[str, float] | None = None,
+    **options: Any,
+) -> Frontier:
+    """Solve the bit allocation for each of a sweep of budgets.
+
+    Args:
+        sensitivity: One table serves all.
+        costs: One or several costs.
+        budgets: For the swept cost, for example ``[0.10, 0.11, 0.12]``.
+        cost: The swept cost's name; the first one by default.
+        measure: Measures the network at a choice, for example with
+            :func:`~lightning_ptq.allocation.sensitivity.measure_choice`; left out, the points hold predictions only.
+        others: Budgets for other costs, the same at every point.
+        options: Further arguments of :func:`~lightning_ptq.allocation.solver.allocate_bits`.
+
+    Raises:
+        AllocationError: If no budget of the sweep is reachable.
+
+    Example:
+        >>> table = SensitivityTable("kl", {"a": "w8a8"}, 0.0, {"a": {"w8a8": 0.0, "w4a4": 0.1}})
+        >>> size = Cost("size", {"a": {"w8a8": 8.0, "w4a4": 4.0}})
+        >>> [point.predicted for point in frontier(table, size, [4, 8]).points]
+        [0.1, 0.0]
+    """
+    costs = [costs] if isinstance(costs, Cost) else list(costs)
+    name = cost or costs[0].name
+    points, skipped, reason = [], [], ""
+    for budget in sorted(budgets):
+        try:
+            allocation = allocate_bits(sensitivity, costs, {**(others or {}), name: budget}, **options)
+        except AllocationError as error:
+            skipped.append(budget)
+            reason = str(error)
+            continue
+        measured = measure(allocation.choice) if measure else None
+        points.append(FrontierPoint(budget, sensitivity.predict(allocation.choice), measured, allocation))
+    if not points:
+        raise AllocationError(f"no budget of {sorted(budgets)} is reachable: {reason}")
+    unit = next(cost.unit for cost in costs if cost.name == name)
+    return Frontier(name, sensitivity.measure, unit, points, skipped)
+
+
+def sweep(
+    sensitivity: SensitivityTable, costs: Sequence[Cost], name: str, points: int = 12, **options: Any
+) -> Frontier:
+    """The frontier between the least and the greatest cost that the candidates allow.
+
+    Args:
+        sensitivity: One table serves all.
+        costs: One or several costs.
+        name: The swept cost.
+        points: How many budgets.
+        options: Further arguments of :func:`frontier`.
+
+    Raises:
+        AllocationError: If nothing fits the other budgets.
+    """
+    cost = next(cost for cost in costs if cost.name == name)
+    low, high = (cost.fixed + sum(end(row.values()) for row in cost.values.values()) for end in (min, max))
+    budgets = [low + (high - low) * step / (points - 1) for step in range(points)]
+    return frontier(sensitivity, costs, [max(budget, 1 + 1e-9) for budget in budgets], name, **options)

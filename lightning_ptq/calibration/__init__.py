@@ -1,0 +1,1 @@
+"""The calibration pass and the calibrated module."""

@@ -1,0 +1,1 @@
+"""What the callbacks do to a Trainer."""

@@ -1,0 +1,1 @@
+"""The user's network: quantized layers, swapping, folding, tracing, units."""

@@ -1,0 +1,150 @@
+"""Finding the units of reconstruction: single layers, or blocks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal, cast
+
+from torch import nn
+
+from lightning_ptq.network.layers import QuantLayer, layer_state, set_layer_state
+from lightning_ptq.network.trace import Trace
+from lightning_ptq.numerics.qconfig import LayerQConfig, check_patterns
+from lightning_ptq.runtime.journal import LayerStates
+
+Granularity = Literal["layer", "block"]
+BlockRule = Sequence[str] | Callable[[str, nn.Module], bool]
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_MOST_LAYERS = 8  # of a module that is taken for a block only because nothing inside it looks like one
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one reconstruction optimises.
+
+    Attributes:
+        name: Qualified name of the layer or block.
+        module: It.
+        layers: Its quantized layers that no earlier unit holds, by qualified name, in execution order.
+        calls: How often it runs in one forward.
+    """
+
+    name: str
+    module: nn.Module
+    layers: dict[str, QuantLayer]
+    calls: int
+
+
+def find_units(
+    module: nn.Module, trace: Trace, granularity: Granularity = "block", blocks: BlockRule | None = None
+) -> list[Unit]:
+    """The units of a calibrated module, in execution order; every quantized layer is in exactly one.
+
+    A block is found by its structure. It is an element of a ``Sequential``, ``ModuleList`` or ``ModuleDict``, or a
+    module whose own forward adds two tensors (a residual connection), unless it holds several such elements of one
+    type itself, as a stage or a backbone does. Layers outside every block are units of their own.
+
+    Args:
+        module: The calibrated module.
+        trace: A watched forward of it.
+        granularity: ``"layer"``: each layer alone; ``"block"``: blocks where there are any.
+        blocks: Instead of the search: name patterns, or a function of name and module that is true for a block.
+
+    Raises:
+        QConfigError: If a pattern matches no module.
+    """
+    modules = dict(module.named_modules())
+    order = {n: i for i, n in enumerate(trace.layer_order)}
+    layers = {n: m for n in trace.layer_order if isinstance(m := modules[n], QuantLayer) and m.qconfig is not None}
+    if granularity == "layer":
+        chosen: list[str] = []
+    elif blocks is None:
+        chosen = _Search(module, trace, layers).found
+    elif callable(blocks):
+        chosen = [name for name, child in modules.items() if blocks(name, child)]
+    else:
+        check_patterns(blocks, modules, "blocks")
+        chosen = [name for name in modules if any(fnmatchcase(name, pattern) for pattern in blocks)]
+    units = []
+    taken: set[str] = set()
+    for name in [*sorted(chosen, key=len), *layers]:  # outer blocks before what lies inside them
+        inside = {n: layer for n, layer in layers.items() if n not in taken and (n == name or _below(n, name))}
+        if inside and trace.calls.get(name):
+            taken.update(inside)
+            units.append(Unit(name, modules[name], inside, trace.calls[name]))
+    return sorted(units, key=lambda unit: min(order[name] for name in unit.layers))
+
+
+def _below(name: str, parent: str) -> bool:
+    return parent == "" or name.startswith(parent + ".")
+
+
+def _is_container(module: nn.Module) -> bool:
+    """True for a container that runs its children as they are, or has no forward of its own."""
+    kind = type(module)
+    if isinstance(module, nn.Sequential):
+        return kind.forward is nn.Sequential.forward
+    return isinstance(module, _CONTAINERS) and "forward" not in vars(kind)
+
+
+class _Search:
+    """Walks down from the root and stops at blocks."""
+
+    def __init__(self, root: nn.Module, trace: Trace, layers: dict[str, QuantLayer]) -> None:
+        self.root, self.trace, self.layers = root, trace, layers
+        self.found: list[str] = []
+        self.elements: dict[str, nn.Module] = {}
+        for name, child in root.named_modules():
+            if isinstance(child, _CONTAINERS):
+                for key, element in child.named_children():
+                    full = f"{name}.{key}" if name else key
+                    if self._count(full) and not _is_container(element) and not isinstance(element, QuantLayer):
+                        self.elements[full] = element
+        self._walk("", root)
+
+    def _count(self, name: str) -> int:
+        return sum(_below(layer, name) for layer in self.layers)
+
+    def _holds_blocks(self, name: str) -> bool:
+        kinds = Counter(type(element) for full, element in self.elements.items() if full != name and _below(full, name))
+        return any(count > 1 for count in kinds.values())
+
+    def _walk(self, name: str, module: nn.Module) -> None:
+        for key, child in module.named_children():
+            full = f"{name}.{key}" if name else key
+            count = self._count(full)
+            if not count or isinstance(child, QuantLayer):
+                continue
+            if not _is_container(child) and self.trace.calls.get(full) and self._is_block(full, count):
+                self.found.append(full)
+            else:
+                self._walk(full, child)
+
+    def _is_block(self, name: str, count: int) -> bool:
+        if self._holds_blocks(name):
+            return False
+        if count == len(self.layers) > 1 and name not in self.elements:
+            return False  # the whole network
+        if name in self.elements or name in self.trace.residual:
+            return True
+        return count <= _MOST_LAYERS and not any(_below(other, name) for other in self.trace.residual)
+
+
+def unit_states(unit: Unit) -> LayerStates:
+    """The state of each layer of a unit."""
+    return {name: layer_state(layer) for name, layer in unit.layers.items()}
+
+
+def set_unit_states(unit: Unit, states: LayerStates) -> None:
+    """Put back what :func:`unit_states` copied."""
+    for name, state in states.items():
+        set_layer_state(unit.layers[name], state)
+
+
+def unit_qconfigs(unit: Unit) -> list[LayerQConfig]:
+    """The widths of a unit's layers."""
+    return [cast(LayerQConfig, layer.qconfig) for layer in unit.layers.values()]

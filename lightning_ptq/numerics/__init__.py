@@ -1,0 +1,1 @@
+"""Numbers on integer grids: configurations, rounding, observers, scales."""

@@ -1,0 +1,120 @@
+"""The rounding arithmetic: the only place of the project where a value is put on an integer grid.
+
+``q = clamp(round(x / s) + z, quant_min, quant_max)``, ``x̂ = (q - z) · s``, rounding half to even.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_ptq.numerics.qconfig import QuantSpec
+
+_MIN_SCALE = float(torch.finfo(torch.float32).tiny) * 2**10
+
+
+def choose_qparams(minimum: Tensor, maximum: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of the grid that covers a range.
+
+    The range is first widened to hold 0, which must be exact on the grid (zero padding, ReLU).
+
+    Args:
+        minimum: Least values, any shape (one entry per scale).
+        maximum: Greatest values, same shape.
+        spec: The grid.
+
+    Returns:
+        The scale (float32, > 0) and the zero point (int32, within the grid; 0 for a symmetric spec), of that shape.
+
+    Example:
+        >>> scale, zero_point = choose_qparams(torch.tensor(-1.0), torch.tensor(2.0), QuantSpec(8, symmetric=False))
+        >>> round(scale.item() * 255, 4), zero_point.item()
+        (3.0, 85)
+    """
+    minimum, maximum = minimum.float().clamp(max=0), maximum.float().clamp(min=0)
+    if spec.symmetric:
+        scale = torch.maximum(-minimum / -spec.quant_min, maximum / spec.quant_max).clamp(min=_MIN_SCALE)
+        return scale, torch.zeros_like(scale, dtype=torch.int32)
+    scale = ((maximum - minimum) / (spec.quant_max - spec.quant_min)).clamp(min=_MIN_SCALE)
+    zero_point = (spec.quant_min - torch.round(minimum / scale)).clamp(spec.quant_min, spec.quant_max)
+    return scale, zero_point.to(torch.int32)
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """The integers of ``x`` on the grid, as floats of its dtype; scale and zero point broadcast against ``x``.
+
+    As in torch's own kernels, ``x`` is multiplied by the reciprocal of the scale, so that both agree bit for bit.
+
+    Example:
+        >>> quantize(torch.tensor([-9.0, 0.26, 9.0]), torch.tensor(0.5), torch.tensor(0), -8, 7)
+        tensor([-8.,  1.,  7.])
+    """
+    return (x * scale.reciprocal()).round_().add_(zero_point.round()).clamp_(quant_min, quant_max)
+
+
+def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """The values ``(q - z) · s`` of integers ``q``, in the scale's dtype."""
+    return (q.to(scale.dtype) - zero_point.round()).mul_(scale)
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """Quantize and dequantize ``x``, with gradients for ``x``, ``scale`` and ``zero_point``.
+
+    The gradient passes straight through inside the clamp and is 0 outside it; for the scale it is that of LSQ (Esser
+    et al., 2020, eq. 3) and for the zero point that of LSQ+ (Bhalgat et al., 2020, eq. 6), both unscaled.
+
+    Args:
+        x: Any shape, floating point. Half precision is computed in float32 and cast back.
+        scale: Not 0, broadcastable to ``x``; negative to turn the grid round.
+        zero_point: Broadcastable to ``x``; integers, or floats that are rounded here and may carry a gradient.
+        quant_min: Least integer of the grid.
+        quant_max: Greatest integer of the grid.
+
+    Example:
+        >>> scale = torch.tensor(0.5, requires_grad=True)
+        >>> fake_quantize(torch.tensor([0.3, 9.0]), scale, torch.tensor(0), -8, 7).sum().backward()
+        >>> round(scale.grad.item(), 4)  # (1 - 0.3 / 0.5) + 7
+        7.4
+    """
+    dtype = x.dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        x = x.float()
+    if torch.is_grad_enabled():
+        result: Tensor = _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max)
+    else:
+        zero_point = zero_point.to(x.dtype)
+        result = quantize(x, scale, zero_point, quant_min, quant_max).sub_(zero_point.round()).mul_(scale)
+    return result.to(dtype)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Forward and the LSQ+ backward in a few in-place passes, which is what a tuning step spends its time on."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+        zero_point = zero_point.to(x.dtype).round()
+        q = (x * scale.reciprocal()).round_().add_(zero_point)
+        result = q.clamp(quant_min, quant_max).sub_(zero_point).mul_(scale)
+        ctx.save_for_backward(x, scale, zero_point, q, result)
+        ctx.bounds = (quant_min - 0.5, quant_max + 0.5)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, zero_point, q, result = ctx.saved_tensors
+        (grad,) = grads
+        grad_x = torch.ops.aten.hardtanh_backward(grad, q, *ctx.bounds)  # one pass: the gradient where q is in bounds
+        grad_scale = grad_zero_point = None
+        if ctx.needs_input_grad[1]:  # d x̂ / d s is q - z - x / s inside the clamp and q - z outside
+            if scale.numel() == 1:
+                total = torch.dot(grad.flatten(), result.flatten()) - torch.dot(grad_x.flatten(), x.flatten())
+                grad_scale = (total / scale).reshape(scale.shape)
+            else:
+                grad_scale = (grad * result).sub_(grad_x * x).div_(scale).sum_to_size(scale.shape)
+        if ctx.needs_input_grad[2]:  # d x̂ / d z is 0 inside the clamp and -s outside
+            grad_zero_point = (grad_x - grad).mul_(scale).sum_to_size(zero_point.shape)
+        return grad_x, grad_scale, grad_zero_point, None, None

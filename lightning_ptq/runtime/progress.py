@@ -1,0 +1,7 @@
+"""How long work reports its progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Progress = Callable[[int, int, str], None]

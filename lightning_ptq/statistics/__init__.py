@@ -1,0 +1,1 @@
+"""Statistics tuning: batch-norm re-estimation, para-normalization, bias tuning."""

@@ -1,0 +1,1 @@
+"""AdaQuant: tuning units against the float network."""

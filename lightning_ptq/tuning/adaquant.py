@@ -1,0 +1,124 @@
+"""AdaQuant over a whole calibrated module: sequential or parallel, layer by layer or block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from lightning_ptq.activations.memory_plan import MemoryPlan
+from lightning_ptq.activations.store import ActivationStore
+from lightning_ptq.calibration.calibration import Calibration
+from lightning_ptq.calibration.forward import eval_mode
+from lightning_ptq.errors import QConfigError, RolledBackWarning, warn
+from lightning_ptq.network.units import BlockRule, Granularity, find_units
+from lightning_ptq.numerics.qconfig import LayerQConfig
+from lightning_ptq.runtime.journal import Journal
+from lightning_ptq.runtime.memory import DEFAULT_MEMORY_LIMIT, parse_bytes
+from lightning_ptq.runtime.progress import Progress
+from lightning_ptq.tuning.config import ReconstructionConfig
+from lightning_ptq.tuning.parallel import ParallelRun
+from lightning_ptq.tuning.run import AdaQuantResult, OnUnit
+from lightning_ptq.tuning.sequential import SequentialRun
+
+AdaQuantMode = Literal["sequential", "parallel"]
+
+
+def adaquant(
+    calibration: Calibration,
+    *,
+    mode: AdaQuantMode = "sequential",
+    granularity: Granularity = "block",
+    blocks: BlockRule | None = None,
+    candidates: Sequence[str] | None = None,
+    config: ReconstructionConfig | None = None,
+    memory_limit: str | int = DEFAULT_MEMORY_LIMIT,
+    seed: int = 0,
+    progress: Progress = lambda done, total, text: None,
+    journal: Journal | None = None,
+    on_unit: OnUnit = lambda row: None,
+    announce: Callable[[MemoryPlan], None] | None = None,
+) -> AdaQuantResult:
+    """Tune every unit of a calibrated module so that its output comes close to the float one's.
+
+    Args:
+        calibration: What :func:`~lightning_ptq.calibration.calibrator.calibrate` returned. Its module is tuned in place.
+        mode: ``"sequential"``: each unit gets the inputs it will get in the quantized model, in which the units before
+            it are tuned already. ``"parallel"``: each unit gets the float model's inputs, and is tuned at every
+            candidate.
+        granularity: ``"block"`` or ``"layer"``; see :func:`~lightning_ptq.network.units.find_units`.
+        blocks: Name patterns of the blocks, or a function of name and module, in place of the automatic search.
+        candidates: Bit widths for parallel mode, such as ``["w8a8", "w4a4"]``; by default the calibrated ones alone.
+        config: Steps, rates and what is learned.
+        memory_limit: For activations: what goes beyond is kept in memory-mapped files, and where the disk is too small
+            for that, computed again.
+        seed: Of all random choices; the global random state is neither used nor changed.
+        progress: Called with steps done, steps in all, and the unit's name.
+        journal: Where finished units are kept, and found again by a run that was cut off.
+        on_unit: Called with each row of the result as soon as it is known here.
+        announce: Called before the work with the plan of memory and time.
+
+    Several ranks (``calibration.ranks``) share each step in sequential mode, and the units in parallel mode; they all
+    end with the same tuned module and result.
+
+    Returns:
+        A row per unit, and in parallel mode the tuned states.
+
+    Raises:
+        QConfigError: If an argument does not fit.
+        CalibrationError: If what a single unit needs fits neither into the limit nor onto the disk.
+
+    Warns:
+        RolledBackWarning: Naming the units that tuning did not improve.
+
+    Example:
+        >>> import torch
+        >>> from lightning_ptq import QConfig, calibrate
+        >>> _ = torch.manual_seed(0)
+        >>> net = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
+        >>> samples = torch.randn(256, 4) @ torch.randn(4, 16)
+        >>> calibration = calibrate(net, [samples], QConfig.parse("w3a8", first_last_bits=None))
+        >>> result = adaquant(calibration, config=ReconstructionConfig(steps=50))
+        >>> [unit.name for unit in result.units]
+        ['0', '2']
+    """
+    check_arguments(mode, granularity, candidates, memory_limit)
+    kind = SequentialRun if mode == "sequential" else ParallelRun
+    with ActivationStore(memory_limit) as store, eval_mode(calibration.module):
+        units = find_units(calibration.module, calibration.trace, granularity, blocks)
+        widths = [LayerQConfig.parse(candidate) for candidate in candidates or ()]
+        run = kind(
+            calibration, units, store, config or ReconstructionConfig(), seed, progress, journal, widths, on_unit
+        )
+        if announce is not None:
+            announce(run.plan)
+        result = run.all()
+        result.peak_activation_bytes = store.peak
+    _warn_of_rolled_back(result)
+    return result
+
+
+def _warn_of_rolled_back(result: AdaQuantResult) -> None:
+    back = [f"{row.name} ({row.bits})" for row in result.units if row.steps and not row.accepted]
+    if back:
+        warn(
+            f"tuning did not improve these units on held-out samples, so they keep their initial quantization:"
+            f" {', '.join(back)}.",
+            RolledBackWarning,
+            stacklevel=3,
+        )
+
+
+def check_arguments(mode: str, granularity: str, candidates: Sequence[str] | None, memory_limit: str | int) -> None:
+    """Raise :class:`QConfigError` where :func:`adaquant` would, before any work is done."""
+    if mode not in ("sequential", "parallel"):
+        raise QConfigError(f"mode must be 'sequential' or 'parallel', got {mode!r}.")
+    if granularity not in ("layer", "block"):
+        raise QConfigError(f"granularity must be 'layer' or 'block', got {granularity!r}.")
+    if candidates and mode == "sequential":
+        raise QConfigError(
+            "candidates need mode='parallel': sequential tuning is for one fixed width a layer. Leave candidates out,"
+            " or write mode='parallel'."
+        )
+    for candidate in candidates or ():
+        LayerQConfig.parse(candidate)
+    parse_bytes(memory_limit)

@@ -1,0 +1,106 @@
+"""The options of AdaQuant, and the defaults that depend on bit widths."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_ptq.errors import QConfigError
+from lightning_ptq.numerics.qconfig import LayerQConfig
+
+Rounding = Literal["continuous", "adaround"]
+
+
+LEARNABLE = ("weight", "bias", "weight_scale", "activation_scale", "activation_zero_point")
+
+
+DEFAULT_STEPS = {2: 200, 3: 200, 4: 100, 5: 60, 6: 60, 7: 40, 8: 40}
+"""Steps by bit width with 1024 samples or more: the coarser the grid, the more there is to gain, and the longer it
+takes."""
+
+
+@dataclass(frozen=True)
+class ReconstructionConfig:
+    """How a unit is tuned.
+
+    Args:
+        steps: Optimisation steps a unit; None to go by the least width in the unit and, below 4 bits, the number
+            of samples (:meth:`steps_for`).
+        batch_size: Samples a step.
+        learn: What is tuned; any of ``"weight"``, ``"bias"``, ``"weight_scale"``, ``"activation_scale"``,
+            ``"activation_zero_point"``.
+        weight_lr: Adam's rate for weights, in steps of the layer's weight grid; for AdaRound, of its rounding variable.
+        bias_lr: For biases, relative to their mean magnitude in the layer.
+        scale_lr: For weight and activation scales, relative to the scale.
+        zero_point_lr: For activation zero points, in grid steps.
+        rounding: ``"continuous"``: a weight may move any number of grid steps (AdaQuant); ``"adaround"``: up or down
+            only, with a penalty that drives it to either (Nagel et al., 2020).
+        drop: Probability that an activation keeps its float value in the first step (QDrop, Wei et al., 2022); it
+            falls to 0 linearly, so that the last steps see the activations that the quantized unit will see.
+        held_out: Share of the samples on which tuning is judged and which it does not see.
+        parts: The calibration batches are dealt into so many parts, and each step takes samples of all of them. A
+            part is captured, held and computed by one rank: the result is the same on any number of ranks, of which
+            no more than this share a step.
+        tolerance: A unit whose held-out error is below this to begin with is not tuned; None for 2e-3 where all widths
+            are 8 bits, for there is mostly nothing to gain, and 0 below.
+
+    Raises:
+        QConfigError: If a value is out of its domain.
+    """
+
+    steps: int | None = None
+    batch_size: int = 32
+    learn: tuple[str, ...] = ("weight", "bias", "weight_scale", "activation_scale")
+    weight_lr: float = 0.025
+    bias_lr: float = 0.01
+    scale_lr: float = 0.01
+    zero_point_lr: float = 0.05
+    rounding: Rounding = "continuous"
+    drop: float = 0.5
+    held_out: float = 0.0625
+    parts: int = 2
+    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "learn", tuple(self.learn))
+        unknown = [name for name in self.learn if name not in LEARNABLE]
+        if unknown:
+            raise QConfigError(f"learn holds {unknown}, which cannot be learned. Choose from {list(LEARNABLE)}.")
+        if self.rounding not in ("continuous", "adaround"):
+            raise QConfigError(f"rounding must be 'continuous' or 'adaround', got {self.rounding!r}.")
+        for name in ("steps", "batch_size", "parts"):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value >= 1) and (name, value) != ("steps", None):
+                raise QConfigError(f"{name} must be 1 or more, got {value!r}. Write a whole number.")
+        for name in ("weight_lr", "bias_lr", "scale_lr", "zero_point_lr"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise QConfigError(f"{name} must be 0 or more, got {getattr(self, name)!r}. Write for example 0.01.")
+        if self.tolerance is not None and not 0 <= self.tolerance < float("inf"):
+            raise QConfigError(f"tolerance must be 0 or more, got {self.tolerance!r}. Write for example 1e-3.")
+        for name in ("drop", "held_out"):
+            if not 0 <= getattr(self, name) < 1:
+                raise QConfigError(f"{name} must lie in [0, 1), got {getattr(self, name)!r}.")
+
+    def steps_for(self, qconfigs: Iterable[LayerQConfig], samples: int) -> int:
+        """Steps for a unit whose layers have these widths, with so many calibration samples.
+
+        Below 4 bits, the fewer samples there are, the sooner tuning fits them alone: half of the table's steps at a
+        quarter of its 1024 samples.
+        """
+        if self.steps is not None:
+            return self.steps
+        bits = _least_bits(qconfigs)
+        share = math.sqrt(min(1.0, samples / 1024)) if bits < 4 else 1.0
+        return max(1, round(DEFAULT_STEPS[bits] * share))
+
+    def tolerance_for(self, qconfigs: Iterable[LayerQConfig]) -> float:
+        """Tolerance for a unit whose layers have these widths."""
+        if self.tolerance is not None:
+            return self.tolerance
+        return 2e-3 if _least_bits(qconfigs) == 8 else 0.0
+
+
+def _least_bits(qconfigs: Iterable[LayerQConfig]) -> int:
+    return min(spec.bits for pair in qconfigs for spec in (pair.weight, pair.activation) if spec is not None)
