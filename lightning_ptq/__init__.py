@@ -12,10 +12,12 @@ from lightning_ptq.allocation.sensitivity_table import SensitivityTable
 from lightning_ptq.allocation.solver import BitAllocation, allocate_bits
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.calibrator import Calibrator, calibrate
-from lightning_ptq.calibration.candidates import Choices
+from lightning_ptq.calibration.candidates import Candidates
 from lightning_ptq.export.packed import load_packed, save_packed
+from lightning_ptq.network.layers import QuantLayer, register_layer
 from lightning_ptq.network.prepare import Prepared, prepare
-from lightning_ptq.numerics.qconfig import LayerQConfig, QConfig, QuantSpec
+from lightning_ptq.numerics.qconfig import LayerQConfig, QConfig
+from lightning_ptq.numerics.spec import QuantSpec
 from lightning_ptq.report import PTQReport
 from lightning_ptq.report.preflight import Preflight
 from lightning_ptq.statistics.acceptance import StatisticsResult
@@ -40,7 +42,7 @@ __all__ = [
     "Calibration",
     "CalibrationCapture",
     "Calibrator",
-    "Choices",
+    "Candidates",
     "Cost",
     "Frontier",
     "LayerQConfig",
@@ -48,6 +50,7 @@ __all__ = [
     "Preflight",
     "Prepared",
     "QConfig",
+    "QuantLayer",
     "QuantSpec",
     "ReconstructionConfig",
     "SensitivityTable",
@@ -66,6 +69,7 @@ __all__ = [
     "measure_sensitivity",
     "para_normalize",
     "prepare",
+    "register_layer",
     "reestimate_batch_norm",
     "save_packed",
     "search_allocation",
@@ -81,4 +85,6 @@ def __getattr__(name: str) -> Any:
         from lightning_ptq import callbacks
 
         return getattr(callbacks, name)
+    if name == "Choices":  # its former name
+        return Candidates
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The errors and warnings that a user of the library can meet, each of its own class."""
+"""The errors and warnings of the library, each a class of its own."""
 
 from __future__ import annotations
 
@@ -10,59 +10,59 @@ from typing import ClassVar
 
 
 class PTQError(Exception):
-    """Base class of every error the library raises on purpose."""
+    """Base class of all errors that the library raises on purpose."""
 
 
 class QConfigError(PTQError, ValueError):
-    """A quantization configuration that cannot be read or does not fit the module."""
+    """A quantization configuration or an argument that is invalid, or does not fit the module."""
 
 
 class SurgeryError(PTQError, RuntimeError):
-    """A module that cannot be prepared: nothing to quantize, or quantized already."""
+    """A module that cannot be prepared: it has nothing to quantize, or is quantized already."""
 
 
 class CalibrationError(PTQError, RuntimeError):
-    """A calibration pass that cannot go on: no data, NaN in a batch, a step that trains."""
+    """A calibration pass that cannot continue: no data, NaN in a batch, or a step that trains."""
 
 
 class SensitivityError(PTQError, RuntimeError):
-    """A sensitivity that cannot be measured: no loss, NaN in it, an output that is no tensor."""
+    """A sensitivity that cannot be measured: no loss, a loss of NaN, or an output that is not a tensor."""
 
 
 class StatisticsError(PTQError, RuntimeError):
-    """Statistics that cannot be tuned: too few samples, or a batch of which nothing can be held out."""
+    """Statistics that cannot be tuned: too few samples, or a single batch that cannot be divided."""
 
 
 class AllocationError(PTQError, ValueError):
-    """A bit allocation that has no solution, or costs and candidates that do not fit together."""
+    """A bit allocation without a solution, or costs and candidates that do not fit together."""
 
 
 class CallbackError(PTQError, RuntimeError):
-    """A Trainer or an order of callbacks under which the PTQ run cannot work."""
+    """A Trainer setting or an order of callbacks with which a PTQ run is not possible."""
 
 
 class RankError(PTQError, RuntimeError):
-    """Another process of the run failed or is gone, or the processes have come apart."""
+    """A failure of another process of the run, or processes whose states differ."""
 
 
 class PackedFileError(PTQError, ValueError):
-    """A packed file that is damaged, of another model, or of a newer format."""
+    """A packed file that is damaged, belongs to another model, or has a newer format."""
 
 
 class PTQWarning(UserWarning):
-    """Base class of every warning of the library; the report lists them all.
+    """Base class of all warnings of the library; the report lists them.
 
     Args:
-        message: The warning.
-        details: For each part of the model that it names, why.
+        message: Text of the warning.
+        details: Reason for each module that the warning names.
 
     Attributes:
-        remedy: What can be done about it.
-        of_rank: Whether it may be about what one rank alone has; others are alike on all ranks.
+        remedy: What the user can do about it.
+        may_differ_by_rank: True if ranks may differ; otherwise all ranks raise the same warning.
     """
 
     remedy: ClassVar[str] = ""
-    of_rank: ClassVar[bool] = False
+    may_differ_by_rank: ClassVar[bool] = False
 
     def __init__(self, message: str = "", details: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
@@ -70,69 +70,69 @@ class PTQWarning(UserWarning):
 
 
 class UnreachedLayerWarning(PTQWarning):
-    """A layer that the calibration forward never called: it stays float."""
+    """A layer that the calibration forward never calls: it stays float."""
 
     remedy = (
-        "Choose a calibration forward that runs it (step='predict', or a function), or exclude it by name if it is not"
-        " to be shipped."
+        "Choose a calibration forward that calls it (step='predict', or a function), or exclude it by name if it is not"
+        " used in inference."
     )
 
 
 class UnfoldedBatchNormWarning(PTQWarning):
     """A batch norm that could not be folded: it stays a float layer of its own."""
 
-    remedy = (
-        "Nothing is wrong; it costs a float operation. To fold it, have it directly follow the one layer it normalises."
-    )
+    remedy = "Nothing is wrong, but it costs a float operation. A batch norm is folded if it directly follows a single layer."
 
 
 class FunctionalOpWarning(PTQWarning):
-    """A product computed outside any quantized layer (``F.linear``, attention): it stays float."""
+    """A matrix product or convolution outside all quantized layers (``F.linear``, attention): it stays float."""
 
-    remedy = "Put the product into a layer of its own (nn.Linear, nn.Conv2d) if it is to be quantized."
+    remedy = "To quantize it, compute it in a layer of its own (nn.Linear, nn.Conv2d)."
 
 
 class UnsupportedLayerWarning(PTQWarning):
     """A layer of a quantizable type that cannot be swapped (lazy or re-parametrized): it stays float."""
 
-    remedy = "Run a lazy module once, and remove parametrizations (weight norm, for example), before the PTQ run."
+    remedy = "Before the PTQ run, call a lazy module once, and remove parametrizations such as weight norm."
 
 
 class TiedWeightWarning(PTQWarning):
-    """A weight shared by several layers: it is quantized, but not tuned, so that the tie holds."""
+    """A weight that several layers share: it is quantized but not tuned, so that it stays shared."""
 
-    remedy = "Nothing is wrong. To have it tuned, give each layer a weight of its own."
+    remedy = "Nothing is wrong. To tune it, give each layer a weight of its own."
 
 
 class FewSamplesWarning(PTQWarning):
-    """A calibration loader that ended before ``num_samples`` were seen."""
+    """A calibration loader that ended before ``num_samples`` samples."""
 
-    remedy = "Give the loader more samples, or lower num_samples."
+    remedy = "Give the loader more samples, or reduce num_samples."
 
 
 class ProgressWarning(PTQWarning):
-    """Saved progress that cannot be used: damaged, or of another run."""
+    """Saved progress that cannot be used: it is damaged, or belongs to another run."""
 
-    remedy = "Delete the folder, or point resume_dir to another."
-    of_rank = True
+    remedy = "Delete the folder, or set resume_dir to another one."
+    may_differ_by_rank = True
 
 
 class RolledBackWarning(PTQWarning):
-    """A unit that reconstruction did not improve on held-out samples: it keeps its initial quantization."""
+    """A unit whose reconstruction brought no improvement on held-out samples: its initial quantization is kept."""
 
-    remedy = "Give these units more samples or smaller rates (weight_lr, scale_lr), or more bits by overrides."
+    remedy = (
+        "Use more samples or lower learning rates (weight_lr, scale_lr), or give these units more bits by overrides."
+    )
 
 
 class UnprovenAllocationWarning(PTQWarning):
-    """A bit allocation that the solver did not prove optimal within its time limit."""
+    """A bit allocation that the solver has not proven optimal within its time limit."""
 
-    remedy = "Raise time_limit; the gap says how much is at stake."
+    remedy = "Raise time_limit; the gap bounds the possible improvement."
 
 
 class ReportWarning(PTQWarning):
-    """A part of the report that could not be made."""
+    """A part of the report that could not be created."""
 
-    remedy = "For plots, pip install 'lightning-ptq[plots]'. To write the report again, call report.save(folder)."
+    remedy = "For plots, run pip install 'lightning-ptq[plots]'. To write the report again, call report.save(folder)."
 
 
 _notes: ContextVar[tuple[tuple[list[PTQWarning], bool], ...]] = ContextVar("_notes", default=())
@@ -141,10 +141,17 @@ _notes: ContextVar[tuple[tuple[list[PTQWarning], bool], ...]] = ContextVar("_not
 def warn(
     message: str, category: type[PTQWarning], stacklevel: int = 1, details: Mapping[str, str] | None = None
 ) -> None:
-    """Issue a warning, and note it wherever :func:`noted_warnings` is open."""
+    """Issue a warning, and append it to the lists of all enclosing :func:`noted_warnings`.
+
+    Args:
+        message: Text of the warning.
+        category: Class of the warning.
+        stacklevel: Number of frames above the caller to which the warning is attributed, plus 1.
+        details: Reason for each module that the warning names.
+    """
     for notes, _ in _notes.get():
         notes.append(category(message, details))
-    if category.of_rank or all(first for _, first in _notes.get()):
+    if category.may_differ_by_rank or all(first for _, first in _notes.get()):
         warnings.warn(message, category, stacklevel=stacklevel + 1)
 
 
@@ -152,7 +159,10 @@ def warn(
 def noted_warnings(notes: list[PTQWarning], first: bool = True) -> Iterator[None]:
     """Append every warning of the library to ``notes`` inside the ``with`` block, also those that filters hide.
 
-    Unless this is the ``first`` rank, those that all ranks have alike are noted only.
+    Args:
+        notes: List to append to.
+        first: True on rank 0. Other ranks issue only warnings that may differ by rank, so that each of the others
+            appears once.
     """
     token = _notes.set((*_notes.get(), (notes, first)))
     try:

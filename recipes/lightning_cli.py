@@ -1,6 +1,6 @@
 """PTQ from a YAML file: python recipes/lightning_cli.py fit --config recipes/configs/lightning_cli.yaml
 
-Any LightningModule, any LightningDataModule and any list of callbacks, each by its class_path and init_args.
+It takes any LightningModule, LightningDataModule and list of callbacks, each by its class_path and init_args.
 """
 
 from __future__ import annotations
@@ -16,18 +16,22 @@ from lightning_ptq import save_packed
 
 
 class PTQCLI(LightningCLI):
-    """Lightning's own CLI, with the weights to start from and the packed file to leave."""
+    """Lightning's CLI with two more options: the weights to start from, and the packed file to write."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         weights = "Trained weights: a checkpoint of the model, or its state dict. None if the model loads its own."
         parser.add_argument("--weights", type=Path | None, default=None, help=weights)
-        parser.add_argument("--packed", type=Path | None, default=None, help="Where fit leaves the packed weights.")
+        parser.add_argument(
+            "--packed", type=Path | None, default=None, help="File of the packed weights, written after fit."
+        )
 
     def before_fit(self) -> None:
         file = self.config.fit.weights
         if file is not None:
             if not file.is_file():
-                raise SystemExit(f"there are no weights in {file}. Train them first, or name others by --weights FILE.")
+                raise SystemExit(
+                    f"there are no weights in {file}. Train them first, or name another file by --weights FILE."
+                )
             state = torch.load(file, map_location="cpu", weights_only=True)
             self.model.load_state_dict(state.get("state_dict", state))
         self.score("before")
@@ -40,7 +44,7 @@ class PTQCLI(LightningCLI):
             console.print(f"{file}: {save_packed(self.model, file)} bytes")
 
     def score(self, when: str) -> None:
-        """Print what the validation_step logs, if there is one and data for it."""
+        """Print what validation_step logs, if the model has one and the data module has data for it."""
         if is_overridden("validation_step", self.model) and is_overridden("val_dataloader", self.datamodule):
             (logged, *_) = self.trainer.validate(self.model, self.datamodule, verbose=False)
             if self.trainer.is_global_zero:
@@ -48,7 +52,11 @@ class PTQCLI(LightningCLI):
 
 
 def main(args: list[str] | None = None) -> PTQCLI:
-    """Run a subcommand; by default that of the command line."""
+    """Run a subcommand of the CLI.
+
+    Args:
+        args: Arguments; by default those of the command line.
+    """
     return PTQCLI(save_config_callback=None, auto_configure_optimizers=False, args=args)
 
 

@@ -17,9 +17,9 @@ from lightning_ptq.callbacks import BitAllocator, adaquant, allocator, base, cap
 from lightning_ptq.report import PTQReport
 
 TOLD = {
-    adaquant.UnitScalars: ("log",), allocator: ("log_scalars",), BitAllocator: ("_sweep",), base: ("log_sheets",),
+    adaquant.UnitScalars: ("log",), allocator: ("log_scalars",), BitAllocator: ("_sweep",), base: ("log_tables",),
     capture: ("log_end", "log_ranges", "log_settings"), statistics: ("log_scalars",),
-    PTQReport: ("calibrated", "finish", "pictures", "save", "sheets"),
+    PTQReport: ("calibrated", "finish", "pictures", "save", "tables"),
 }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from lightning_ptq import (
     AdaQuantLayerwise,
     BitAllocator,
     CalibrationCapture,
-    Choices,
+    Candidates,
     StatsTuning,
     calibrate,
     save_packed,
@@ -35,7 +35,7 @@ from lightning_ptq import (
 )
 from lightning_ptq.callbacks import pipelines
 from lightning_ptq.errors import PTQWarning
-from lightning_ptq.report.tables import allocation_sheet
+from lightning_ptq.report.tables import allocation_table
 
 console = Console()
 
@@ -127,8 +127,8 @@ def budget_for(module: Classifier, calibration: DataLoader, budget: str) -> floa
     except ValueError:
         images, _ = next(iter(calibration))
         calibrated = calibrate(copy.deepcopy(module), [images[:1]], budget)
-        choices = Choices(calibrated, [budget])
-        return size_cost(calibrated, choices).total(choices.at(budget))
+        choices = Candidates(calibrated, [budget])
+        return size_cost(calibrated, choices).total(choices.uniform(budget))
 
 
 Pipeline = Literal["nearest", "adaquant", "light", "advanced"]
@@ -225,7 +225,7 @@ def _take(record: dict[str, Any], callback: Any) -> None:
     elif isinstance(callback, BitAllocator) and callback.result is not None:
         record["allocation"] = callback.result.allocation.to_dict()
         record["allocation"]["rounds"] = [asdict(found) for found in callback.result.rounds]
-        console.print(allocation_sheet(callback.result).table())
+        console.print(allocation_table(callback.result).to_rich())
     elif isinstance(callback, StatsTuning):
         record["statistics_steps"] = [asdict(row) for row in callback.result or []]
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_ptq import (
     Calibration,
-    Choices,
+    Candidates,
     Frontier,
     adaquant,
     allocate_bits,
@@ -85,8 +85,8 @@ def main(
         return calibrate(copy.deepcopy(module), labelled, candidates[0], **forward)
 
     plain = calibrated()
-    size = size_cost(plain, choices := Choices(plain, candidates))
-    console.print(f"measuring the sensitivities of {len(choices.of)} layers ...")
+    size = size_cost(plain, choices := Candidates(plain, candidates))
+    console.print(f"measuring the sensitivities of {len(choices.by_layer)} layers ...")
     table = measure_sensitivity(plain, candidates, measure=measure)
     table.save(out / "sensitivity.json")
     budgets = [round(first + i * step, 6) for i in range(round((last - first) / step) + 1)]
@@ -100,7 +100,7 @@ def main(
     for name in tuned:
         settings = {"allocated": allocate_bits(table, size, {"size": budget_for(module, calib, name)}).choice}
         if name.startswith("w"):
-            settings["uniform"] = Choices(plain, [name]).at(name)
+            settings["uniform"] = Candidates(plain, [name]).at(name)
         for kind, choice in settings.items():
             console.print(f"tuning at {name}, {kind} ...")
             row = {"size": name, "widths": kind, "top1": tuned_top1(calibrated(), choice, test, seed), "choice": choice}

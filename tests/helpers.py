@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
-from lightning_ptq.network.layers import FoldableBatchNorm, QuantLayer
+from lightning_ptq.network.batch_norm import FoldableBatchNorm
+from lightning_ptq.network.layers import QuantLayer
 
 # With "gpu" the Trainers of the tests use one, in all ranks.
 ACCELERATOR = os.environ.get("PTQ_TEST_ACCELERATOR", "cpu")

@@ -235,7 +235,7 @@ def test_undo_gives_a_net_with_tied_weights_back_untouched(mode, candidates):
     adaquant(calibration, mode=mode, granularity="layer", candidates=candidates, config=config)
     assert not torch.equal(calibration.layers["b"].bias, biases["b"])
     for name, layer in calibration.layers.items():
-        assert torch.equal(layer.reference[1], biases[name])
+        assert torch.equal(layer.reference["bias"], biases[name])
     calibration.prepared.undo()
     before.assert_unchanged()
 

@@ -14,7 +14,7 @@ from lightning_ptq.errors import (
     QConfigError,
     UnreachedLayerWarning,
 )
-from lightning_ptq.network.layers import layers_in_mode
+from lightning_ptq.network.op import ops_in_mode
 from lightning_ptq.numerics.quantize import choose_qparams
 
 
@@ -340,7 +340,7 @@ def test_float_mode_is_the_float_net_until_release():
         **{f"blocks.{i}.bn{j}": f"blocks.{i}.conv{j}" for i in (0, 1) for j in (1, 2)},
     }
     expected = build(ResNet).eval()(x)
-    with layers_in_mode(calibration.module, "float"):
+    with ops_in_mode(calibration.module, "float"):
         torch.testing.assert_close(calibration.module(x), expected)
     assert relative_error(calibration.run(0), expected) > 1e-6
     calibration.release()

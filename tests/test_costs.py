@@ -8,7 +8,7 @@ from helpers import ResNet, build, seeded
 from safetensors.torch import load_file
 from torch import nn
 
-from lightning_ptq import Choices, QConfig, apply_allocation, bops_cost, calibrate, save_packed, size_cost, table_cost
+from lightning_ptq import Candidates, QConfig, apply_allocation, bops_cost, calibrate, save_packed, size_cost, table_cost
 from lightning_ptq.allocation.costs import multiply_accumulates
 from lightning_ptq.errors import AllocationError
 
@@ -24,9 +24,9 @@ def calibration_of(net=ResNet, images=IMAGES):
 def test_size_is_that_of_the_packed_tensors(tmp_path, candidate):
     float_bytes = sum(t.numel() * t.element_size() for t in build(ResNet).state_dict().values())
     calibration = calibration_of()
-    choices = Choices(calibration, CANDIDATES)
+    choices = Candidates(calibration, CANDIDATES)
     cost = size_cost(calibration, choices)
-    choice = {**choices.at(candidate), "head": "w8a8"}
+    choice = {**choices.uniform(candidate), "head": "w8a8"}
     apply_allocation(calibration, choice)
     save_packed(calibration.module, tmp_path / "packed.safetensors")
     tensors = load_file(tmp_path / "packed.safetensors")
@@ -53,15 +53,15 @@ def test_multiply_accumulates_are_counted_by_hand():
     found = multiply_accumulates(calibration)
     expected = {"grouped": 49 * 4 * (2 * 9), "up": 49 * 4 * 6 * 4, "line": 2 * 36}
     assert found == expected
-    cost = bops_cost(calibration, Choices(calibration, CANDIDATES))
+    cost = bops_cost(calibration, Candidates(calibration, CANDIDATES))
     assert cost.values["up"] == {"w8a8": 64 * expected["up"], "w4a8": 32 * expected["up"],
                                  "w3a4": 12 * expected["up"], "w4": 4 * 32 * expected["up"]}  # fmt: skip
     assert cost.of_float == 1024 * sum(expected.values())
 
 
 def test_a_table_is_read_from_a_mapping_or_a_csv_file(tmp_path):
-    choices = Choices(calibration_of(), ["w8a8", "w4a4"])
-    rows = {name: {"w8a8": 2.0, "w4a4": 0.5, "w2a2": 0.1} for name in choices.of}
+    choices = Candidates(calibration_of(), ["w8a8", "w4a4"])
+    rows = {name: {"w8a8": 2.0, "w4a4": 0.5, "w2a2": 0.1} for name in choices.by_layer}
     path = tmp_path / "latency.csv"
     path.write_text("layer,w8a8,w4a4,w2a2\n" + "".join(f"{name},2.0,0.5,\n" for name in rows))
     expected = {name: {"w8a8": 2.0, "w4a4": 0.5} for name in rows}
@@ -71,8 +71,8 @@ def test_a_table_is_read_from_a_mapping_or_a_csv_file(tmp_path):
 
 
 def test_tables_that_do_not_fit_are_refused(tmp_path):
-    choices = Choices(calibration_of(), ["w8a8", "w4a4"])
-    rows = {name: {"w8a8": 2.0, "w4a4": 0.5} for name in choices.of}
+    choices = Candidates(calibration_of(), ["w8a8", "w4a4"])
+    rows = {name: {"w8a8": 2.0, "w4a4": 0.5} for name in choices.by_layer}
     cases = [
         ({n: r for n, r in rows.items() if n != "stem"}, "latency table has no layer 'stem'. Its layers: blocks"),
         ({**rows, "stem": {"w8a8": 1.0}}, r"no \['w4a4'\] for layer 'stem', only \['w8a8'\]"),

@@ -35,7 +35,7 @@ from lightning_ptq import (
     reestimate_batch_norm,
     save_packed,
 )
-from lightning_ptq.calibration.forward import to_device
+from lightning_ptq.calibration.batch import Batch
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -58,7 +58,7 @@ def deterministic() -> Any:
 
 def calibrated(name: str, device: str, qconfig: str = "w4a4") -> Any:
     make, batches = NETS[name]
-    return calibrate(build(make).eval().to(device), to_device(batches, torch.device(device)), qconfig)
+    return calibrate(build(make).eval().to(device), Batch(batches).to(torch.device(device)), qconfig)
 
 
 @pytest.mark.parametrize("name", NETS)

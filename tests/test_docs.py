@@ -1,9 +1,11 @@
-"""The Python code of the documentation runs; every option of a callback stands in its card."""
+"""The Python code of the documentation runs; the table in a callback's card has exactly the callback's options."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,11 @@ import lightning_ptq
 ROOT = Path(__file__).parents[1]
 CARDS = "lightning_ptq/callbacks/README.md"
 TRAINER = pytorch_lightning.Trainer
+NAMES = ["CalibrationCapture", "AdaQuantLayerwise", "BitAllocator", "StatsTuning"]
 
 
 class MyModule(pytorch_lightning.LightningModule):
-    """What a reader has."""
+    """The module of a reader."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +48,7 @@ class MyModule(pytorch_lightning.LightningModule):
 
 
 def readers_namespace() -> dict[str, Any]:
-    """The names that the documentation takes for given."""
+    """Return the names that the documentation takes for granted."""
     data = TensorDataset(seeded(0, 1024, 2, 6, 6), torch.arange(1024) % 4)
     return {
         **{name: getattr(lightning_ptq, name) for name in lightning_ptq.__all__},
@@ -57,19 +60,19 @@ def readers_namespace() -> dict[str, Any]:
 
 
 def one_cpu(**arguments: Any) -> pytorch_lightning.Trainer:
-    """The reader's Trainer, on the one process there is."""
+    """Return the reader's Trainer, on a single process."""
     here = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "enable_progress_bar": False}
     return TRAINER(**arguments | here | {"logger": False})
 
 
 def blocks() -> list[Any]:
-    """Every block of Python code, by file and line."""
+    """Return every block of Python code, by file and line."""
     sybil = Sybil([PythonCodeBlockParser()], path=str(ROOT))
-    found = []
+    examples = []
     for name in ("README.md", CARDS, "recipes/README.md"):
         for example in sybil.parse(ROOT / name).examples():
-            found.append(pytest.param(example, id=f"{name}:{example.line}"))
-    return found
+            examples.append(pytest.param(example, id=f"{name}:{example.line}"))
+    return examples
 
 
 def test_there_is_code_in_every_document():
@@ -87,10 +90,37 @@ def test_the_code_of_the_documentation_runs(block, tmp_path, monkeypatch):
     block.evaluate()
 
 
-@pytest.mark.parametrize("name", ["CalibrationCapture", "AdaQuantLayerwise", "BitAllocator", "StatsTuning"])
-def test_a_card_has_all_its_parts_and_names_every_option(name):
-    card = (ROOT / CARDS).read_text().partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+def card(name: str) -> str:
+    """Return the card of a callback."""
+    return (ROOT / CARDS).read_text().partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+
+
+def options_in_table(text: str) -> list[str]:
+    """Return the names in the first column of a card's table of options."""
+    rows = text.partition("| option | default |")[2].partition("\n\n")[0].splitlines()[2:]
+    return [option for row in rows for option in re.findall(r"`(\w+)`", row.split("|")[1])]
+
+
+def options(name: str) -> list[str]:
+    """Return the options of a callback: its parameters, and the fields of the dataclass that takes its keywords."""
+    parameters = inspect.signature(getattr(lightning_ptq, name)).parameters.values()
+    names = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+    if len(names) < len(parameters):
+        names += [field.name for field in dataclasses.fields(lightning_ptq.ReconstructionConfig)]
+    return names
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_card_has_all_its_parts(name):
     parts = ("**What.**", "**When.**", "**Cost.**", "| option | default |", "**Departures from the paper, and why.**")
-    assert [part for part in parts if part not in card] == []
-    options = inspect.signature(getattr(lightning_ptq, name)).parameters
-    assert [option for option in options if f"`{option}`" not in card] == []
+    assert [part for part in parts if part not in card(name)] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_table_of_a_card_has_exactly_the_options_of_the_callback(name):
+    assert sorted(options_in_table(card(name))) == sorted(options(name))
+
+
+def test_only_adaquant_takes_the_fields_of_the_dataclass():
+    assert [name for name in NAMES if "steps" in options(name) and "drop" in options(name)] == ["AdaQuantLayerwise"]
+    assert options_in_table("| option | default | what |\n|---|---|---|\n| `a`, `b` | `c` | `d` |\n\n`e`") == ["a", "b"]

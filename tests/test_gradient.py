@@ -19,7 +19,7 @@ class Thread(Ranks):
     def __init__(self, rank: int, world: int, board: dict[int, Tensor], barrier: Barrier) -> None:
         self.rank, self.world, self.board, self.barrier = rank, world, board, barrier
 
-    def share(self, tensors: Sequence[Tensor]) -> None:
+    def broadcast_each(self, tensors: Sequence[Tensor]) -> None:
         """See :class:`Ranks`."""
         if self.rank < len(tensors):
             self.board[self.rank] = tensors[self.rank].clone()
@@ -43,7 +43,7 @@ def steps_on(rank: Ranks, parts: int) -> list[Tensor]:
     gradient = Gradient(variables, rank, parts)
     found = []
     for step in range(2):
-        for part in filter(rank.mine, range(parts)):
+        for part in filter(rank.owns, range(parts)):
             for chunk in (0.25, 0.75):
                 gradient.add(part, chunk * loss_of(part, step, variables))
         found.append(gradient.reduce())

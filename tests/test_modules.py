@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_ptq import prepare
-from lightning_ptq.network.layers import QuantLayer, layers_in_mode, swapped_class
+from lightning_ptq.network.layers import QuantLayer
+from lightning_ptq.network.op import ops_in_mode
+from lightning_ptq.network.swapping import swapped_class
 from lightning_ptq.numerics.fake_quantize import FakeQuantize
-from lightning_ptq.numerics.qconfig import LayerQConfig, QuantSpec
+from lightning_ptq.numerics.qconfig import LayerQConfig
+from lightning_ptq.numerics.spec import QuantSpec
 from lightning_ptq.tuning.reconstruct import ActivationDrop
 
 # name -> how the layer is made, and an input's shape
@@ -139,8 +142,8 @@ def test_the_chosen_weight_scale_fits_each_channel(name: str) -> None:
     layer, kin, _, _ = quantized(name)
     kin.attach(LayerQConfig(QuantSpec(8, per_channel=True, observer="minmax"), None))
     factor = torch.logspace(-3, 3, output_channels(layer))
-    kin.set_weight(kin.scale_channels(layer.weight, factor), layer.bias)
-    kin.choose_weight_scale()
+    kin.set_parameters({"weight": kin.scale_channels("weight", layer.weight, factor), "bias": layer.bias})
+    kin.choose_weight_scales()
     found, expected = kin.weight_fake_quant(kin.weight), kin.weight
     relative = kin.weight_fake_quant.rows((found - expected).abs()).amax(1) / kin.weight_fake_quant.rows(
         expected
@@ -153,7 +156,7 @@ def test_scaled_channels_scale_the_output_channels(name: str) -> None:
     layer, x = make(name)
     kin = swapped_class(type(layer)).from_float(layer)
     factor = torch.linspace(-1, 2, output_channels(layer))
-    scaled = kin.scale_channels(layer.weight, factor)
+    scaled = kin.scale_channels("weight", layer.weight, factor)
     assert scaled.shape == layer.weight.shape
     along = factor if isinstance(layer, nn.Linear) else factor.view(-1, *[1] * (layer.weight.dim() - 2))
     torch.testing.assert_close(functional(layer, x, scaled, None), functional(layer, x, layer.weight, None) * along)
@@ -193,7 +196,7 @@ def test_a_derived_class_keeps_its_forward() -> None:
     assert isinstance(kin, SamePadConv2d)
     assert torch.equal(kin(x), layer(x))
     kin.attach(LayerQConfig.parse("w2"))
-    kin.choose_weight_scale()
+    kin.choose_weight_scales()
     scale = kin.weight_fake_quant.scale.flatten()
     weight = torch_quantized_weight(layer, scale, kin.qconfig.weight)
     expected = layer.gain * F.conv2d(F.pad(x, (1, 1, 1, 1), value=0.5), weight, layer.bias)
@@ -230,7 +233,7 @@ def test_copies_keep_outputs_and_are_independent(make_copy: Callable, attached: 
     layers = prepare(net, "w3a5").layers.values()
     for layer in layers if attached else ():
         layer.attach(LayerQConfig.parse("w3a5"))
-        layer.choose_weight_scale()
+        layer.choose_weight_scales()
     net[1].set_folded(attached)
     x = torch.randn(1, 3, 6, 6)
     expected = net(x)
@@ -248,7 +251,7 @@ def test_a_whole_module_goes_through_torch_save() -> None:
     net, x = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(2, 3)
     for layer in prepare(net, "w2").layers.values():
         layer.attach(LayerQConfig.parse("w2"))
-        layer.choose_weight_scale()
+        layer.choose_weight_scales()
     file = io.BytesIO()
     torch.save(net, file)
     file.seek(0)
@@ -267,7 +270,7 @@ def test_a_fused_transformer_layer_computes_with_quantized_weights() -> None:
         for name in ("linear1", "linear2"):
             kin = getattr(layer, name)
             kin.attach(LayerQConfig.parse("w2"))
-            kin.choose_weight_scale()
+            kin.choose_weight_scales()
             getattr(twin, name).weight.copy_(kin.weight_fake_quant(kin.weight))
         torch.testing.assert_close(layer(x), twin(x), rtol=1e-4, atol=1e-5)
         assert (layer(x) - float_output).abs().max() > 0.05
@@ -275,12 +278,12 @@ def test_a_fused_transformer_layer_computes_with_quantized_weights() -> None:
 
 def test_float_mode_computes_with_the_reference_and_ends() -> None:
     layer, kin, _, x = quantized("conv2d")
-    kin.reference = (layer.weight.detach().clone(), layer.bias.detach().clone())
-    kin.set_weight(layer.weight + 1, layer.bias + 1)
+    kin.keep_reference()
+    kin.set_parameters({"weight": layer.weight + 1, "bias": layer.bias + 1})
     tuned = kin(x)
 
     def run_and_fail() -> None:
-        with layers_in_mode(nn.ModuleList([kin]), "float"):
+        with ops_in_mode(nn.ModuleList([kin]), "float"):
             assert torch.equal(kin(x), layer(x))
             raise KeyError
 
@@ -312,7 +315,7 @@ def test_a_per_tensor_weight_scale() -> None:
     layer, x = make("transpose2d_grouped")
     kin = swapped_class(type(layer)).from_float(layer)
     kin.attach(LayerQConfig(QuantSpec(3, observer="minmax"), None))
-    kin.choose_weight_scale()
+    kin.choose_weight_scales()
     low, high = layer.weight.min().item(), layer.weight.max().item()
     weight = torch.fake_quantize_per_tensor_affine(layer.weight, max(-low / 4, high / 3), 0, -4, 3)
     torch.testing.assert_close(kin(x), functional(layer, x, weight, layer.bias), rtol=1e-5, atol=1e-5)

@@ -6,7 +6,8 @@ from dataclasses import FrozenInstanceError
 import pytest
 
 from lightning_ptq.errors import QConfigError
-from lightning_ptq.numerics.qconfig import LayerQConfig, QConfig, QuantSpec
+from lightning_ptq.numerics.qconfig import LayerQConfig, QConfig
+from lightning_ptq.numerics.spec import QuantSpec
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_ptq.numerics.qconfig import QuantSpec
+from lightning_ptq.numerics.spec import QuantSpec
 from lightning_ptq.numerics.quantize import choose_qparams, dequantize, fake_quantize, quantize
 
 quick = settings(max_examples=80, deadline=None, derandomize=True)

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_ptq import LayerQConfig, QConfig, ReconstructionConfig, calibrate
 from lightning_ptq.activations.calls import Call
-from lightning_ptq.activations.shards import deal_parts
+from lightning_ptq.activations.shards import make_shards
 from lightning_ptq.activations.store import ActivationStore
 from lightning_ptq.activations.unit_data import UnitData
 from lightning_ptq.errors import QConfigError, TiedWeightWarning
@@ -61,7 +61,7 @@ class Case:
     def data(self, parts=2, batch_size=32):
         """Of each part."""
         store, found = ActivationStore("1MB"), []
-        for part in deal_parts([len(x) for x in self.batches], parts, batch_size):
+        for part in make_shards([len(x) for x in self.batches], parts, batch_size):
             data = UnitData([[Call.of(((self.batches[i],), {}), store.put)] for i in part.batches], store)
             data.set_targets(data.outputs(self.unit.module, len(part.batches), "float"), self.unit.module)
             found.append((part, data))

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from lightning_ptq import (
-    Choices,
+    Candidates,
     QConfig,
     SensitivityTable,
     allocate_bits,
@@ -26,7 +26,7 @@ from lightning_ptq import (
     size_cost,
 )
 from lightning_ptq.errors import AllocationError
-from lightning_ptq.report.tables import allocation_sheet
+from lightning_ptq.report.tables import allocation_table
 
 CANDIDATES = ["w8a8", "w4a4", "w2a4"]
 
@@ -47,7 +47,7 @@ def calibration():
 
 
 def cost_of(calibration):
-    return size_cost(calibration, Choices(calibration, CANDIDATES))
+    return size_cost(calibration, Candidates(calibration, CANDIDATES))
 
 
 def test_the_search_keeps_what_measures_best_and_leaves_the_module(calibration):
@@ -115,7 +115,7 @@ def test_an_allocation_that_does_not_fit_is_refused(choice, message):
 
 def test_the_frontier_serves_every_budget_with_one_table(calibration, tmp_path):
     table = measure_sensitivity(calibration, CANDIDATES)
-    costs = [cost_of(calibration), bops_cost(calibration, Choices(calibration, CANDIDATES))]
+    costs = [cost_of(calibration), bops_cost(calibration, Candidates(calibration, CANDIDATES))]
     budgets = [0.01, 0.16, 0.17, 0.18, 0.2, 0.22]
     sweep = frontier(table, costs, budgets, measure=lambda choice: measure_choice(calibration, choice))
     assert sweep.skipped == [0.01]
@@ -141,11 +141,11 @@ def test_the_frontier_serves_every_budget_with_one_table(calibration, tmp_path):
 
 def test_the_table_shows_prediction_measurement_and_proof(calibration):
     found = search_allocation(calibration, CANDIDATES, cost_of(calibration), {"size": 0.2}, rounds=1)
-    sheet = allocation_sheet(found)
-    assert "proven optimal" in sheet.note
-    assert f"measured {found.measured:.4g}" in sheet.note
-    assert [row[0] for row in sheet.rows] == list(calibration.layers)
-    assert [row[1] for row in sheet.rows] == list(found.allocation.choice.values())
+    table = allocation_table(found)
+    assert "proven optimal" in table.note
+    assert f"measured {found.measured:.4g}" in table.note
+    assert [row[0] for row in table.rows] == list(calibration.layers)
+    assert [row[1] for row in table.rows] == list(found.allocation.choice.values())
 
 
 def test_rounds_below_one_are_refused(calibration):

@@ -14,7 +14,8 @@ from lightning_ptq.activations.replay import Replay
 from lightning_ptq.activations.store import ActivationStore
 from lightning_ptq.activations.unit_data import UnitData
 from lightning_ptq.errors import CalibrationError
-from lightning_ptq.network.layers import QuantLayer, layers_in_mode
+from lightning_ptq.network.layers import QuantLayer
+from lightning_ptq.network.op import ops_in_mode
 from lightning_ptq.network.units import find_units
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_ptq.errors.FunctionalOpWarning")
@@ -111,7 +112,7 @@ def calibrated(net, batches):
 def recorded(calibration, unit, stream):
     """The calls of a unit in a plain full run, by batch, as forward pre-hooks see them."""
     calls = [[] for _ in calibration.batches]
-    with layers_in_mode(calibration.module, stream):
+    with ops_in_mode(calibration.module, stream):
         for batch, seen in enumerate(calls):
             handle = unit.module.register_forward_pre_hook(
                 lambda module, args, kwargs, seen=seen: seen.append(Call.of((args, kwargs), torch.clone)),
@@ -212,7 +213,7 @@ def test_a_unit_that_some_batch_does_not_reach_is_named():
     calibration = calibrated(letters(forward), SHIFTED)
     with (
         ActivationStore("1MB") as store,
-        pytest.raises(CalibrationError, match=r"unit 'b' ran 1 times.*0 times.*batch 1"),
+        pytest.raises(CalibrationError, match=r"unit 'b' was called 1 times.*0 times.*batch 1"),
     ):
         list(walk(calibration, store))
     assert not [module for module in calibration.module.modules() if "forward" in vars(module)]

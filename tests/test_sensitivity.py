@@ -19,7 +19,8 @@ from lightning_ptq import (
     measure_sensitivity,
 )
 from lightning_ptq.errors import CalibrationError, QConfigError, SensitivityError
-from lightning_ptq.network.layers import QuantLayer, layers_in_mode
+from lightning_ptq.network.layers import QuantLayer
+from lightning_ptq.network.op import ops_in_mode
 
 CANDIDATES = ["w8a8", "w4a8", "w2a4"]
 IMAGES = list(seeded(1, 40, 2, 6, 6).split(16))  # the last batch is smaller
@@ -61,7 +62,7 @@ def kl(calibration):
     """The divergence of the module as it is, from full forwards over all samples at once."""
     total, samples = 0.0, 0
     for batch in range(len(calibration.batches)):
-        with layers_in_mode(calibration.module, "float"):
+        with ops_in_mode(calibration.module, "float"):
             target = calibration.run(batch)
         output = calibration.run(batch)
         classes = -1
@@ -117,7 +118,7 @@ def test_blocks_before_the_lowered_layer_do_not_run_again(monkeypatch):
 @pytest.mark.parametrize("name", NETS)
 def test_a_small_disk_means_computing_again_with_the_same_rises(name, monkeypatch):
     expected = measure_sensitivity(calibration_of(name), CANDIDATES)
-    for room in ("lightning_ptq.activations.memory_plan.disk_room", "lightning_ptq.runtime.memory.disk_room"):
+    for room in ("lightning_ptq.activations.memory_plan.disk_room", "lightning_ptq.activations.store.disk_room"):
         monkeypatch.setattr(room, lambda *_: 0)
     with monkeypatch.context() as patch:
         patch.setattr("lightning_ptq.allocation.sensitivity.keep_outputs", lambda *_, **__: True)

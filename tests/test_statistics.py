@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_ptq import QConfig, calibrate, para_normalize, reestimate_batch_norm, tune_bias
 from lightning_ptq.errors import CalibrationError, QConfigError, StatisticsError, UnfoldedBatchNormWarning
-from lightning_ptq.network.layers import layers_in_mode
+from lightning_ptq.network.op import ops_in_mode
 from lightning_ptq.statistics.acceptance import split_samples
 from lightning_ptq.statistics.channel_statistics import ChannelStatistics, watch_outputs
 
@@ -84,7 +84,7 @@ def concatenated(calibration, name, mode):
     outputs = []
     layer = calibration.layers[name]
     handle = layer.register_forward_hook(lambda module, args, output: outputs.append(output.detach()))
-    with layers_in_mode(calibration.module, mode):
+    with ops_in_mode(calibration.module, mode):
         for batch in range(len(calibration.batches)):
             calibration.run(batch)
     handle.remove()
@@ -214,7 +214,7 @@ def test_what_does_not_help_beyond_doubt_on_held_out_samples_is_taken_back(step,
 def test_a_small_disk_means_computing_again_with_the_same_result(step, monkeypatch):
     calibrations = [calibration_of() for _ in range(3)]
     expected = STEPS[step](calibrations[0], held_out=0.25)
-    for room in ("lightning_ptq.activations.memory_plan.disk_room", "lightning_ptq.runtime.memory.disk_room"):
+    for room in ("lightning_ptq.activations.memory_plan.disk_room", "lightning_ptq.activations.store.disk_room"):
         monkeypatch.setattr(room, lambda *_: 0)
     with monkeypatch.context() as patch:
         patch.setattr("lightning_ptq.statistics.normalization.keep_outputs", lambda *_: True)

@@ -1,4 +1,4 @@
-"""What a run over the units will hold and how long it will take, told before the work."""
+"""Plan what a run over the units will hold and how long it will take, before the work."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lightning_ptq.activations.shards import Part
+from lightning_ptq.activations.shards import Shard
+from lightning_ptq.calibration.batch import Batch
 from lightning_ptq.calibration.calibration import Calibration
-from lightning_ptq.calibration.forward import batch_size
 from lightning_ptq.errors import CalibrationError
-from lightning_ptq.network.layers import layers_in_mode
+from lightning_ptq.network.op import ops_in_mode
 from lightning_ptq.network.trace import RESULT
 from lightning_ptq.network.units import Unit
-from lightning_ptq.runtime.memory import _bytes, disk_room
+from lightning_ptq.runtime.memory import disk_room, format_bytes
+from lightning_ptq.runtime.patching import hooked
 from lightning_ptq.runtime.ranks import Ranks
 
 Place = Literal["memory", "disk", "recomputed"]
-_STEP = 6.0  # forwards of the float unit that a step of tuning takes for the same samples, measured on ResNet-20
+_STEP = 6.0  # forwards of the float unit that take as long as a tuning step on the same samples, measured on ResNet-20
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Where activations will be.
+    """Where activations will be stored.
 
     Attributes:
-        most: Bytes of activations held at a time, at most.
-        limit: What of it may be in memory.
-        unit: The unit at which that is.
+        most: Upper bound of the bytes of activations held at a time.
+        limit: Bytes that may be in memory.
+        unit: The unit at which most are held.
         where: ``"memory"``; ``"disk"``: what exceeds the limit goes to memory-mapped files; ``"recomputed"``: the disk
-            is too small for all, so each unit's inputs come from a forward from the start.
-        seconds: Estimated time.
+            is too small, so each unit's inputs come from a forward from the start.
+        seconds: Estimated duration.
     """
 
     most: int
@@ -46,11 +47,11 @@ class MemoryPlan:
     def __str__(self) -> str:
         place = {
             "memory": "all in memory",
-            "disk": f"{_bytes(max(0, self.most - self.limit))} of them in memory-mapped files",
-            "recomputed": "with nothing kept between units, for the disk is too small: each is computed from the start",
+            "disk": f"{format_bytes(max(0, self.most - self.limit))} of them in memory-mapped files",
+            "recomputed": "nothing kept between units, as the disk is too small: each is computed from the start",
         }[self.where]
         return (
-            f"up to {_bytes(self.most)} of activations at a time (at {self.unit}), {place};"
+            f"up to {format_bytes(self.most)} of activations at a time (at {self.unit}), {place};"
             f" about {max(1, round(self.seconds))} s"
         )
 
@@ -62,37 +63,37 @@ def plan_memory(
     steps: Sequence[int],
     batch: int,
     sequential: bool,
-    parts: Sequence[Part],
+    shards: Sequence[Shard],
 ) -> MemoryPlan:
-    """Work out what tuning will hold, from one watched forward of the first batch.
+    """Work out what tuning will hold, from one forward of the first batch.
 
     Args:
         calibration: The calibrated module.
-        units: In execution order.
+        units: Units of this rank, in execution order.
         limit: Bytes that may be in memory.
-        steps: Optimisation steps of each unit here.
-        batch: Samples a step.
-        sequential: Two streams are kept, the float and the quantized one.
-        parts: Those of the calibration set that are captured and tuned on here.
+        steps: Optimization steps of each unit.
+        batch: Samples per step.
+        sequential: True if two streams are kept, the float and the quantized one.
+        shards: Shards of the calibration set that this rank holds.
 
     Raises:
         CalibrationError: If what a single unit needs fits neither into the limit nor onto the disk.
     """
-    share = sum(part.weight for part in parts)
-    if not units or not parts:
+    share = sum(shard.weight for shard in shards)
+    if not units or not shards:
         return MemoryPlan(0, limit, "no unit", "memory", 0.0)
     streams = 2 if sequential else 1
-    sizes, seconds = _watch(calibration, units)
-    alone, kept = ([share * most for most in found] for found in _held(calibration, units, sizes, streams, len(parts)))
+    sizes, seconds = _measure(calibration, units)
+    alone, kept = ([share * most for most in found] for found in _held(calibration, units, sizes, streams, len(shards)))
     where, most = _place(kept, limit), max(kept)
     if max(alone) > (room := limit + disk_room()):
         worst = units[alone.index(max(alone))].name
         raise CalibrationError(
-            f"the inputs and outputs of unit {worst!r} take {_bytes(max(alone))}, but memory_limit and the free disk"
-            f" space make {_bytes(room)}. Calibrate with fewer samples, raise memory_limit, point TMPDIR to a larger"
-            " disk, or choose smaller units."
+            f"the inputs and outputs of unit {worst!r} take {format_bytes(max(alone))}, but memory_limit and the free"
+            f" disk space make {format_bytes(room)}. Calibrate with fewer samples, raise memory_limit, point TMPDIR to a"
+            " larger disk, or choose smaller units."
         )
-    per_sample = {name: value / batch_size(calibration.batches[0]) for name, value in seconds.items()}
+    per_sample = {name: value / Batch(calibration.batches[0]).samples for name, value in seconds.items()}
     runs = streams * (len(units) / 2 if where == "recomputed" else 2)
     forwards = sum(per_sample.values()) * calibration.samples * runs
     tuning = sum(_STEP * per_sample[unit.name] * n * batch for unit, n in zip(units, steps, strict=True))
@@ -100,22 +101,22 @@ def plan_memory(
 
 
 def keep_outputs(calibration: Calibration, units: Sequence[Unit], limit: int, whole: bool = False) -> bool:
-    """Whether a pass over the units keeps the outputs of finished ones; the same on all ranks.
+    """Return True if a pass over the units keeps the outputs of finished ones; the same on all ranks.
 
-    Not if a rank's memory and disk are too small for them: then each forward is one from the start.
+    If the memory and disk of any rank are too small for them, every forward runs from the start instead.
 
     Args:
         calibration: The calibrated module.
-        units: In execution order.
+        units: Units in execution order.
         limit: Bytes that may be in memory.
-        whole: What reaches the forward's result is kept too, as by :class:`~lightning_ptq.activations.replay.Replay`.
+        whole: As in :class:`~lightning_ptq.activations.replay.Replay`.
     """
-    _, kept = _held(calibration, units, _watch(calibration, units)[0], whole=whole)
-    return agreed_to_keep(calibration.ranks, _place(kept, limit))
+    _, kept = _held(calibration, units, _measure(calibration, units)[0], whole=whole)
+    return agree_to_keep(calibration.ranks, _place(kept, limit))
 
 
-def agreed_to_keep(ranks: Ranks, where: Place) -> bool:
-    """Whether no rank has to compute outputs again."""
+def agree_to_keep(ranks: Ranks, where: Place) -> bool:
+    """Return True if no rank has to recompute outputs."""
     return "recomputed" not in ranks.gather(where)
 
 
@@ -128,61 +129,54 @@ def _held(
     units: Sequence[Unit],
     sizes: Mapping[str, tuple[int, int]],
     streams: int = 1,
-    parts: int = 1,
+    shards: int = 1,
     whole: bool = False,
 ) -> tuple[list[float], list[float]]:
-    """Bytes held at each unit at most, from those of the first batch: for the unit alone, and with the outputs kept for
-    it and for later units. One part is captured after the other, and then handed on after the other.
+    """Return upper bounds of the bytes held at each unit, scaled from the first batch to the whole set.
+
+    The first list is for the unit alone, the second includes the outputs kept for it and for later units.
     """
-    scale = calibration.samples / batch_size(calibration.batches[0])
+    scale = calibration.samples / Batch(calibration.batches[0]).samples
     needed = calibration.trace.needed_outputs([unit.name for unit in units])
     alone, kept = [], []
 
     def crossing(index: int, first: int) -> float:
-        """Bytes of the outputs of units before ``index`` that the ``first`` and those behind it need, in a stream."""
+        """Return the bytes of outputs of units before ``index`` that unit ``first`` or a later one needs, per stream."""
         later = set().union(*(needed[other.name] for other in units[first:]), needed[RESULT] if whole else ())
-        return scale * sum(sizes[other.name][1] for other in units[:index] if other.name in later)
+        return float(scale * sum(sizes[other.name][1] for other in units[:index] if other.name in later))
 
     for index, unit in enumerate(units):
         inputs, outputs = (scale * size for size in sizes[unit.name])
         before, after = crossing(index, index), crossing(index, index + 1)
+        # One shard is captured after the other: the present one peaks either with all outputs that cross the boundary
+        # before the unit, or with its own outputs added; the other shards wait before (`before`) or after (`held`) that.
         held = streams * after + inputs + outputs
-        capture = max(streams * before + inputs, (streams - 1) * before + after + inputs + outputs) / parts
-        capture += max(inputs, outputs) / parts  # counted twice while they are put behind one another
-        rest = max(streams * before, held) * (parts - 1) / parts
-        alone.append(inputs + outputs + max(inputs, outputs) / parts)
-        kept.append(max(capture + rest, held + (streams - 1) * outputs / parts))
+        capture = max(streams * before + inputs, (streams - 1) * before + after + inputs + outputs) / shards
+        capture += max(inputs, outputs) / shards  # calls and their concatenation exist together for a moment
+        rest = max(streams * before, held) * (shards - 1) / shards
+        alone.append(inputs + outputs + max(inputs, outputs) / shards)
+        # After tuning, shard by shard, the quantized outputs exist beside the float targets.
+        kept.append(max(capture + rest, held + (streams - 1) * outputs / shards))
     return alone, kept
 
 
-def _watch(calibration: Calibration, units: Sequence[Unit]) -> tuple[dict[str, tuple[int, int]], dict[str, float]]:
-    """Bytes of inputs and outputs of each unit for the first batch, and seconds of its forward."""
+def _measure(calibration: Calibration, units: Sequence[Unit]) -> tuple[dict[str, tuple[int, int]], dict[str, float]]:
+    """Return the bytes of inputs and outputs of each unit for the first batch, and the seconds of its forward."""
     sizes = {unit.name: (0, 0) for unit in units}
     seconds = {unit.name: 0.0 for unit in units}
     started: dict[str, float] = {}
 
-    def before(name: str) -> Any:
-        def hook(module: Any, args: Any, kwargs: Any) -> None:
-            started[name] = time.perf_counter()
-            sizes[name] = sizes[name][0] + _size((args, kwargs)), sizes[name][1]
+    def before(name: str, module: Any, args: Any, kwargs: Any) -> None:
+        started[name] = time.perf_counter()
+        sizes[name] = sizes[name][0] + _size((args, kwargs)), sizes[name][1]
 
-        return hook
+    def after(name: str, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        seconds[name] += time.perf_counter() - started[name]
+        sizes[name] = sizes[name][0], sizes[name][1] + _size(output)
 
-    def after(name: str) -> Any:
-        def hook(module: Any, args: Any, output: Any) -> None:
-            seconds[name] += time.perf_counter() - started[name]
-            sizes[name] = sizes[name][0], sizes[name][1] + _size(output)
-
-        return hook
-
-    handles = [unit.module.register_forward_pre_hook(before(unit.name), with_kwargs=True) for unit in units]
-    handles += [unit.module.register_forward_hook(after(unit.name)) for unit in units]
-    try:
-        with layers_in_mode(calibration.module, "float"):
-            calibration.run(0)
-    finally:
-        for handle in handles:
-            handle.remove()
+    modules = {unit.name: unit.module for unit in units}
+    with hooked(modules, before, after), ops_in_mode(calibration.module, "float"):
+        calibration.run(0)
     return sizes, seconds
 
 

@@ -1,9 +1,9 @@
-"""The inputs of each unit, unit by unit, without ever holding the activations of all layers.
+"""Capture the inputs of each unit, unit by unit, without holding the activations of all layers.
 
-The calibration forward runs again up to the wanted unit. Units that are finished do not run: they hand out their
-stored output where the wanted unit, or a later one, still needs it (as :meth:`Trace.needed_outputs` tells), and
-zeros of the right shape where nobody does. So the capture of all units together costs about one forward a stream,
-and what is stored at a time is what crosses the boundary between finished and unfinished units.
+The calibration forward runs again up to the wanted unit. Finished units do not run. They return their stored output
+where the wanted unit or a later one still needs it (see :meth:`Trace.needed_outputs`), and zeros of the right shape
+elsewhere. So the capture of all units together costs about one forward per stream, and only the activations that cross
+the boundary between finished and unfinished units are stored at a time.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from lightning_ptq.activations.calls import Call
 from lightning_ptq.activations.store import ActivationStore
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.errors import CalibrationError
-from lightning_ptq.network.layers import layers_in_mode
+from lightning_ptq.network.op import ops_in_mode
 from lightning_ptq.network.trace import RESULT
 from lightning_ptq.network.units import Unit
 from lightning_ptq.runtime.patching import attributes
 
 Stream = Literal["float", "quantized"]
 Proof = dict[int, bool]
-"""By trace: whether handing out stored outputs gives what a full run gives."""
+"""By id of a trace: whether replaying stored outputs gives the same inputs as a full run."""
 
 
 class _Reached(BaseException):
-    """The wanted unit has been called as often as it is; not an Exception, so that no forward swallows it."""
+    """Ends a forward once the wanted unit has made all its calls; not an Exception, so that no forward catches it."""
 
 
 class Replay:
-    """Inputs of units in execution order, for one stream.
+    """Captures the inputs of units in execution order, for one stream.
 
     Args:
         calibration: The calibrated module.
         units: All units, in execution order.
-        store: Where tensors are kept.
-        stream: ``"float"``: every unit gets what it gets in the float model. ``"quantized"``: what it gets when all
-            units before it are quantized as they are now.
-        keep: Keep the outputs of finished units. If not, each unit's inputs come from a forward from the start.
-        whole: Keep what :meth:`run` needs too: outputs that reach the forward's result past all later units.
-        batches: Which calibration batches, all by default; "by batch" below means by place in this list.
+        store: Store of the captured tensors.
+        stream: ``"float"``: the inputs of the float model. ``"quantized"``: the inputs when all units before are
+            quantized as they are now.
+        whole: Also keep what :meth:`run` needs: outputs that reach the forward's result past all later units.
+        keep: Keep the outputs of finished units; if False, each capture runs the forward from the start.
+        batches: Indices of the calibration batches, all by default; "by batch" means by position in this list.
     """
 
     def __init__(
@@ -68,56 +68,56 @@ class Replay:
         self.traces = [calibration.traces[batch] for batch in self.batches]
         by_trace = {id(trace): trace.needed_outputs(names) for trace in self.traces}
         self.needed = [by_trace[id(trace)] for trace in self.traces]
-        self.done: dict[str, list[list[Call]]] = {}  # unit -> batch -> call -> outputs
-        self.proof: Proof = {}  # of the last captured unit
+        self.done: dict[str, list[list[Call]]] = {}  # unit -> batch -> call
+        self.proof: Proof = {}  # for the last captured unit
 
     def inputs(self, index: int, known: Proof | None = None) -> list[list[Call]]:
-        """(args, kwargs) of every call of unit ``index``, by batch; the units before it must be finished.
+        """Return (args, kwargs) of every call of unit ``index``, by batch; the units before it must be finished.
 
         Args:
-            index: Of the unit.
-            known: The :attr:`proof` of another stream for this unit; without it, the first batch of each trace runs in
-                full too.
+            index: Index of the unit.
+            known: The :attr:`proof` of another stream for this unit; without it, the first batch of each trace also
+                runs in full.
 
         Raises:
-            CalibrationError: If the forward does not reach the unit as often as when it was watched.
+            CalibrationError: If the unit is not called as often as in the traced forward.
         """
         unit = self.units[index]
         calls: list[list[Call]] = []
         self.proof = dict(known or {})
         for batch, trace in enumerate(self.traces):
-            found = self._capture(unit, batch, replace=self.proof.get(id(trace), True))
+            captured = self._capture(unit, batch, replace=self.proof.get(id(trace), True))
             if id(trace) not in self.proof:
-                full = self._capture(unit, batch, replace=False) if self.done else found
-                self.proof[id(trace)] = self._equal(found, full)
-                found = full
-            calls.append(found)
-        self._drop_unneeded(index)
+                full = self._capture(unit, batch, replace=False) if self.done else captured
+                self.proof[id(trace)] = self._equal(captured, full)
+                captured = full
+            calls.append(captured)
+        self._free_unneeded(index)
         return calls
 
     def needs_others(self, index: int) -> bool:
-        """True if the outputs of other units reach unit ``index`` on any batch."""
+        """Return True if the outputs of other units reach unit ``index`` on any batch."""
         return any(needed[self.units[index].name] for needed in self.needed)
 
     def finish(self, index: int, outputs: list[list[Call]]) -> None:
-        """Take the outputs of unit ``index``; those that no later unit needs are dropped."""
+        """Store the outputs of unit ``index``; outputs that no later unit needs are freed."""
         if not self.keep:
             return
         self.done[self.units[index].name] = outputs
-        self._drop_unneeded(index)
+        self._free_unneeded(index)
 
-    def _drop_unneeded(self, index: int) -> None:
+    def _free_unneeded(self, index: int) -> None:
         for batch, needed in enumerate(self.needed):
             later = set().union(*(needed[unit.name] for unit in self.units[index + 1 :]))
             later |= needed[RESULT] if self.whole else set()
             for name, outputs in self.done.items():
                 if name not in later:
                     for call in outputs[batch]:
-                        call.drop()
+                        call.release()
 
     def run(self, batch: int, replace: bool = True) -> Any:
-        """The calibration forward on a batch; with ``replace``, finished units hand out their stored outputs."""
-        with self._handed_out(batch, replace), layers_in_mode(self.calibration.module, self.stream):
+        """Run the calibration forward on a batch; with ``replace``, finished units return their stored outputs."""
+        with self._replaced(batch, replace), ops_in_mode(self.calibration.module, self.stream):
             return self.calibration.run(self.batches[batch])
 
     def _capture(self, unit: Unit, batch: int, replace: bool) -> list[Call]:
@@ -135,22 +135,22 @@ class Replay:
         if len(calls) == unit.calls:
             return calls
         raise CalibrationError(
-            f"unit {unit.name!r} ran {unit.calls} times in the first forward and {len(calls)} times on calibration"
+            f"unit {unit.name!r} was called {unit.calls} times in the first forward and {len(calls)} times on calibration"
             f" batch {self.batches[batch]}. Choose granularity='layer' or other blocks, so that each unit runs on every"
             " batch."
         )
 
     @contextmanager
-    def _handed_out(self, batch: int, replace: bool) -> Iterator[None]:
+    def _replaced(self, batch: int, replace: bool) -> Iterator[None]:
         with ExitStack() as stack:
             for unit in self.units:
                 if replace and unit.name in self.done:
-                    forward = self._hand_out(self.done[unit.name][batch])
+                    forward = self._stored_forward(self.done[unit.name][batch])
                     stack.enter_context(attributes(unit.module, {"forward": forward}))
             yield
 
     @staticmethod
-    def _hand_out(calls: list[Call]) -> Any:
+    def _stored_forward(calls: list[Call]) -> Any:
         remaining = iter(calls)
 
         return lambda *args, **kwargs: next(remaining).tree()
@@ -158,16 +158,16 @@ class Replay:
     @staticmethod
     def _equal(left: list[Call], right: list[Call]) -> bool:
         pairs = [p for a, b in zip(left, right, strict=True) for p in zip(a.leaves, b.leaves, strict=True)]
-        return all(near(a, b) for a, b in pairs if isinstance(a, Tensor))
+        return all(same_up_to_rounding(a, b) for a, b in pairs if isinstance(a, Tensor))
 
 
-def near(left: Tensor, right: Tensor) -> bool:
-    """True if two tensors are the same but for the rounding of the kernels."""
+def same_up_to_rounding(left: Tensor, right: Tensor) -> bool:
+    """Return True if two tensors are equal up to the rounding of the kernels."""
     if left.shape != right.shape:
         return False
-    left = left.to(right.device)  # either may be in a file
+    left = left.to(right.device)  # either may be in a file on the CPU
     if not left.is_floating_point():
         return bool(torch.equal(left, right))
-    # Batched kernels may round differently; a value out of place differs by far more.
+    # Kernels round differently for other batch sizes; a misplaced value differs by far more.
     difference = (left - right).float().square().mean()
     return bool(difference <= 1e-4 * right.float().square().mean() + 1e-12)

@@ -1,13 +1,13 @@
-"""The calibration set in parts: what ranks share a step of tuning by.
+"""Shards of the calibration set, by which ranks share a tuning step.
 
-A step takes some samples of every part. A part's samples are captured, held and computed by one process, whichever
-that is, and nothing of it depends on the other parts: so the result is the same bytes on any number of processes, and
-the more there are, the less each of them holds.
+A step takes some samples of every shard. The samples of a shard are captured, held and computed by one process, and
+nothing about them depends on other shards. So the result has the same bytes on any number of processes, and the more
+processes there are, the less each of them holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,16 +16,19 @@ from torch import Tensor, nn
 from lightning_ptq.activations.calls import float_leaves, run_unit
 from lightning_ptq.activations.unit_data import Group, Minibatch, UnitData
 
+DEFAULT_SHARDS = 2
+"""Default number of shards."""
+
 
 @dataclass(frozen=True)
-class Part:
+class Shard:
     """Some of the calibration batches.
 
     Attributes:
-        index: From 0.
-        batches: Which.
-        weight: Its share of all samples; the weights of all parts add up to 1.
-        size: Samples that a step takes from it.
+        index: Index of the shard, from 0.
+        batches: Indices of its batches.
+        weight: Its share of all samples; the weights of all shards add up to 1.
+        size: Number of its samples in each step.
     """
 
     index: int
@@ -34,69 +37,63 @@ class Part:
     size: int
 
 
-def deal_parts(samples: Sequence[int], parts: int, batch_size: int) -> list[Part]:
-    """Deal batches out in turn.
+def make_shards(samples: Sequence[int], count: int, batch_size: int) -> list[Shard]:
+    """Split batches into shards, round-robin.
 
     Args:
-        samples: In each batch.
-        parts: How many, if there are enough batches.
-        batch_size: Samples a step, from all parts together; at least one from each.
+        samples: Number of samples in each batch.
+        count: Number of shards, if there are as many batches.
+        batch_size: Samples per step, over all shards; each shard contributes at least one.
 
     Example:
-        >>> [(part.batches, part.size) for part in deal_parts([64, 64, 64, 8], 2, 32)]
+        >>> [(shard.batches, shard.size) for shard in make_shards([64, 64, 64, 8], 2, 32)]
         [((0, 2), 20), ((1, 3), 12)]
     """
-    found = []
-    for index in range(min(parts, len(samples))):
-        batches = tuple(range(index, len(samples), parts))
+    shards = []
+    for index in range(min(count, len(samples))):
+        batches = tuple(range(index, len(samples), count))
         weight = sum(samples[batch] for batch in batches) / sum(samples)
-        found.append(Part(index, batches, weight, max(1, round(batch_size * weight))))
-    return found
+        shards.append(Shard(index, batches, weight, max(1, round(batch_size * weight))))
+    return shards
 
 
-class PartSamples:
-    """The samples of one unit that belong to a part: those to tune on, drawn step by step, and those held out.
+class ShardSamples:
+    """The samples of one unit in one shard: those to tune on, drawn step by step, and those held out.
 
     Args:
-        part: Which part.
-        data: The unit's calls on the part's batches, with targets set.
+        shard: The shard.
+        data: The unit's calls on the batches of the shard, with targets set.
         held_out: Share of the samples that are held out.
-        seed: Seed of the random choices of this part.
+        seed: Seed of the random choices in this shard.
 
     Attributes:
-        generator: Source of all random numbers of this part.
+        generator: Source of all random numbers of this shard.
     """
 
-    def __init__(self, part: Part, data: UnitData, held_out: float, seed: int) -> None:
-        self.part, self.data = part, data
+    def __init__(self, shard: Shard, data: UnitData, held_out: float, seed: int) -> None:
+        self.shard, self.data = shard, data
         self.generator = torch.Generator(data.device).manual_seed(seed)
-        self._tune, rest = data.split(held_out, self.generator)
-        judged = data.batches(rest, 64)
-        self._held_out = [(group, rows) for group, all_rows in judged for rows, _ in data.chunks(all_rows)]
+        self._tuned, rest = data.split(held_out, self.generator)
+        batches = data.batches(rest, 64)
+        self._held_out = [(group, rows) for group, all_rows in batches for rows, _ in data.chunks(all_rows)]
         self._queue: list[Minibatch] = []
 
     def draw(self) -> list[tuple[Group, Tensor | slice, float]]:
-        """What a step takes, epoch after epoch, each in a new order: rows of a group, with their share of the whole."""
-        self._queue = self._queue or self.data.batches(self._tune, self.part.size, self.generator)
+        """Return what the next step takes: rows of a group, each with their share of the step.
+
+        One epoch follows another, each in a new order.
+        """
+        self._queue = self._queue or self.data.batches(self._tuned, self.shard.size, self.generator)
         group, all_rows = self._queue.pop()
         return [(group, rows, share) for rows, share in self.data.chunks(all_rows)]
 
-    def power(self) -> list[tuple[float, int]]:
-        """Of each output of the float unit: the sum of its squares, and how many values those are."""
-        found = []
+    def targets(self) -> Iterator[Iterator[Tensor]]:
+        """Yield, for each output of the float unit, its values on all calls, on the unit's device."""
         for column in zip(*(group.targets or [] for group in self.data.groups), strict=True):
-            calls = [(call, target.device) for target in column for call in target.calls]
-            # A norm copies nothing, but from files to the GPU.
-            squares = sum(torch.linalg.vector_norm(call.to(device)).item() ** 2 for call, device in calls)
-            found.append((squares, sum(call.numel() for call, _ in calls)))
-        return found
+            yield (call.to(target.device) for target in column for call in target.calls)
 
-    def held_out_error(self, module: nn.Module) -> tuple[float, float]:
-        """Squared error of the quantized module's outputs on the held-out samples, and the squared targets."""
-        error = power = 0.0
+    def held_out(self, module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (output, target) of the quantized module on the held-out samples."""
         for group, rows in self._held_out:
             outputs = float_leaves(run_unit(module, *group.arguments(rows), mode="quantized"))
-            for output, target in zip(outputs, group.wanted(rows), strict=True):
-                error += (output - target).double().square().sum().item()
-                power += target.double().square().sum().item()
-        return error, power
+            yield from zip(outputs, group.wanted(rows), strict=True)

@@ -1,4 +1,4 @@
-"""Where activations are kept: in memory up to a limit, beyond it in memory-mapped files."""
+"""Store activations in memory up to a limit, and beyond it in memory-mapped files."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from torch import Tensor
 from lightning_ptq.errors import CalibrationError
 from lightning_ptq.runtime.memory import disk_room, parse_bytes, trim_heap
 
-_TRIM_EVERY = 2**23  # bytes stored; what the forwards between them leave in the heap grows to several times as much
-# Not shared with child processes, as mappings are by default where there are such flags: that costs time at each page.
+_TRIM_EVERY = 2**23  # bytes stored between trims; forwards leave several times as much in the heap
+# MAP_PRIVATE: shared anonymous mappings, the default, fault pages more slowly.
 _PRIVATE: dict[str, Any] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
 
 
 class ActivationStore:
-    """Allocates tensors for activations and counts their bytes until they are garbage.
+    """Allocates tensors for activations and counts their bytes until they are garbage-collected.
 
     Args:
-        limit: Bytes to hold in memory; what comes on top goes to memory-mapped files.
-        directory: Where the files go; by default a temporary folder. It is removed by :meth:`close`.
+        limit: Bytes to hold in memory; further tensors go to memory-mapped files.
+        directory: Parent of the temporary folder of the files, which :meth:`close` removes.
 
     Attributes:
         in_memory: Bytes held in memory now.
@@ -59,7 +59,7 @@ class ActivationStore:
             self._directory = None
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised tensor, on ``device`` while the limit allows, else in a file."""
+        """Return an uninitialized tensor, on ``device`` while the limit allows, else in a file."""
         size = torch.Size(shape).numel() * dtype.itemsize
         self._since_trim += size
         if self._since_trim > _TRIM_EVERY:
@@ -69,8 +69,8 @@ class ActivationStore:
             self.in_memory += size
             self.peak = max(self.peak, self.in_memory)
             if device.type == "cpu" and size:
-                # A mapping of its own goes back to the system at once; the heap would keep much of it. It lives as long
-                # as any view of the tensor.
+                # A separate mapping returns to the system at once, while the heap would keep much of it. It lives as
+                # long as any view of the tensor.
                 mapping = mmap.mmap(-1, size, **_PRIVATE)
                 weakref.finalize(mapping, self._released, size, None)
                 return torch.frombuffer(mapping, dtype=dtype).view(tuple(shape))
@@ -93,12 +93,12 @@ class ActivationStore:
         return tensor
 
     def put(self, tensor: Tensor) -> Tensor:
-        """A copy of ``tensor``, kept here: on its device, or in a file, which is on the CPU."""
+        """Return a stored copy of ``tensor``: on its device, or in a file, which is on the CPU."""
         copy = self.empty(tensor.shape, tensor.dtype, tensor.device)
         return copy.copy_(tensor.detach())
 
     def stack(self, parts: list[Tensor], device: torch.device) -> Tensor:
-        """The parts behind one another along the first dimension; the list is emptied on the way."""
+        """Concatenate tensors along the first dimension; the list is emptied on the way, to free them one by one."""
         rows = sum(len(part) for part in parts)
         whole = self.empty((rows, *parts[0].shape[1:]), parts[0].dtype, device)
         start = 0

@@ -15,17 +15,18 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from lightning_ptq.activations.calls import Call, float_leaves, run_unit
 from lightning_ptq.activations.store import ActivationStore
-from lightning_ptq.network.layers import Mode
+from lightning_ptq.network.op import Mode
+from lightning_ptq.runtime.patching import hooked
 
 
 @dataclass
 class Target:
-    """One of the float unit's outputs in all calls of a group.
+    """One output of the float unit, over all calls of a group.
 
     Attributes:
-        calls: By call.
-        whole: The same behind one another; None where their shapes do not fit.
-        device: Where the unit has them.
+        calls: The output of each call.
+        whole: Their concatenation; None where their shapes do not fit.
+        device: Device on which the unit computes them.
     """
 
     calls: list[Tensor]
@@ -35,16 +36,16 @@ class Target:
 
 @dataclass
 class Group:
-    """Calls of one shape, behind one another.
+    """Calls of one shape, concatenated.
 
     Attributes:
-        inputs: Leaves of (args, kwargs); sample-wise ones are stacked over all calls, the others are shared.
-        devices: Where the unit has each of them; those of a GPU may be kept in files.
-        spec: How the inputs go together.
-        sample_wise: Which leaves have one row a sample.
-        bounds: First row of each call, and the end of the last.
-        calls: (batch, call) of each of them.
-        targets: The float unit's outputs.
+        inputs: Leaves of (args, kwargs). Sample-wise ones are concatenated over all calls, the others are shared.
+        devices: Device of each leaf in the unit; leaves of a GPU may be stored in files.
+        spec: Structure of the leaves.
+        sample_wise: True for leaves that have one row per sample.
+        bounds: First row of each call, and the end of the last call.
+        calls: (batch, call) of each call.
+        targets: Outputs of the float unit.
     """
 
     inputs: list[Any]
@@ -57,11 +58,11 @@ class Group:
 
     @property
     def rows(self) -> int:
-        """Rows of all calls together."""
+        """Number of rows of all calls together."""
         return self.bounds[-1]
 
     def arguments(self, rows: Tensor | slice) -> tuple[Any, Any]:
-        """(args, kwargs) of some rows, copied: a unit may work on its inputs in place."""
+        """Return (args, kwargs) of some rows, copied, because a unit may change its inputs in place."""
         picked = []
         for leaf, device, wise in zip(self.inputs, self.devices, self.sample_wise, strict=True):
             part = leaf[rows] if wise else leaf
@@ -71,29 +72,29 @@ class Group:
         return args, kwargs
 
     def wanted(self, rows: Tensor | slice) -> list[Tensor]:
-        """The targets of some rows, or of a whole call, which may have other rows than the inputs."""
+        """Return the targets of some rows, or of a whole call, whose outputs may have other rows than its inputs."""
         if isinstance(rows, slice):
             call = self.bounds.index(rows.start)
             return [target.calls[call].to(target.device) for target in self.targets or []]
         return [cast(Tensor, target.whole)[rows].to(target.device) for target in self.targets or []]
 
     def slices(self) -> Iterator[slice]:
-        """The rows of each call."""
+        """Return the rows of each call."""
         return (slice(a, b) for a, b in zip(self.bounds, self.bounds[1:], strict=False))
 
 
 class UnitData:
-    """Groups of calls, whose rows may be mixed freely if ``separable``.
+    """The calibration samples of one unit: calls grouped by shape, whose rows may be mixed freely if ``separable``.
 
-    Rows are separable if the unit treats them independently, which is tried on the first call: a unit that mixes
-    them (attention over the first dimension, for example) is tuned on whole calls.
+    Rows are separable if the unit treats them independently. A trial on the first call decides. A unit that mixes rows
+    (attention over the first dimension, for example) is tuned on whole calls.
     """
 
     def __init__(self, calls: list[list[Call]], store: ActivationStore) -> None:
         self.store = store
         self.groups: list[Group] = []
         self.separable = True
-        self.row_bytes = 1  # of the largest activation inside the unit
+        self.row_bytes = 1  # bytes per row of the largest activation inside the unit
         gathered: dict[Any, list[tuple[tuple[int, int], Call]]] = {}
         for batch, of_batch in enumerate(calls):
             for index, call in enumerate(of_batch):
@@ -120,7 +121,7 @@ class UnitData:
         return Group(leaves, first.devices, first.spec, sample_wise, bounds, [key for key, _ in members])
 
     def set_targets(self, outputs: list[list[Call]], unit: nn.Module) -> None:
-        """Take the float unit's outputs, by batch and call, as targets; the calls then hold views of the targets."""
+        """Use the float unit's outputs, by batch and call, as targets; the calls then hold views of the targets."""
         for group in self.groups:
             calls = [outputs[batch][index] for batch, index in group.calls]
             group.targets = []
@@ -144,17 +145,17 @@ class UnitData:
         return Target(views, whole, device)
 
     def drop_targets(self) -> None:
-        """Let go of the targets."""
+        """Free the targets."""
         for group in self.groups:
             group.targets = None
 
     def outputs(self, unit: nn.Module, batches: int, mode: Mode) -> list[list[Call]]:
-        """The unit's outputs on its inputs, by batch and call, as :meth:`Replay.finish` takes them."""
-        found: dict[tuple[int, int], Call] = {}
+        """Return the unit's outputs on its inputs, by batch and call, as :meth:`Replay.finish` takes them."""
+        outputs: dict[tuple[int, int], Call] = {}
         for group in self.groups:
             for key, rows in zip(group.calls, group.slices(), strict=True):
-                found[key] = Call.of(run_unit(unit, *group.arguments(rows), mode=mode), self.store.put)
-        return [[found[key] for key in sorted(found) if key[0] == batch] for batch in range(batches)]
+                outputs[key] = Call.of(run_unit(unit, *group.arguments(rows), mode=mode), self.store.put)
+        return [[outputs[key] for key in sorted(outputs) if key[0] == batch] for batch in range(batches)]
 
     def _check_separable(self, unit: nn.Module) -> bool:
         for group in self.groups:
@@ -171,7 +172,7 @@ class UnitData:
             self.row_bytes = max(self.row_bytes, largest[0] // size)
             try:
                 half = float_leaves(run_unit(unit, *group.arguments(part), mode="float"))
-            except RuntimeError:  # shapes that fit the whole call only
+            except RuntimeError:  # the unit accepts whole calls only
                 return False
             for all_rows, some in zip(outputs, half, strict=True):
                 expected = all_rows[size // 2 :]
@@ -182,7 +183,7 @@ class UnitData:
         return True
 
     def split(self, held_out: float, generator: torch.Generator) -> tuple[list[Sample], list[Sample]]:
-        """Samples to tune on and samples held out: rows if separable, else whole calls."""
+        """Split into samples to tune on and samples held out: rows if separable, else whole calls."""
         samples = [
             (index, row)
             for index, group in enumerate(self.groups)
@@ -196,10 +197,10 @@ class UnitData:
         return order[cut:], order[:cut] or order
 
     def chunks(self, rows: Tensor | slice) -> list[tuple[Tensor | slice, float]]:
-        """A mini-batch in chunks, each with its share of the rows, so that activations stay small.
+        """Split a mini-batch into chunks, each with its share of the rows, to keep activations small.
 
-        Gradients add up to those of the mini-batch. On the CPU small chunks are several times faster: activations
-        beyond some 32 MB are mapped afresh by the allocator each time, page by page.
+        Gradients add up to those of the mini-batch. On the CPU small chunks are several times faster, because the
+        allocator maps activations beyond some 32 MB anew each time, page by page.
         """
         if isinstance(rows, slice) or self.device.type != "cpu":
             return [(rows, 1.0)]
@@ -208,12 +209,12 @@ class UnitData:
 
     @property
     def device(self) -> torch.device:
-        """Where the unit computes: on the GPU if any of its inputs is there."""
+        """Device on which the unit computes: the GPU if any of its inputs is there."""
         devices = (device for group in self.groups for device in group.devices if device is not None)
         return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
     def batches(self, samples: list[Sample], size: int, generator: torch.Generator | None = None) -> list[Minibatch]:
-        """The samples in mini-batches of one group each, shuffled if a generator is given."""
+        """Return the samples in mini-batches of one group each, shuffled if a generator is given."""
         result: list[Minibatch] = []
         for index, group in enumerate(self.groups):
             rows = torch.tensor([row for of, row in samples if of == index], dtype=torch.long)
@@ -245,22 +246,18 @@ def _shuffle(count: int, generator: torch.Generator) -> Tensor:
 
 @contextmanager
 def _largest_output(module: nn.Module) -> Iterator[list[int]]:
-    """The bytes of the largest tensor that any module below ``module`` puts out inside the ``with`` block."""
+    """Yield a list of one number: the bytes of the largest output of any module below ``module``, kept up to date."""
     largest = [1]
 
-    def watch(child: nn.Module, args: Any, output: Any) -> None:
+    def compare(name: str, child: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         largest[0] = max([largest[0], *(leaf.numel() * leaf.element_size() for leaf in float_leaves(output))])
 
-    handles = [child.register_forward_hook(watch) for child in module.modules()]
-    try:
+    with hooked(dict(module.named_modules()), after=compare):
         yield largest
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _rows(call: Call) -> int:
-    """Of the first floating-point tensor: what else a unit takes, such as an order, may be shared by all samples."""
+    """Return the rows of the first floating-point tensor; integer inputs, such as an order, may be shared by samples."""
     leaves = [leaf for leaf in call.leaves if isinstance(leaf, Tensor) and leaf.dim()]
     return next((leaf.shape[0] for leaf in leaves if leaf.is_floating_point()), leaves[0].shape[0] if leaves else 1)
 
@@ -271,7 +268,7 @@ def _sample_wise(call: Call) -> list[bool]:
 
 
 def _signature(call: Call) -> Any:
-    """Equal for calls whose rows can be stacked."""
+    """Return a key that is equal for calls whose rows can be concatenated."""
     wise = _sample_wise(call)
     parts: list[Any] = []
     for leaf, device, is_wise in zip(call.leaves, call.devices, wise, strict=True):

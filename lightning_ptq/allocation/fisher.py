@@ -2,76 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_ptq.calibration.calibration import Calibration
-from lightning_ptq.calibration.candidates import Choice, Choices
+from lightning_ptq.calibration.candidates import Candidates, Choice
 from lightning_ptq.calibration.outputs import OutputReader
 from lightning_ptq.errors import SensitivityError
-from lightning_ptq.network.layers import QuantLayer
-from lightning_ptq.runtime.progress import Progress
+from lightning_ptq.network.op import QuantizedOp
+from lightning_ptq.runtime.patching import hooked
+from lightning_ptq.runtime.progress import Progress, no_progress
 
 
 def fisher_rises(
     calibration: Calibration,
-    choices: Choices,
+    choices: Candidates,
     base: Choice,
     reader: OutputReader,
     seed: int = 0,
-    progress: Progress = lambda done, total, text: None,
+    progress: Progress = no_progress,
 ) -> dict[str, dict[str, list[float]]]:
-    """The rise of the KL divergence to second order, by layer, candidate and batch.
+    """Estimate the rise of the KL divergence to second order, by layer, candidate and batch.
 
-    A layer's output moves by ``δ`` when it goes to a candidate. Then ``KL ≈ ½ Σ_c p_c (δ · ∇ log p_c)²``, the quadratic
-    form of the Fisher information (as in BRECQ, Li et al., 2021, eq. 10, but with the correlations within a sample).
-    With random signs ``v``, the gradient ``g`` of ``Σ_c v_c √p_c log p_c``, the root held fixed, has
-    ``E[(δ · g)²] = Σ_c p_c (δ · ∇ log p_c)²``; unlike for labels drawn from ``p``, rare classes bring no rare, large
-    values. So a forward and a backward pass of the network, and for each candidate a forward of each layer alone, do
-    for the whole table.
+    Let ``δ`` be the change of a layer's output when the layer goes from its base to a candidate. Then
+    ``KL ≈ ½ Σ_c p_c (δ · ∇ log p_c)²``, the quadratic form of the Fisher information (as in BRECQ, Li et al., 2021,
+    eq. 10, but including the correlations within a sample). With random signs ``v``, the gradient ``g`` of
+    ``Σ_c v_c √p_c log p_c``, with ``√p_c`` held constant, has ``E[(δ · g)²] = Σ_c p_c (δ · ∇ log p_c)²``. Labels drawn
+    from ``p`` would give the same expectation, but rare classes would then contribute rare, large values.
+
+    The whole table takes one forward and one backward pass of the network, and a forward of each layer alone for each
+    of its candidates. Several ranks (``calibration.ranks``) share the batches.
 
     Args:
-        calibration: The calibrated module, all layers at their base, in eval mode.
+        calibration: The calibrated module in eval mode, all layers at their base.
         choices: The candidates.
-        base: Each layer's base.
-        reader: Where the logits are read; classes are the last dimension but for images (n, c, h, w), the second.
-        seed: Of the signs.
-        progress: Called with batches done, batches in all, and a text.
+        base: The base candidate of each layer.
+        reader: Reads the logits; classes are the second dimension of (n, c, height, width), else the last one.
+        seed: Seed of the signs.
+        progress: Called with the batches done, the batches in total, and a text.
 
-    Several ranks (``calibration.ranks``) share the batches.
+    Raises:
+        SensitivityError: If the outputs have no dimension of classes, or no gradients.
     """
     ranks = calibration.ranks
-    rises: dict[str, dict[str, list[float]]] = {n: {c: [] for c in own} for n, own in choices.of.items()}
     total = len(calibration.batches)
-    for batch in filter(ranks.mine, range(total)):
+    measured: dict[int, dict[str, dict[str, float]]] = {}  # by batch, layer and candidate
+    for batch in filter(ranks.owns, range(total)):
         progress(batch, total, "backward pass")
+        # A seed for each batch, so that the signs do not depend on which rank draws them.
         generator = torch.Generator(calibration.device).manual_seed(seed + batch)
         calls = _calls(calibration, reader, batch, generator)
+        measured[batch] = {}
         for name, layer in calibration.layers.items():
-            for candidate in choices.of[name]:
+            row = measured[batch].setdefault(name, {})
+            for candidate in choices.by_layer[name]:
                 choices.put(name, candidate)
-                rises[name][candidate].append(_rise(layer, calls[name]))
+                row[candidate] = _rise(layer, calls[name])
             choices.put(name, base[name])
     progress(total, total, "backward pass")
-    everything = [_in_turn(of_rank) for of_rank in ranks.gather(rises)]
-    for name, row in rises.items():
-        for candidate in row:
-            turns = [of_rank[name, candidate] for of_rank in everything]
-            row[candidate] = [next(turns[batch % ranks.world]) for batch in range(total)]
-    return rises
-
-
-def _in_turn(rises: dict[str, dict[str, list[float]]]) -> dict[tuple[str, str], Iterator[float]]:
-    return {(name, candidate): iter(values) for name, row in rises.items() for candidate, values in row.items()}
+    measured = ranks.merge(measured)
+    return {
+        name: {candidate: [measured[batch][name][candidate] for batch in range(total)] for candidate in candidates}
+        for name, candidates in choices.by_layer.items()
+    }
 
 
 class _Call:
-    """One call of a layer at its base: what went in, what came out, and the gradient at its output."""
+    """One call of a layer at its base: its arguments, its output, and the gradient of the projection at its output."""
 
-    def __init__(self, args: Any, kwargs: Any, output: Tensor) -> None:
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         self.args, self.kwargs, self.output = args, kwargs, output
         self.gradient: Tensor | None = None
 
@@ -79,43 +80,45 @@ class _Call:
 def _calls(
     calibration: Calibration, reader: OutputReader, batch: int, generator: torch.Generator
 ) -> dict[str, list[_Call]]:
+    """Return all calls of each layer in a forward and a backward pass on one batch."""
     calls: dict[str, list[_Call]] = {name: [] for name in calibration.layers}
-    tails: list[tuple[_Call, Tensor]] = []
+    outputs: list[tuple[_Call, Tensor]] = []
 
-    def watch(name: str) -> Any:
-        def hook(layer: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-            calls[name].append(_Call(args, kwargs, output.detach()))
-            output = output if output.requires_grad else output.requires_grad_()
-            tails.append((calls[name][-1], output))
-            return output.clone()  # what follows may work in place
+    def record(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        call = _Call(args, kwargs, output.detach())
+        calls[name].append(call)
+        output = output if output.requires_grad else output.requires_grad_()
+        outputs.append((call, output))
+        return output.clone()  # because later modules may change their input in place
 
-        return hook
-
-    handles = [layer.register_forward_hook(watch(name), with_kwargs=True) for name, layer in calibration.layers.items()]
-    try:
+    with hooked(calibration.layers, after=record):
         logits, _ = reader.read(lambda: calibration.run(batch, gradients=True))
-    finally:
-        for handle in handles:
-            handle.remove()
     if logits.dim() < 2 or not logits.requires_grad:
-        why = f"have shape {tuple(logits.shape)}, no classes among them" if logits.dim() < 2 else "carry no gradients"
+        why = f"have shape {tuple(logits.shape)}, without classes" if logits.dim() < 2 else "carry no gradients"
         raise SensitivityError(f"measure='fisher' needs logits with gradients, the outputs {why}. Use 'kl' or 'mse'.")
-    logs = logits.float().movedim(1, -1).log_softmax(-1) if logits.dim() > 3 else logits.float().log_softmax(-1)
-    flat = logs.reshape(-1, logs.shape[-1])
-    signs = torch.randint(0, 2, flat.shape, generator=generator, device=flat.device) * 2 - 1
-    projection = (flat * signs * (flat.detach() / 2).exp()).sum()
-    gradients = torch.autograd.grad(projection, [t for _, t in tails], allow_unused=True)
-    for (call, _), gradient in zip(tails, gradients, strict=True):
+    projection = _projection(logits, generator)
+    # A layer whose output does not reach the logits has no gradient, and no rise.
+    gradients = torch.autograd.grad(projection, [output for _, output in outputs], allow_unused=True)
+    for (call, _), gradient in zip(outputs, gradients, strict=True):
         call.gradient = gradient
     return calls
 
 
+def _projection(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Return ``Σ v_c √p_c log p_c`` over all positions, with random signs ``v`` and constant ``√p_c``."""
+    classes_last = logits.movedim(1, -1) if logits.dim() > 3 else logits
+    logs = classes_last.float().log_softmax(-1)
+    flat = logs.reshape(-1, logs.shape[-1])  # (positions, classes)
+    signs = torch.randint(0, 2, flat.shape, generator=generator, device=flat.device) * 2 - 1
+    return (flat * signs * (flat.detach() / 2).exp()).sum()
+
+
 @torch.no_grad()
-def _rise(layer: QuantLayer, calls: list[_Call]) -> float:
-    """``½ mean (δ · g)²`` over the samples, calls of one forward summed."""
+def _rise(layer: QuantizedOp, calls: list[_Call]) -> float:
+    """Return ``½ mean (δ · g)²`` over the samples, where ``δ · g`` is summed over the calls of one forward."""
     total: Tensor | float = 0.0
     for call in calls:
         if call.gradient is not None:
-            moved = layer(*call.args, **call.kwargs) - call.output
-            total = total + (moved * call.gradient).flatten(1).sum(1)
+            change = layer(*call.args, **call.kwargs) - call.output
+            total = total + (change * call.gradient).flatten(1).sum(1)
     return 0.5 * float(torch.as_tensor(total).double().square().mean())

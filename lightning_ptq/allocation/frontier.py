@@ -1,4 +1,4 @@
-"""The trade-off between a budget and the predicted degradation: one sensitivity table, many solutions."""
+"""The trade-off between a budget and the predicted degradation: many solutions from one sensitivity table."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_ptq.allocation.costs import Cost
+from lightning_ptq.allocation.search import AllocationResult
 from lightning_ptq.allocation.sensitivity_table import SensitivityTable
 from lightning_ptq.allocation.solver import BitAllocation, allocate_bits
 from lightning_ptq.errors import AllocationError
@@ -21,13 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FrontierPoint:
-    """One budget.
+    """The optimal allocation under one budget.
 
     Attributes:
-        budget: As it was given.
-        predicted: The measure that the sensitivities predict: base value and rises.
+        budget: The budget, as passed to :func:`frontier`.
+        predicted: The measure that the sensitivities predict: the base value plus the rises.
         measured: The measure of the network at this allocation; None if it was not measured.
-        allocation: The optimal choice.
+        allocation: The optimal allocation.
     """
 
     budget: float
@@ -38,13 +39,13 @@ class FrontierPoint:
 
 @dataclass(frozen=True)
 class Frontier:
-    """Optimal choices over a sweep of budgets.
+    """Optimal allocations over a sweep of budgets.
 
     Attributes:
-        cost: The cost whose budget is swept.
-        measure: What is predicted and measured.
-        unit: Of the cost.
-        points: By budget, ascending.
+        cost: Name of the cost whose budget is swept.
+        measure: Name of the measure that is predicted.
+        unit: Unit of the cost.
+        points: The allocations by ascending budget.
         skipped: Budgets that no choice can meet, or that limit nothing.
     """
 
@@ -55,7 +56,7 @@ class Frontier:
     skipped: list[float] = field(default_factory=list)
 
     def rows(self) -> list[dict[str, Any]]:
-        """A flat row per point: budget, costs, predicted, measured, and each layer's candidate."""
+        """Return one flat row per point: budget, costs, predicted and measured value, and each layer's candidate."""
         return [
             {
                 "budget": point.budget, **point.allocation.costs, "predicted": point.predicted,
@@ -65,10 +66,10 @@ class Frontier:
         ]  # fmt: skip
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the frontier: ``*.json`` with all there is, ``*.csv`` with a row per point, ``*.png`` drawn.
+        """Write the frontier to ``*.json`` (everything), ``*.csv`` (one row per point) or ``*.png`` (a plot).
 
         Raises:
-            AllocationError: If the ending is none of these.
+            AllocationError: If the file name has another ending.
         """
         path = Path(path)
         if path.suffix == ".json":
@@ -85,17 +86,17 @@ class Frontier:
             raise AllocationError(f"cannot write a frontier to {path}. End the name in .json, .csv or .png.")
 
     def _draw(self, path: Path) -> None:
-        from matplotlib.figure import Figure  # slow to import, and needed by drawings only
+        from matplotlib.figure import Figure  # imported late: it is slow to import and may not be installed
 
         figure = Figure(figsize=(6, 4), layout="constrained")
         self.draw(figure.add_subplot())
         figure.savefig(path, dpi=150)
 
     def draw(self, axes: Axes) -> None:
-        """Draw predictions and measurements over the cost into a matplotlib ``Axes``."""
+        """Plot predicted and measured values over the cost into a matplotlib ``Axes``."""
         costs = [point.allocation.costs[self.cost] for point in self.points]
         axes.plot(costs, [point.predicted for point in self.points], "o-", label="predicted")
-        measured = [(c, p.measured) for c, p in zip(costs, self.points, strict=True) if p.measured is not None]
+        measured = [(x, p.measured) for x, p in zip(costs, self.points, strict=True) if p.measured is not None]
         if measured:
             axes.plot(*zip(*measured, strict=True), "s--", label="measured")
         values = [p.predicted for p in self.points] + [value for _, value in measured]
@@ -117,20 +118,20 @@ def frontier(
     others: Mapping[str, float] | None = None,
     **options: Any,
 ) -> Frontier:
-    """Solve the bit allocation for each of a sweep of budgets.
+    """Solve the bit allocation for each budget of a sweep.
 
     Args:
-        sensitivity: One table serves all.
+        sensitivity: The sensitivity table of all points.
         costs: One or several costs.
-        budgets: For the swept cost, for example ``[0.10, 0.11, 0.12]``.
-        cost: The swept cost's name; the first one by default.
-        measure: Measures the network at a choice, for example with
-            :func:`~lightning_ptq.allocation.sensitivity.measure_choice`; left out, the points hold predictions only.
-        others: Budgets for other costs, the same at every point.
+        budgets: Budgets for the swept cost, for example ``[0.10, 0.11, 0.12]``.
+        cost: Name of the swept cost; by default the first one.
+        measure: Function that measures the network at a choice, for example with
+            :func:`~lightning_ptq.allocation.sensitivity.measure_choice`. Without it, points have predictions only.
+        others: Budgets for other costs by name, the same at every point.
         options: Further arguments of :func:`~lightning_ptq.allocation.solver.allocate_bits`.
 
     Raises:
-        AllocationError: If no budget of the sweep is reachable.
+        AllocationError: If no allocation is possible at any of the budgets.
 
     Example:
         >>> table = SensitivityTable("kl", {"a": "w8a8"}, 0.0, {"a": {"w8a8": 0.0, "w4a4": 0.1}})
@@ -151,7 +152,7 @@ def frontier(
         measured = measure(allocation.choice) if measure else None
         points.append(FrontierPoint(budget, sensitivity.predict(allocation.choice), measured, allocation))
     if not points:
-        raise AllocationError(f"no budget of {sorted(budgets)} is reachable: {reason}")
+        raise AllocationError(f"none of the budgets {sorted(budgets)} can be met: {reason}")
     unit = next(cost.unit for cost in costs if cost.name == name)
     return Frontier(name, sensitivity.measure, unit, points, skipped)
 
@@ -159,19 +160,42 @@ def frontier(
 def sweep(
     sensitivity: SensitivityTable, costs: Sequence[Cost], name: str, points: int = 12, **options: Any
 ) -> Frontier:
-    """The frontier between the least and the greatest cost that the candidates allow.
+    """Return the frontier at evenly spaced budgets from the least to the greatest cost of the candidates.
 
     Args:
-        sensitivity: One table serves all.
+        sensitivity: The sensitivity table of all points.
         costs: One or several costs.
-        name: The swept cost.
-        points: How many budgets.
+        name: Name of the swept cost.
+        points: Number of budgets.
         options: Further arguments of :func:`frontier`.
 
     Raises:
-        AllocationError: If nothing fits the other budgets.
+        AllocationError: If no choice meets the other budgets.
     """
     cost = next(cost for cost in costs if cost.name == name)
     low, high = (cost.fixed + sum(end(row.values()) for row in cost.values.values()) for end in (min, max))
     budgets = [low + (high - low) * step / (points - 1) for step in range(points)]
+    # A budget of at most 1 would be read as a fraction of the float model's cost.
     return frontier(sensitivity, costs, [max(budget, 1 + 1e-9) for budget in budgets], name, **options)
+
+
+def frontier_around(
+    result: AllocationResult, costs: Sequence[Cost], budgets: Mapping[str, float], minimise: str, **options: Any
+) -> Frontier:
+    """Sweep the first budget of an allocation, with the other budgets as they were given.
+
+    Args:
+        result: The allocation; its first sensitivity table serves all points.
+        costs: The costs of the allocation.
+        budgets: Its budgets by cost name; may be empty.
+        minimise: Name of the cost that is swept if there are no budgets.
+        options: Further arguments of :func:`~lightning_ptq.allocation.solver.allocate_bits`.
+
+    Raises:
+        AllocationError: If no choice meets the other budgets.
+    """
+    name = next(iter(budgets), minimise)
+    others = {cost: budget for cost, budget in budgets.items() if cost != name}
+    # Each point takes about as long as the allocation did, so a slow one gets fewer points.
+    points = 12 if result.allocation.seconds < 0.5 else 5
+    return sweep(result.sensitivity, costs, name, points=points, others=others, **options)

@@ -1,6 +1,6 @@
-"""Sensitivities: how much worse the network gets when one layer alone is lowered (Hubara et al., ICML 2021, sec. 4).
+"""Sensitivities: the degradation of the network when one layer gets fewer bits (Hubara et al., ICML 2021, sec. 4).
 
-Measured exactly, layer by layer and candidate by candidate, or estimated for all of them from one backward pass.
+They are measured exactly, layer by layer and candidate by candidate, or estimated together from one backward pass.
 """
 
 from __future__ import annotations
@@ -9,28 +9,26 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, cast
+from typing import cast
 
 from lightning_ptq.activations.memory_plan import keep_outputs
-from lightning_ptq.activations.replay import Replay, near
+from lightning_ptq.activations.replay import Replay, same_up_to_rounding
 from lightning_ptq.activations.store import ActivationStore
 from lightning_ptq.activations.unit_data import UnitData
 from lightning_ptq.allocation.fisher import fisher_rises
-from lightning_ptq.allocation.sensitivity_table import SensitivityTable
+from lightning_ptq.allocation.sensitivity_table import MEASURES, Measure, SensitivityTable
 from lightning_ptq.calibration.calibration import Calibration
-from lightning_ptq.calibration.candidates import Choice, Choices, TunedStates
+from lightning_ptq.calibration.candidates import Candidates, Choice, TunedStates
 from lightning_ptq.calibration.forward import eval_mode
 from lightning_ptq.calibration.outputs import ChooseOutput, Meter
 from lightning_ptq.errors import QConfigError
 from lightning_ptq.network.units import Unit, find_units
-from lightning_ptq.runtime.journal import Journal, Piece
+from lightning_ptq.runtime.journal import NO_JOURNAL, Journal, JournalEntry
 from lightning_ptq.runtime.memory import DEFAULT_MEMORY_LIMIT
-from lightning_ptq.runtime.progress import Progress
-from lightning_ptq.runtime.ranks import deal_out
+from lightning_ptq.runtime.progress import Progress, no_progress
+from lightning_ptq.runtime.ranks import assign_to_ranks
 
-Measure = Literal["kl", "mse", "loss", "fisher"]
-_Rises = dict[str, dict[str, list[float]]]
-MEASURES = ("kl", "mse", "loss", "fisher")
+_Rises = dict[str, dict[str, list[float]]]  # by layer, candidate and batch
 
 
 def measure_sensitivity(
@@ -43,32 +41,29 @@ def measure_sensitivity(
     output: ChooseOutput | None = None,
     memory_limit: str | int = DEFAULT_MEMORY_LIMIT,
     seed: int = 0,
-    progress: Progress = lambda done, total, text: None,
-    journal: Journal | None = None,
+    progress: Progress = no_progress,
+    journal: Journal = NO_JOURNAL,
 ) -> SensitivityTable:
     """Measure the sensitivity of every layer at every candidate on the calibration set.
 
-    Only the lowered layer's block and what comes behind it run: the blocks before it hand out their stored outputs.
+    Blocks before the layer return stored outputs instead of running again. Several ranks share the work.
 
     Args:
-        calibration: What :func:`~lightning_ptq.calibration.calibrator.calibrate` returned. Its module stays as it is.
+        calibration: What :func:`~lightning_ptq.calibration.calibrator.calibrate` returned; its module stays unchanged.
         candidates: Bit widths, such as ``["w8a8", "w4a8", "w4a4", "w2a4"]``.
-        base: The candidate that all other layers have, or one for each layer; by default each layer's widest.
-        measure: ``"kl"`` or ``"mse"`` between the outputs of the float and the quantized network; ``"loss"``: the
-            module's own, as its calibration forward returns it (this needs labels); ``"fisher"``: an estimate of
-            ``"kl"`` from one backward pass, see :func:`~lightning_ptq.allocation.fisher.fisher_rises`.
-        states: Tuned states by candidate and layer (``AdaQuantResult.states``); layers without are rounded to nearest.
-        output: Which tensor of the network's output is compared: a key, an index, or a function of the output.
-        memory_limit: For activations, as in :func:`lightning_ptq.adaquant`.
-        seed: Of the random signs of ``"fisher"``.
-        progress: Called with entries done, entries in all, and the layer's name.
-        journal: Where finished entries are kept, and found again.
-
-    Several ranks (``calibration.ranks``) share the entries, or for ``"fisher"`` the batches.
+        base: The candidate of all other layers, or one for each layer; by default each layer's widest.
+        measure: See :data:`~lightning_ptq.allocation.sensitivity_table.Measure`; ``"loss"`` needs labels,
+            and :func:`~lightning_ptq.allocation.fisher.fisher_rises` explains ``"fisher"``.
+        states: Tuned states by candidate and layer (``AdaQuantResult.states``); other layers are rounded to nearest.
+        output: The tensor of the network's output that is compared: a key, an index, or a function of the output.
+        memory_limit: Memory for activations, as in :func:`lightning_ptq.adaquant`.
+        seed: Seed of the random signs of ``"fisher"``.
+        progress: Called with the entries done, the entries in total, and the name of the layer.
+        journal: Where finished entries are saved; a resumed run reads them back.
 
     Raises:
-        QConfigError: If the candidates do not contain the base, or an argument is unknown.
-        SensitivityError: If there is no loss, or it is NaN; or if the output is not a tensor.
+        QConfigError: If the base of a layer is not one of its candidates, or an argument is unknown.
+        SensitivityError: If there is no loss, the measure is not finite, or the output is not a tensor.
 
     Example:
         >>> from torch import nn, randn
@@ -82,33 +77,20 @@ def measure_sensitivity(
     if measure not in MEASURES:
         raise QConfigError(f"measure must be one of {list(MEASURES)}, got {measure!r}.")
     start = time.perf_counter()
-    choices = Choices(calibration, candidates, states)
+    choices = Candidates(calibration, candidates, states)
     at_base = base_choice(choices, base)
     with ActivationStore(memory_limit) as store, eval_mode(calibration.module), choices.restored():
         choices.put_all(at_base)
-        meter = Meter(calibration, measure, output)
+        meter = _meter(calibration, measure, output)
         before = meter.measure_all()
         if measure == "fisher":
-            rises = _kept(calibration, journal, lambda: fisher_rises(
-                calibration, choices, at_base, meter.reader, seed, progress
-            ))  # fmt: skip
+            estimate = partial(fisher_rises, calibration, choices, at_base, meter.reader, seed, progress)
+            rises = _journaled(calibration, journal, estimate)
         else:
             rises = _Sweep(calibration, choices, at_base, meter, before, store, progress, journal).rises()
-    means = {name: {c: _mean(v, meter.samples) for c, v in row.items()} for name, row in rises.items()}
-    errors = {name: {c: _standard_error(v, meter.samples) for c, v in row.items()} for name, row in rises.items()}
+    means, errors = (_over_batches(statistic, rises, meter.samples) for statistic in (_mean, _standard_error))
     value, seconds = _mean(before, meter.samples), time.perf_counter() - start
     return SensitivityTable(measure, at_base, value, means, errors, calibration.samples, seconds)
-
-
-def _kept(calibration: Calibration, journal: Journal | None, work: Callable[[], _Rises]) -> _Rises:
-    """What ``work`` finds, or has found in a run that was cut off behind it."""
-    known = calibration.ranks.first(lambda: journal.read("all") if journal else None)
-    if known is not None:
-        return cast(_Rises, known.facts["rises"])
-    rises = work()
-    if journal is not None and calibration.ranks.rank == 0:
-        journal.write("all", Piece(facts={"rises": rises}))
-    return rises
 
 
 def measure_choice(
@@ -119,46 +101,70 @@ def measure_choice(
     states: TunedStates | None = None,
     output: ChooseOutput | None = None,
 ) -> float:
-    """The measure on the calibration set with every layer at its choice; the module stays as it is.
+    """Measure the network on the calibration set with every layer at its choice; the module is left unchanged.
 
-    Args: as in :func:`measure_sensitivity`.
+    Args:
+        calibration: A calibrated module.
+        choice: Candidate of each layer.
+        measure: As in :func:`measure_sensitivity`; ``"fisher"`` measures ``"kl"``, which it estimates.
+        states: As in :func:`measure_sensitivity`.
+        output: As in :func:`measure_sensitivity`.
     """
-    choices = Choices(calibration, sorted(set(choice.values())), states)
+    choices = Candidates(calibration, sorted(set(choice.values())), states)
     with eval_mode(calibration.module), choices.restored():
         choices.put_all(choice)
-        meter = Meter(calibration, measure, output)
+        meter = _meter(calibration, measure, output)
         return _mean(meter.measure_all(), meter.samples)
 
 
-def base_choice(choices: Choices, base: str | Choice | None) -> dict[str, str]:
-    """Each layer's base: as given, or its widest candidate.
+def base_choice(choices: Candidates, base: str | Choice | None) -> dict[str, str]:
+    """Return the base of each layer: the given one, or by default its widest candidate.
 
     Raises:
-        QConfigError: If a layer's base is none of its candidates.
+        QConfigError: If the base of a layer is not one of its candidates.
     """
-    found = choices.widest() if base is None else choices.at(base) if isinstance(base, str) else dict(base)
-    for name, own in choices.of.items():
-        if found.get(name) not in own:
+    chosen = choices.widest() if base is None else choices.uniform(base) if isinstance(base, str) else dict(base)
+    for name, candidates in choices.by_layer.items():
+        if chosen.get(name) not in candidates:
             raise QConfigError(
-                f"the base {found.get(name)!r} of layer {name!r} is none of its candidates {list(own)}."
+                f"the base {chosen.get(name)!r} of layer {name!r} is not one of its candidates {list(candidates)}."
                 " Add it to the candidates, or choose another base."
             )
-    return found
+    return chosen
+
+
+def _meter(calibration: Calibration, measure: Measure, output: ChooseOutput | None) -> Meter:
+    """Return the meter of a measure; ``"fisher"`` only estimates rises of ``"kl"``, its base value is the exact one."""
+    return Meter(calibration, "kl" if measure == "fisher" else measure, output)
+
+
+def _journaled(calibration: Calibration, journal: Journal, work: Callable[[], _Rises]) -> _Rises:
+    """Return the outcome of ``work``, which is journaled; a resumed run reads it back."""
+    entry = calibration.ranks.on_rank_zero(lambda: journal.read("all"))
+    if entry is not None:
+        return cast(_Rises, entry.facts["rises"])
+    rises = work()
+    if calibration.ranks.rank == 0:
+        journal.write("all", JournalEntry(facts={"rises": rises}))
+    return rises
 
 
 class _Sweep:
-    """Every layer at every candidate, block after block, running only what comes behind."""
+    """Measures every layer at every candidate, block by block, running only what comes after the stored outputs.
+
+    The entries, one for each layer and candidate other than its base, are distributed over the ranks.
+    """
 
     def __init__(
         self,
         calibration: Calibration,
-        choices: Choices,
+        choices: Candidates,
         base: Choice,
         meter: Meter,
         before: list[float],
         store: ActivationStore,
         progress: Progress,
-        journal: Journal | None,
+        journal: Journal,
     ) -> None:
         self.calibration, self.choices, self.base, self.meter = calibration, choices, base, meter
         self.before, self.store, self.progress, self.journal = before, store, progress, journal
@@ -166,36 +172,37 @@ class _Sweep:
         keep = keep_outputs(calibration, self.units, store.limit, whole=True)
         self.replay = Replay(calibration, self.units, store, "quantized", whole=True, keep=keep)
         self.batches = range(len(calibration.batches))
-        entries = [f"{n} {c}" for n, own in choices.of.items() for c in own if c != base[n]]
-        self.kept = journal.keys() & set(entries) if journal else set()
-        self.owners = deal_out(dict.fromkeys(entries, 1.0), calibration.ranks.gather(self.kept))
+        entries = [f"{n} {c}" for n, candidates in choices.by_layer.items() for c in candidates if c != base[n]]
+        self.journaled = journal.keys() & set(entries)
+        # Ranks need not share a folder, so a finished entry stays with a rank that has it on disk.
+        self.owners = assign_to_ranks(dict.fromkeys(entries, 1.0), calibration.ranks.gather(self.journaled))
         self.entries = sum(rank == calibration.ranks.rank for rank in self.owners.values())
         self.done = 0
 
     def rises(self) -> _Rises:
-        """The rise by layer, candidate and batch."""
-        found: dict[str, list[float]] = {}
+        """Return the rise by layer, candidate and batch."""
+        own: dict[str, list[float]] = {}
         for index, unit in enumerate(self.units):
             replace = self._replaceable()
             for name in unit.layers:
-                for candidate in self.choices.of[name]:
+                for candidate in self.choices.by_layer[name]:
                     key = f"{name} {candidate}"
                     if self.owners.get(key) == self.calibration.ranks.rank:
-                        found[key] = self._entry(key, name, candidate, replace)
+                        own[key] = self._entry(key, name, candidate, replace)
                 self.choices.put(name, self.base[name])
             if self.replay.keep and index + 1 < len(self.units):
                 self._finish(index, unit)
-        merged = {key: values for of_rank in self.calibration.ranks.gather(found) for key, values in of_rank.items()}
-        zeros = [0.0] * len(self.before)
-        return {n: {c: merged.get(f"{n} {c}", zeros) for c in own} for n, own in self.choices.of.items()}
+        merged = self.calibration.ranks.merge(own)
+        zeros = [0.0] * len(self.before)  # the base has no entry
+        return {n: {c: merged.get(f"{n} {c}", zeros) for c in row} for n, row in self.choices.by_layer.items()}
 
     def _entry(self, key: str, name: str, candidate: str, replace: bool) -> list[float]:
-        """Measured, or from the journal."""
+        """Return the rises of one entry by batch, measured or read from the journal."""
         self.progress(self.done, self.entries, key)
-        known = self.journal.read(key) if self.journal and key in self.kept else None
-        rises = known.facts["rises"] if known else self._rise(name, candidate, replace)
-        if self.journal is not None and known is None:
-            self.journal.write(key, Piece(facts={"rises": rises}))
+        entry = self.journal.read(key) if key in self.journaled else None
+        rises = entry.facts["rises"] if entry else self._rise(name, candidate, replace)
+        if entry is None:
+            self.journal.write(key, JournalEntry(facts={"rises": rises}))
         self.done += 1
         self.progress(self.done, self.entries, key)
         return cast("list[float]", rises)
@@ -207,18 +214,26 @@ class _Sweep:
         return [value - base for value, base in zip(values, self.before, strict=True)]
 
     def _replaceable(self) -> bool:
-        """Whether handing out stored outputs gives what a full run gives, tried on one batch of each kind."""
-        kinds = {id(trace): batch for batch, trace in enumerate(self.calibration.traces)}
+        """Return True if stored outputs give the same result as a full run, on one batch of each trace."""
+        last_batches = {id(trace): batch for batch, trace in enumerate(self.calibration.traces)}
         reader, replay = self.meter.reader, self.replay
-        for batch in kinds.values():
+        for batch in last_batches.values():
             full = reader.read(partial(replay.run, batch, replace=False))[0]
-            if not near(reader.read(partial(replay.run, batch))[0], full):
+            if not same_up_to_rounding(reader.read(partial(replay.run, batch))[0], full):
                 return False
         return True
 
     def _finish(self, index: int, unit: Unit) -> None:
+        """Store the outputs of unit ``index`` at its base, so that it need not run for the layers after it."""
         data = UnitData(self.replay.inputs(index), self.store)
         self.replay.finish(index, data.outputs(unit.module, len(self.batches), "quantized"))
+
+
+def _over_batches(
+    statistic: Callable[[list[float], list[int]], float], rises: _Rises, samples: list[int]
+) -> dict[str, dict[str, float]]:
+    """Return a statistic of each rise over the batches, given the samples of each batch."""
+    return {name: {c: statistic(values, samples) for c, values in row.items()} for name, row in rises.items()}
 
 
 def _mean(values: Sequence[float], samples: Sequence[int]) -> float:
@@ -226,10 +241,10 @@ def _mean(values: Sequence[float], samples: Sequence[int]) -> float:
 
 
 def _standard_error(values: Sequence[float], samples: Sequence[int]) -> float:
-    """Of the weighted mean of several batches; NaN for one batch."""
+    """Return the standard error of the mean of batches, weighted by their samples; NaN for a single batch."""
     count = len(values)
     if count < 2:
         return math.nan
-    mean, whole = _mean(values, samples), sum(samples)
-    variance = sum((n / whole * (value - mean)) ** 2 for value, n in zip(values, samples, strict=True))
+    mean, total = _mean(values, samples), sum(samples)
+    variance = sum((n / total * (value - mean)) ** 2 for value, n in zip(values, samples, strict=True))
     return math.sqrt(variance * count / (count - 1))

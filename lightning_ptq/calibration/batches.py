@@ -1,35 +1,35 @@
-"""The calibration batches of a process: its own in memory, those of other processes in files."""
+"""The calibration batches of a process: its own in memory, those of other processes on disk."""
 
 from __future__ import annotations
 
 import pickle
 import tempfile
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lightning_ptq.calibration.forward import batch_size
+from lightning_ptq.calibration.batch import Batch
 from lightning_ptq.network.trace import Trace
 from lightning_ptq.runtime.memory import disk_room
 from lightning_ptq.runtime.ranks import Ranks
 
 
 class Batches(Sequence[Any]):
-    """Batches, of which some lie in files of a temporary folder and are read anew at each access.
+    """A sequence of batches, some of them in files of a temporary folder, which are read at each access.
 
-    So a set that several processes share is not in the memory of each. A batch for which the disk has no room stays in
-    memory.
+    A calibration set that several processes share thus takes the memory of one. A batch stays in memory if there is no
+    room on the disk.
 
     Args:
-        batches: To begin with, in memory.
+        batches: Initial batches, kept in memory.
 
     Example:
         >>> batches = Batches(["a"])
-        >>> batches.put_away("b")
+        >>> batches.append_to_disk("b")
         >>> len(batches), list(batches), [path.name for path in batches.files()]
         (2, ['a', 'b'], ['1.pickle'])
         >>> batches.clear()
@@ -40,11 +40,11 @@ class Batches(Sequence[Any]):
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def append(self, batch: Any) -> None:
-        """Add a batch, in memory."""
+        """Append a batch that is kept in memory."""
         self._entries.append((batch, None))
 
-    def put_away(self, batch: Any) -> None:
-        """Add a batch, in a file."""
+    def append_to_disk(self, batch: Any) -> None:
+        """Append a batch that is kept in a file, as pickle writes it."""
         data = pickle.dumps(batch)
         if len(data) > disk_room():
             self.append(batch)
@@ -56,11 +56,11 @@ class Batches(Sequence[Any]):
         self._entries.append((None, path))
 
     def files(self) -> list[Path]:
-        """The files there are."""
+        """Return the paths of all files."""
         return [path for _, path in self._entries if path is not None]
 
     def clear(self) -> None:
-        """Drop all batches and remove the folder."""
+        """Remove all batches, and the folder with its files."""
         self._entries.clear()
         if self._folder is not None:
             self._folder.cleanup()
@@ -79,69 +79,73 @@ class Batches(Sequence[Any]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         batch, path = self._entries[index]
-        return batch if path is None else pickle.loads(path.read_bytes())  # this process wrote it
-
-
-def is_divisible(batch: Any) -> bool:
-    """Whether every part of the batch is a tensor with one row a sample."""
-    leaves, _ = tree_flatten(batch)
-    return all(isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == batch_size(batch) for leaf in leaves)
-
-
-def take_rows(batch: Any, rows: slice) -> Any:
-    """Some samples of a divisible batch."""
-    leaves, spec = tree_flatten(batch)
-    return tree_unflatten([leaf[rows] for leaf in leaves], spec)
+        return batch if path is None else pickle.loads(path.read_bytes())  # trusted: this process wrote it
 
 
 def merge_batches(ranks: Ranks, batches: Batches, traces: list[Trace]) -> tuple[Batches, list[Trace]]:
-    """All ranks' calibration batches with their traces, in the order of the whole set.
+    """Return the calibration batches of all ranks with their traces, in the order of the dataset.
 
-    Where the forward did the same on all of them and batches can be divided, they are cut anew, so that their number
-    and size are what a single process would have had. Others are put behind one another, rank by rank in turn. A rank
-    holds every ``world``-th in memory, which are those that it tunes on in sequential mode, and the others in files.
+    Batches are re-cut to the number and size that a single process would have had, if they are divisible and fit
+    together, and the forward did the same on all of them. Otherwise they are interleaved whole, rank by rank. Each rank
+    keeps every ``world``-th batch in memory, which are those that it tunes on in sequential mode, and the others on
+    disk.
     """
     if ranks.world == 1:
         return batches, traces
-    alike = len(set().union(*ranks.gather({trace.digest() for trace in traces}))) == 1
-    recut = alike and all(ranks.gather(all(is_divisible(batch) for batch in batches)))
-    size = next(found for found in ranks.gather(batch_size(batches[0]) if batches else 0) if found)
-    whole = Batches()
-    for turn in range(max(ranks.gather(len(batches)))):  # turn by turn, so that no set is in memory twice
-        own = _compact(batches[turn]) if turn < len(batches) else None
-        found = [batch for batch in ranks.gather(own) if batch is not None]
-        for batch in _recut(found, size) if recut else found:
-            if ranks.mine(len(whole)):
-                whole.append(batch)
+    same = len(set().union(*ranks.gather({trace.digest() for trace in traces}))) == 1
+    layouts = ranks.gather([_layout(batch) for batch in batches])
+    recut = same and all(_fit_together(turn) for turn in zip_longest(*layouts, fillvalue=()))
+    size = next(samples for samples in ranks.gather(Batch(batches[0]).samples if batches else 0) if samples)
+    merged = Batches()
+    for turn in range(max(map(len, layouts))):  # by turns, so that no rank holds the whole set twice
+        own = Batch(batches[turn]).copy() if turn < len(batches) else None  # pickle would store whole storages
+        of_turn = [batch for batch in ranks.gather(own) if batch is not None]
+        for batch in _recut(of_turn, size) if recut else of_turn:
+            if ranks.owns(len(merged)):
+                merged.append(batch)
             else:
-                whole.put_away(batch)
+                merged.append_to_disk(batch)
     if recut:
         shared = next(of_rank for of_rank in ranks.gather(traces[:1]) if of_rank)[0]
-        return whole, [traces[0] if traces else shared] * len(whole)
+        return merged, [traces[0] if traces else shared] * len(merged)
     known: dict[str, Trace] = {}
-    return whole, [known.setdefault(t.digest(), t) for t in _in_turn(ranks.gather(traces))]
+    return merged, [known.setdefault(t.digest(), t) for t in _interleave_ranks(ranks.gather(traces))]
 
 
-def _in_turn(by_rank: list[list[Any]]) -> list[Any]:
-    longest = max(len(found) for found in by_rank)
-    return [found[i] for i in range(longest) for found in by_rank if i < len(found)]
+def _interleave_ranks(by_rank: list[list[Any]]) -> list[Any]:
+    longest = max(map(len, by_rank))
+    return [items[i] for i in range(longest) for items in by_rank if i < len(items)]
 
 
-def _compact(batch: Any) -> Any:
-    """The batch without what its tensors are views of, which would travel with them."""
-    leaves, spec = tree_flatten(batch)
-    return tree_unflatten([leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+def _layout(batch: Any) -> tuple[Any, ...] | None:
+    """Return what the columns of batches to be joined must have in common; None if the batch is not divisible."""
+    if not Batch(batch).is_divisible:
+        return None
+    columns = Batch(batch).columns()
+    return tuple((c.dtype, c.shape[1:]) if isinstance(c, Tensor) else type(c) for c in columns)
+
+
+def _fit_together(layouts: Sequence[tuple[Any, ...] | None]) -> bool:
+    return None not in layouts and len({layout for layout in layouts if layout}) == 1
 
 
 def _recut(batches: list[Any], size: int) -> list[Any]:
-    """Samples in turn from one batch of each rank, in batches of ``size``."""
-    spec = tree_flatten(batches[0])[1]
-    columns = zip(*(tree_flatten(batch)[0] for batch in batches), strict=True)
-    pieces = [_interleave(list(column)).split(size) for column in columns]
-    return [tree_unflatten([piece[i].clone() for piece in pieces], spec) for i in range(len(pieces[0]))]
+    """Return batches of ``size``, filled with one sample of each rank's batch in turn."""
+    columns = zip(*(Batch(batch).columns() for batch in batches), strict=True)
+    pieces = [_split(_interleave_samples(list(column)), size) for column in columns]
+    return [Batch(batches[0]).with_columns([piece[i] for piece in pieces]) for i in range(len(pieces[0]))]
 
 
-def _interleave(parts: list[Tensor]) -> Tensor:
-    order = sorted((row, rank) for rank, part in enumerate(parts) for row in range(len(part)))
-    starts = torch.tensor([0, *map(len, parts)]).cumsum(0).tolist()
-    return torch.cat(parts)[[starts[rank] + row for row, rank in order]]
+def _split(column: Any, size: int) -> list[Any]:
+    if isinstance(column, Tensor):
+        return [piece.clone() for piece in column.split(size)]  # views would keep the storage of the whole column
+    return [column[start : start + size] for start in range(0, len(column), size)]
+
+
+def _interleave_samples(columns: list[Any]) -> Any:
+    """Join one column of each rank's batch: first samples of all ranks, then second ones, as a sampler dealt them."""
+    order = sorted((row, rank) for rank, column in enumerate(columns) for row in range(len(column)))
+    if not isinstance(columns[0], Tensor):
+        return type(columns[0])(columns[rank][row] for row, rank in order)
+    starts = torch.tensor([0, *map(len, columns)]).cumsum(0).tolist()
+    return torch.cat(columns)[[starts[rank] + row for row, rank in order]]

@@ -1,4 +1,4 @@
-"""A calibrated module: how to run it again, and how to give a layer other widths."""
+"""A calibrated module: how to run it again, and how to give a layer other bit widths."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_ptq.calibration.batches import Batches, take_rows
-from lightning_ptq.calibration.forward import Forward, run_forward, to_device
-from lightning_ptq.network.layers import QuantLayer
+from lightning_ptq.calibration.batch import Batch
+from lightning_ptq.calibration.batches import Batches
+from lightning_ptq.calibration.forward import Forward, run_forward
+from lightning_ptq.network.op import QuantizedOp
 from lightning_ptq.network.prepare import Prepared
 from lightning_ptq.network.trace import Trace
 from lightning_ptq.numerics.fake_quantize import FakeQuantize
@@ -18,22 +19,25 @@ from lightning_ptq.numerics.observers import MinMaxObserver
 from lightning_ptq.numerics.qconfig import LayerQConfig
 from lightning_ptq.runtime.ranks import Ranks
 
+Observers = dict[tuple[str, str], MinMaxObserver]
+"""Observers by the names of a layer and of one of its inputs."""
+
 
 @dataclass
 class Calibration:
-    """A calibrated module with what later steps need to run it again.
+    """A calibrated module, and what later steps need to run it again.
 
     Attributes:
-        prepared: The module with its quantized layers, and the undo.
+        prepared: The module with its quantized layers, and how to undo the swaps.
         forward: The calibration forward, called with the module and a batch.
         batches: The calibration batches, on the CPU or in files.
-        device: Where the module runs.
-        traces: What the forward did on each batch; batches on which it did the same share one.
-        layers: The quantized layers by name, in execution order.
+        device: Device of the module.
+        traces: Trace of the forward on each batch; batches of the same course share one.
+        layers: The quantized operations by name, in execution order.
         folded: The layer that each folded batch norm went into.
-        observers: What watched the input of each layer.
-        samples: How many samples the batches hold.
-        ranks: The processes that share the work; each of them has all batches.
+        observers: The observer of each input of each layer.
+        samples: Number of samples in the batches.
+        ranks: Processes that share the work; each has all batches.
     """
 
     prepared: Prepared
@@ -41,16 +45,16 @@ class Calibration:
     batches: Batches
     device: torch.device
     traces: list[Trace]
-    layers: dict[str, QuantLayer]
+    layers: dict[str, QuantizedOp]
     folded: dict[str, str]
-    observers: dict[str, MinMaxObserver]
+    observers: Observers
     samples: int
     ranks: Ranks = field(default_factory=Ranks)
     _qparams: dict[tuple[str, LayerQConfig], list[tuple[Tensor, Tensor]]] = field(default_factory=dict, repr=False)
 
     @property
     def trace(self) -> Trace:
-        """What the forward did on the first batch."""
+        """Trace of the forward on the first batch."""
         return self.traces[0]
 
     @property
@@ -59,17 +63,21 @@ class Calibration:
         return self.prepared.module
 
     def run(self, index: int, gradients: bool = False, rows: slice | None = None) -> Any:
-        """The calibration forward on batch ``index`` or some of its samples, in eval mode and without gradients unless
-        asked for.
+        """Run the calibration forward on batch ``index``, or on some of its rows, in eval mode.
+
+        Args:
+            index: Index of the batch.
+            gradients: Whether autograd records the forward.
+            rows: Samples of the batch to run; all by default.
         """
         batch = self.batches[index]
-        batch = batch if rows is None else take_rows(batch, rows)
-        return run_forward(self.module, self.forward, to_device(batch, self.device), gradients)
+        batch = batch if rows is None else Batch(batch).rows(rows)
+        return run_forward(self.module, self.forward, Batch(batch).to(self.device), gradients)
 
     def qconfig_at(self, name: str, candidate: LayerQConfig | None = None) -> LayerQConfig:
-        """The pair of specs of layer ``name`` where ``candidate`` takes the default's place.
+        """Return the specs of layer ``name`` where ``candidate`` takes the place of the default.
 
-        What the :class:`QConfig` says of single layers (overrides, first and last) holds at every candidate.
+        What the :class:`QConfig` says about single layers (overrides, first and last) holds at every candidate.
         """
         qconfig, order = self.prepared.qconfig, self.trace.layer_order
         if candidate is not None:
@@ -77,17 +85,16 @@ class Calibration:
         return cast(LayerQConfig, qconfig.for_layer(name, edge=name in (order[0], order[-1])))
 
     def round_to_nearest(self, name: str, qconfig: LayerQConfig) -> None:
-        """Give layer ``name`` its float weights back, and quantizers for ``qconfig`` with freshly chosen scales."""
+        """Give layer ``name`` its float weights back, and quantizers for ``qconfig`` with newly chosen scales."""
         layer = self.layers[name]
-        if layer.reference is not None:
-            layer.set_weight(*layer.reference, keep_weight=layer.tied)
+        layer.restore_reference()
         layer.attach(qconfig)
-        quantizers = [q for q in (layer.weight_fake_quant, layer.input_fake_quant) if q is not None]
+        quantizers = [*layer.weight_quantizers.values(), *layer.input_quantizers.values()]
         known = self._qparams.get((name, qconfig))
-        if known is None:  # searching for them takes far longer than anything else here
-            layer.choose_weight_scale()
-            if layer.input_fake_quant is not None:
-                _set_activation_scale(layer.input_fake_quant, self.observers[name])
+        if known is None:  # the search takes far longer than everything else here, so its outcome is kept
+            layer.choose_weight_scales()
+            for which, quantizer in layer.input_quantizers.items():
+                _set_activation_scale(quantizer, self.observers[name, which])
             self._qparams[name, qconfig] = [(q.scale.clone(), q.zero_point.clone()) for q in quantizers]
         else:
             for quantizer, (scale, zero_point) in zip(quantizers, known, strict=True):
@@ -95,7 +102,7 @@ class Calibration:
                 quantizer.zero_point.copy_(zero_point)
 
     def release(self) -> None:
-        """Drop the batches, the histograms and the float reference weights: the run is over."""
+        """Drop the batches, the histograms and the float reference weights at the end of a run."""
         self.batches.clear()
         self.observers.clear()
         for layer in self.prepared.layers.values():

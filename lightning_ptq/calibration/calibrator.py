@@ -1,37 +1,38 @@
-"""The calibration pass: batches run once, observers watch, and at the end every layer has its scales."""
+"""The calibration pass: each batch runs once while observers watch; then every layer gets its scales."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lightning_ptq.calibration.batches import Batches, is_divisible, merge_batches, take_rows
-from lightning_ptq.calibration.calibration import Calibration
-from lightning_ptq.calibration.forward import Forward, batch_size, default_forward, run_forward, to_device
+from lightning_ptq.calibration.batch import Batch
+from lightning_ptq.calibration.batches import Batches, merge_batches
+from lightning_ptq.calibration.calibration import Calibration, Observers
+from lightning_ptq.calibration.forward import Forward, default_forward, run_forward
 from lightning_ptq.errors import CalibrationError, FewSamplesWarning, FunctionalOpWarning, UnreachedLayerWarning, warn
 from lightning_ptq.network.batch_norm import fold_batch_norms
-from lightning_ptq.network.layers import QuantLayer
+from lightning_ptq.network.op import QuantizedOp
 from lightning_ptq.network.prepare import Prepared, prepare
-from lightning_ptq.network.trace import Trace, first_argument, trace
+from lightning_ptq.network.trace import Trace, trace
 from lightning_ptq.numerics.observers import MinMaxObserver, make_observer
 from lightning_ptq.numerics.qconfig import LayerQConfig, QConfig
+from lightning_ptq.runtime.patching import hooked
 from lightning_ptq.runtime.ranks import Ranks
 
 
 class Calibrator:
-    """Takes calibration batches one by one, then chooses all scales.
+    """Observes calibration batches one by one, then chooses all scales.
 
     Args:
         prepared: What :func:`~lightning_ptq.network.prepare.prepare` returned.
-        forward: How a batch is run; see :func:`default_forward`.
-        num_samples: Enough samples; :attr:`done` is then true. None for all there are.
-        ranks: The processes of the run; each observes its own batches, dealt as ``DistributedSampler`` deals samples.
-        population: Samples in the whole set, where a sampler fills up with repeats: they count once.
+        forward: Function of module and batch; see :func:`~lightning_ptq.calibration.forward.default_forward`.
+        num_samples: Number of samples at which :attr:`done` becomes true; None to use all.
+        ranks: Processes of the run. Each observes its own batches, distributed as by ``DistributedSampler``.
+        dataset_size: Size of the dataset, so that samples a sampler repeats as padding are not counted.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Calibrator:
         forward: Forward = default_forward,
         num_samples: int | None = None,
         ranks: Ranks | None = None,
-        population: int | None = None,
+        dataset_size: int | None = None,
     ) -> None:
         if num_samples is not None and num_samples < 1:
             raise CalibrationError(f"num_samples must be 1 or more, got {num_samples}.")
@@ -48,31 +49,31 @@ class Calibrator:
         self.forward = forward
         self.num_samples = num_samples
         self.ranks = ranks or Ranks()
-        self.population = population
+        self.dataset_size = dataset_size
         self.samples = 0
         self.batches = Batches()
         self.device = next((p.device for p in prepared.module.parameters()), torch.device("cpu"))
         self._first_size = self._seen = 0
-        self._observers: dict[str, MinMaxObserver] = {}
+        self._observers: Observers = {}
         self._traces: list[Trace] = []
 
     @property
     def done(self) -> bool:
-        """True once ``num_samples`` were seen; on all ranks behind the same batch."""
+        """True once ``num_samples`` were seen; on all ranks after the same batch."""
         return self._seen >= self._share(0)
 
     def _share(self, rank: int) -> float:
-        """How many samples are a rank's: all that a single process would have seen, dealt in turn."""
+        """Return a rank's number of samples: those a single process would have seen, distributed round-robin."""
         whole = math.inf if self.num_samples is None else self.num_samples
         if self.ranks.world == 1:
             return whole
-        if self._first_size and self.num_samples is not None:  # behind the batch that completes them
+        if self._first_size and self.num_samples is not None:  # a single process would have stopped after a whole batch
             size = self._first_size
             whole = math.ceil(self.num_samples / size) * size
-        return own_share(rank, self.ranks.world, min(whole, math.inf if self.population is None else self.population))
+        return own_share(rank, self.ranks.world, min(whole, math.inf if self.dataset_size is None else self.dataset_size))
 
     def observe(self, batch: Any) -> Any:
-        """Run one batch, watch the inputs of all layers, and keep the batch.
+        """Run one batch, observe the inputs of all layers, and keep the batch.
 
         Returns:
             What the forward returned.
@@ -80,50 +81,45 @@ class Calibrator:
         Raises:
             CalibrationError: If a layer's input holds NaN or an infinity.
         """
-        self._first_size = self._first_size or batch_size(batch)
-        self._seen += batch_size(batch)
+        self._first_size = self._first_size or Batch(batch).samples
+        self._seen += Batch(batch).samples
         if self.ranks.world > 1:
             room = self._share(self.ranks.rank) - self.samples
             if room <= 0:
                 return None
-            if batch_size(batch) > room and is_divisible(batch):
-                batch = take_rows(batch, slice(0, int(room)))
+            if Batch(batch).samples > room and Batch(batch).is_divisible:
+                batch = Batch(batch).rows(slice(0, int(room)))
         result: list[Any] = []
+        qconfig, layers = self.prepared.qconfig, self.prepared.layers
+        observed = {name: layer for name, layer in layers.items() if qconfig.for_layer(name) is not None}
 
         def run() -> Any:
-            # Registered behind the hooks of the trace, so that what observers compute counts as the layer's own.
-            with ExitStack() as hooks:
-                for name, layer in self.prepared.layers.items():
-                    if self.prepared.qconfig.for_layer(name) is not None:
-                        watch = self._watcher(name)
-                        hooks.callback(layer.register_forward_pre_hook(watch, with_kwargs=True).remove)
-                result.append(run_forward(self.prepared.module, self.forward, to_device(batch, self.device)))
+            # Registered after the hooks of the trace, so that what observers compute counts as the layer's own.
+            with hooked(observed, before=self._watch):
+                result.append(run_forward(self.prepared.module, self.forward, Batch(batch).to(self.device)))
             return result[0]
 
         watched = trace(self.prepared.module, run)
-        self._traces.append(next((known for known in self._traces if known.alike(watched)), watched))
-        self.batches.append(to_device(batch, torch.device("cpu")))
-        self.samples += batch_size(batch)
+        self._traces.append(next((known for known in self._traces if known.same_course(watched)), watched))
+        self.batches.append(Batch(batch).to(torch.device("cpu")))
+        self.samples += Batch(batch).samples
         return result[0]
 
     def _observer(self, name: str) -> MinMaxObserver:
         config = cast(LayerQConfig, self.prepared.qconfig.for_layer(name))
         return make_observer(config.activation) if config.activation else MinMaxObserver(config.weight)
 
-    def _watcher(self, name: str) -> Callable[..., None]:
-        def watch(layer: nn.Module, args: Any, kwargs: Any) -> None:
-            x = first_argument(args, kwargs)
-            if name not in self._observers:
-                self._observers[name] = self._observer(name).to(x.device)
+    def _watch(self, name: str, layer: Any, args: Any, kwargs: Any) -> None:
+        for which, x in layer.input_tensors(args, kwargs).items():
+            if (name, which) not in self._observers:
+                self._observers[name, which] = self._observer(name).to(x.device)
             try:
-                self._observers[name].update(x)
+                self._observers[name, which].update(x)
             except ValueError:
                 raise CalibrationError(
                     f"NaN or an infinity in the input of layer {name!r}, calibration batch {len(self.batches)}."
                     " Check the samples of that batch, and the model's float output on them."
                 ) from None
-
-        return watch
 
     def finish(self) -> Calibration:
         """Fold batch norms, choose the scale of every weight and activation, and switch the layers to quantized.
@@ -142,7 +138,7 @@ class Calibrator:
         module = self.prepared.module
 
         def run() -> Any:
-            return run_forward(module, self.forward, to_device(self.batches[0], self.device))
+            return run_forward(module, self.forward, Batch(self.batches[0]).to(self.device))
 
         watched = self._traces[0]
         folded = fold_batch_norms(module, watched, run)
@@ -161,22 +157,22 @@ class Calibrator:
             self.ranks,
         )
         for name, layer in layers.items():
-            layer.reference = (layer.weight.detach(), None if layer.bias is None else layer.bias.detach().clone())
+            layer.keep_reference()
             calibration.round_to_nearest(name, calibration.qconfig_at(name))
         return calibration
 
     def _exchange(self) -> None:
-        """Have the batches, traces and observers of all ranks."""
+        """Merge the batches, traces and observers of all ranks."""
         if not any(self.ranks.gather(len(self.batches))):
             raise CalibrationError("the calibration loader is empty: no batch was seen. Give it at least one sample.")
         here = self.device
-        self._observers = merge_observers(self.ranks, self._observers, lambda name: self._observer(name).to(here))
+        self._observers = merge_observers(self.ranks, self._observers, lambda key: self._observer(key[0]).to(here))
         self.batches, self._traces = merge_batches(self.ranks, self.batches, self._traces)
-        self.samples = sum(map(batch_size, self.batches))
+        self.samples = sum(Batch(batch).samples for batch in self.batches)
 
-    def _quantized_layers(self, watched: Trace) -> dict[str, QuantLayer]:
+    def _quantized_layers(self, watched: Trace) -> dict[str, QuantizedOp]:
         all_layers, qconfig = self.prepared.layers, self.prepared.qconfig
-        order = [name for name in watched.layer_order if qconfig.for_layer(name) is not None]
+        order = [name for name in watched.layer_order if qconfig.for_layer(name) is not None]  # execution order
         if not order:
             raise CalibrationError(
                 "the calibration forward reached no layer that is to be quantized. Check `exclude`, and that the"
@@ -194,21 +190,21 @@ def calibrate(
     num_samples: int | None = None,
     ranks: Ranks | None = None,
 ) -> Calibration:
-    """Quantize a module to the nearest: prepare it, run the batches, fold batch norms, choose all scales.
+    """Quantize a module by rounding to nearest: prepare it, run the batches, fold batch norms, choose all scales.
 
-    On an exception the module is as it was before.
+    An exception leaves the module as it was before.
 
     Args:
         module: A float module (then with ``qconfig``), or what :func:`~lightning_ptq.network.prepare.prepare` returned.
         batches: Calibration batches, for example a ``DataLoader``; labels are not needed.
         qconfig: What to quantize, for example ``"w4a8"``.
-        forward: How a batch is run: a function of module and batch.
-        num_samples: Stop after the batch that completes so many samples.
-        ranks: Of several processes (:func:`~lightning_ptq.runtime.ranks.current_ranks`), each of which has batches of its own;
-            one on its own by default.
+        forward: Function of module and batch that runs a calibration forward.
+        num_samples: Stop after the batch that reaches this many samples.
+        ranks: Processes that each have batches of their own (:func:`~lightning_ptq.runtime.ranks.current_ranks`); a
+            single process by default.
 
     Returns:
-        The calibrated module and what reconstruction needs.
+        The calibrated module and what later steps need to run it again.
 
     Raises:
         SurgeryError: If the module cannot be prepared.
@@ -256,7 +252,7 @@ def _warn_of_float_parts(prepared: Prepared, watched: Trace) -> None:
 
 
 def own_share(rank: int, world: int, samples: float) -> float:
-    """How many of the first so many samples of the whole set are a rank's.
+    """Return how many of the first ``samples`` samples of the whole set belong to a rank.
 
     Example:
         >>> [own_share(rank, 3, 10) for rank in range(3)]
@@ -266,14 +262,14 @@ def own_share(rank: int, world: int, samples: float) -> float:
 
 
 def merge_observers(
-    ranks: Ranks, observers: dict[str, MinMaxObserver], make: Callable[[str], MinMaxObserver]
-) -> dict[str, MinMaxObserver]:
-    """Merge the observers of each layer over the ranks, by the reductions that their states declare.
+    ranks: Ranks, observers: Observers, make: Callable[[tuple[str, str]], MinMaxObserver]
+) -> Observers:
+    """Merge the observers over the ranks, by the reductions that their states declare.
 
     Args:
-        ranks: The processes.
-        observers: This rank's, by layer; changed in place.
-        make: A new observer for a layer that this rank never reached.
+        ranks: Processes of the run.
+        observers: Observers of this rank; changed in place.
+        make: Returns a new observer for an input that this rank never saw.
     """
     if ranks.world == 1:
         return observers

@@ -1,31 +1,49 @@
-"""Running a module on a calibration batch: eval mode, float32, no gradients; batches of any structure."""
+"""Run a module on a calibration batch: in eval mode, in float32, and by default without gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 
+from lightning_ptq.calibration.batch import Batch
 from lightning_ptq.errors import CalibrationError
 
 Forward = Callable[[nn.Module, Any], Any]
 
 
 def default_forward(module: nn.Module, batch: Any) -> Any:
-    """``module`` on the inputs of ``batch``: the batch itself, the first of a tuple, or a dict as keywords."""
-    if isinstance(batch, (tuple, list)):
+    """Call ``module`` with the inputs in ``batch``.
+
+    Args:
+        module: The module.
+        batch: A tuple or list, whose first entry is passed; a mapping, whose entries are passed as keyword arguments;
+            or something else, such as a tensor or a dataclass, which is passed as the only argument. So is a list of
+            samples, such as images of different sizes or strings; see :class:`~lightning_ptq.calibration.batch.Batch`.
+
+    Raises:
+        CalibrationError: If the batch is an empty tuple or list.
+    """
+    if isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence) and not Batch(batch).is_sample_list:
+        if not batch:
+            raise CalibrationError(
+                f"a calibration batch is an empty {type(batch).__name__}, so there is no input to run the module on."
+                " Return the inputs as its first entry from the loader."
+            )
         return module(batch[0])
-    if isinstance(batch, dict):
+    # A mapping that moves its own entries, such as a TensorDict, is the argument of modules that are made for it.
+    if isinstance(batch, (dict, UserDict)) or (isinstance(batch, Mapping) and not hasattr(batch, "to")):
         return module(**batch)
     return module(batch)
 
 
 def run_forward(module: nn.Module, forward: Forward, batch: Any, gradients: bool = False) -> Any:
-    """``forward(module, batch)`` in eval mode and float32, by default without gradients; puts training flags back."""
+    """Return ``forward(module, batch)``, run in eval mode and float32; training flags are restored."""
     device_type = next((parameter.device.type for parameter in module.parameters()), "cpu")
     with eval_mode(module), torch.set_grad_enabled(gradients), torch.autocast(device_type, enabled=False):
         return forward(module, batch)
@@ -33,7 +51,7 @@ def run_forward(module: nn.Module, forward: Forward, batch: Any, gradients: bool
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Every module below ``module`` is in eval mode inside the ``with`` block; each gets its own flag back."""
+    """Put every module below ``module`` into eval mode inside the ``with`` block, and restore each flag after it."""
     before = [(child, child.training) for child in module.modules()]
     try:
         for child, _ in before:
@@ -42,31 +60,3 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for child, flag in before:
             child.training = flag
-
-
-def batch_size(batch: Any) -> int:
-    """Samples in a batch: the length of its first tensor that has dimensions.
-
-    Raises:
-        CalibrationError: If there is no such tensor.
-    """
-    for leaf in _tensors(batch):
-        if leaf.dim():
-            return leaf.shape[0]
-    raise CalibrationError(
-        f"a calibration batch of type {type(batch).__name__} holds no tensor to count samples by."
-        " Return tensors (bare, or in tuples, lists or dicts) from the loader."
-    )
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif hasattr(leaf, "values"):  # mappings that are no dict, such as a tokenizer's BatchEncoding
-            yield from _tensors(list(leaf.values()))
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with everything that has a ``to`` method on ``device``."""
-    return tree_map(lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf, batch)

@@ -1,4 +1,4 @@
-"""The network's output: where it is read in a calibration forward, and how far two outputs are apart."""
+"""The network's output: where it is read in a calibration forward, and how two outputs are compared."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.errors import QConfigError, SensitivityError
-from lightning_ptq.network.layers import layers_in_mode
+from lightning_ptq.network.op import ops_in_mode
+from lightning_ptq.runtime.patching import hooked
 
 Divergence = Literal["kl", "mse"]
-ChooseOutput = Callable[[Any], Any] | int | str  # in the order in which jsonargparse tries to read a word
+ChooseOutput = Callable[[Any], Any] | int | str  # jsonargparse tries to parse a value as these types in this order
 
 
 class OutputReader:
-    """Reads the output of the network off a calibration forward, whatever that forward returns.
+    """Reads the output of the network in a calibration forward, independently of what that forward returns.
 
-    The network is the outermost module that runs last and holds quantized layers: the ``LightningModule`` where its
-    step calls ``self(...)``, or the child that it calls.
+    The network is the outermost module that runs last and has quantized layers: the ``LightningModule`` if its step
+    calls ``self(...)``, otherwise the child that it calls.
 
     Args:
         calibration: A calibrated module.
-        choose: The tensor in an output of several: a key, an index, or a function of the output.
+        choose: How to select the tensor if the network returns several: a key, an index, or a function of the output.
     """
 
     def __init__(self, calibration: Calibration, choose: ChooseOutput | None = None) -> None:
@@ -44,15 +45,16 @@ class OutputReader:
             The network's output, (samples, ...), and what the forward returned.
 
         Raises:
-            SensitivityError: If the output is no tensor and nothing says which part of it to take.
+            SensitivityError: If the output is not a tensor, and ``choose`` does not select one.
         """
-        found: list[Any] = []
-        handle = self.network.register_forward_hook(lambda module, args, output: found.append(output))
-        try:
+        outputs: list[Any] = []
+
+        def record(name: str, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+            outputs.append(output)
+
+        with hooked({"": self.network}, after=record):
             result = run()
-        finally:
-            handle.remove()
-        return self._tensor(found[-1]), result
+        return self._tensor(outputs[-1]), result
 
     def _tensor(self, output: Any) -> Tensor:
         tensor = output
@@ -60,39 +62,44 @@ class OutputReader:
             tensor = self.choose(output)
         elif self.choose is not None:
             try:
+                # A tensor could be indexed too, but that would select a sample.
                 tensor = output[self.choose] if not isinstance(output, Tensor) else None
             except (KeyError, IndexError, TypeError):
                 tensor = None
             if tensor is None:
-                raise SensitivityError(f"the network's output has no {self.choose!r}. {_shown(output)}")
+                raise SensitivityError(f"the network's output has no {self.choose!r}. {_described(output)}")
         elif not isinstance(output, Tensor):
             leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
             tensor = leaves[0] if len(leaves) == 1 else None
         if not (isinstance(tensor, Tensor) and tensor.dim()):
             raise SensitivityError(
-                f"cannot tell which tensor is the network's output. {_shown(output)} Write output= with its key, its"
-                " index, or a function that picks it."
+                f"cannot tell which tensor is the network's output. {_described(output)} Set output= to its key, its"
+                " index, or a function that selects it."
             )
         return tensor
 
 
-def _shown(output: Any) -> str:
+def _described(output: Any) -> str:
     kind = type(output).__name__
     return f"It is a {kind} with the keys {list(output)}." if isinstance(output, Mapping) else f"It is a {kind}."
 
 
 def divergence(output: Tensor, target: Tensor, measure: Divergence) -> Tensor:
-    """How far the outputs are from the targets, sample by sample.
+    """Return how far outputs are from targets, for each sample.
 
     Args:
-        output: (samples, ...), of the quantized network.
-        target: The float network's, same shape.
+        output: Output of the quantized network, (samples, ...).
+        target: Output of the float network, same shape.
         measure: ``"kl"``: the Kullback-Leibler divergence of the softmax distributions in nats, mean over positions;
             classes are the second dimension of (n, c) and (n, c, height, width, ...), the last one of (n, t, c).
             ``"mse"``: the mean squared difference.
 
     Returns:
-        (samples,), float64, on the CPU.
+        The divergences, (samples,), float64, on the CPU.
+
+    Raises:
+        QConfigError: If the measure is unknown.
+        SensitivityError: If the measure is ``"kl"`` and there are fewer than two classes.
 
     Example:
         >>> from torch import zeros, ones
@@ -103,66 +110,74 @@ def divergence(output: Tensor, target: Tensor, measure: Divergence) -> Tensor:
         raise QConfigError(f"the measure between outputs must be 'kl' or 'mse', got {measure!r}.")
     output, target = output.cpu().double(), target.cpu().double()  # divergences may be as small as float32 rounding
     if measure == "mse":
-        apart = (output - target).square()
+        values = (output - target).square()
     else:
         classes = 2 if output.dim() == 3 else 1
-        if output.dim() < 2 or output.shape[classes] < 2:  # of a single class, every divergence would be 0
+        if output.dim() < 2 or output.shape[classes] < 2:  # with a single class, every divergence would be 0
             raise SensitivityError(
                 f"the outputs have shape {tuple(output.shape)}, so there are no logits of several classes to compare."
                 " Write measure='mse'."
             )
         logs = F.log_softmax(output, classes), F.log_softmax(target, classes)
-        apart = F.kl_div(*logs, log_target=True, reduction="none").sum(classes)
-    return apart.reshape(len(apart), -1).mean(1)
+        values = F.kl_div(*logs, log_target=True, reduction="none").sum(classes)
+    return values.reshape(len(values), -1).mean(1)
 
 
 def float_outputs(calibration: Calibration, reader: OutputReader) -> list[Tensor]:
-    """The float network's output on each calibration batch, on the CPU."""
-    with layers_in_mode(calibration.module, "float"):
+    """Return the float network's output on each calibration batch, on the CPU."""
+    with ops_in_mode(calibration.module, "float"):
         batches = range(len(calibration.batches))
         return [reader.read(partial(calibration.run, batch))[0].detach().cpu() for batch in batches]
 
 
 class Meter:
-    """How far a calibrated module is from the float one, or its loss: the measure of one forward.
+    """Measures how far a calibrated module is from the float one, or its loss, in one forward per batch.
 
     Args:
-        calibration: The calibrated module; its float outputs are taken at once.
-        measure: ``"kl"`` or ``"mse"`` between the outputs, ``"loss"``; ``"fisher"`` is an estimate of ``"kl"``.
-        output: See :class:`OutputReader`.
+        calibration: The calibrated module; the outputs of its float layers are computed immediately.
+        measure: ``"kl"`` or ``"mse"`` between the outputs, or ``"loss"``.
+        output: The tensor of the network's output; see :class:`OutputReader`.
 
     Attributes:
-        samples: In each calibration batch.
+        samples: Number of samples in each calibration batch.
     """
 
     def __init__(self, calibration: Calibration, measure: str, output: ChooseOutput | None) -> None:
         self.calibration = calibration
-        self.measure = "kl" if measure == "fisher" else measure
+        self.measure = measure
         self.reader = OutputReader(calibration, output)
         self.targets = float_outputs(calibration, self.reader)
         self.samples = [len(target) for target in self.targets]
 
     def measure_all(self) -> list[float]:
-        """The measure of the module as it is, by batch; several ranks share the batches."""
+        """Return the measure of the module in its present state, by batch; several ranks share the batches."""
         return [float(values.mean()) for values in self.each()]
 
     def each(self) -> list[Tensor]:
-        """The measure of the module as it is for each sample, by batch; for ``"loss"``, one value a batch."""
-        ranks, runs = self.calibration.ranks, range(len(self.calibration.batches))
-        own = {b: self._values(b, partial(self.calibration.run, b), "the base") for b in filter(ranks.mine, runs)}
-        found = {batch: values for of_rank in ranks.gather(own) for batch, values in of_rank.items()}
-        return [found[batch] for batch in runs]
+        """Return the measure of the module in its present state for each sample, by batch.
+
+        The loss has a single value per batch. Several ranks share the batches.
+        """
+        ranks, batches = self.calibration.ranks, range(len(self.calibration.batches))
+        own = {b: self._values(b, partial(self.calibration.run, b), "the base") for b in filter(ranks.owns, batches)}
+        by_batch = ranks.merge(own)
+        return [by_batch[batch] for batch in batches]
 
     def mean(self, values: list[Tensor] | None = None) -> float:
-        """The measure of the module as it is, or of what :meth:`each` returned, over all samples."""
-        found = [float(of_batch.mean()) for of_batch in (self.each() if values is None else values)]
-        return sum(v * n for v, n in zip(found, self.samples, strict=True)) / sum(self.samples)
+        """Return the mean over all samples of what :meth:`each` returned, or returns now."""
+        means = [float(of_batch.mean()) for of_batch in (self.each() if values is None else values)]
+        return sum(m * n for m, n in zip(means, self.samples, strict=True)) / sum(self.samples)
 
     def __call__(self, batch: int, run: Callable[[], Any], what: str = "the base") -> float:
-        """The measure of the forward that ``run`` does on a batch.
+        """Return the measure of a forward.
+
+        Args:
+            batch: Index of the batch on which ``run`` runs the forward.
+            run: The forward.
+            what: Description of the module's state for error messages.
 
         Raises:
-            SensitivityError: If it is NaN, or the forward returns no loss.
+            SensitivityError: If the measure is not finite, or the forward returns no loss.
         """
         return float(self._values(batch, run, what).mean())
 
@@ -171,7 +186,7 @@ class Meter:
         if self.measure == "loss":
             values = torch.tensor([_loss(result)], dtype=torch.float64)
         else:
-            values = divergence(output, self.targets[batch], cast(Any, self.measure)).detach()
+            values = divergence(output, self.targets[batch], cast(Divergence, self.measure)).detach()
         if not torch.isfinite(values).all():
             raise SensitivityError(
                 f"the {self.measure} with {what} is {float(values.mean())} on calibration batch {batch}."
@@ -185,6 +200,7 @@ def _loss(result: Any) -> float:
     if isinstance(loss, Tensor) and loss.numel() == 1:
         return float(loss)
     raise SensitivityError(
-        f"measure='loss' needs a calibration forward that returns its loss, not a {type(result).__name__}. Calibrate"
-        " with step='training' and labelled batches, or use measure='kl' or 'mse', which need no labels."
+        f"measure='loss' needs a calibration forward that returns its loss, got one that returns a"
+        f" {type(result).__name__}. Calibrate with step='training' and labelled batches, or use measure='kl' or 'mse',"
+        " which need no labels."
     )

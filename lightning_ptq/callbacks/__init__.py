@@ -1,4 +1,4 @@
-"""The Lightning callbacks: the only part of the library that imports Lightning."""
+"""Callbacks for the Lightning Trainer; no other part of the library imports Lightning."""
 
 from lightning_ptq.callbacks.adaquant import AdaQuantLayerwise
 from lightning_ptq.callbacks.allocator import BitAllocator

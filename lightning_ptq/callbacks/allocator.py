@@ -1,61 +1,64 @@
-"""BitAllocator: sensitivities and the integer programme inside ``trainer.fit``."""
+"""BitAllocator: sensitivities and the integer program inside ``trainer.fit``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_ptq.allocation.costs import Cost, Table, bops_cost, size_cost, table_cost
-from lightning_ptq.allocation.frontier import Frontier, sweep
+from lightning_ptq.allocation.frontier import Frontier, frontier_around
 from lightning_ptq.allocation.search import AllocationResult, apply_allocation, search_allocation
-from lightning_ptq.allocation.sensitivity import MEASURES, Measure
+from lightning_ptq.allocation.sensitivity_table import MEASURES, Measure
 from lightning_ptq.calibration.calibration import Calibration
-from lightning_ptq.calibration.candidates import Choices, TunedStates
+from lightning_ptq.calibration.candidates import Candidates, TunedStates
 from lightning_ptq.calibration.outputs import ChooseOutput
 from lightning_ptq.callbacks.adaquant import AdaQuantLayerwise
 from lightning_ptq.callbacks.base import StepCallback, ptq_callbacks
 from lightning_ptq.callbacks.trainer.loggers import log_scalars
-from lightning_ptq.callbacks.trainer.progress import progress_task
 from lightning_ptq.errors import AllocationError, QConfigError
 from lightning_ptq.numerics.qconfig import LayerQConfig
 from lightning_ptq.report import PTQReport
-from lightning_ptq.runtime.journal import Journal
+from lightning_ptq.runtime.journal import NO_JOURNAL, Journal
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
 
 DEFAULT_CANDIDATES = ("w8a8", "w4a8", "w4a4", "w2a4")
+"""Bit widths to choose from if neither the user nor a parallel AdaQuantLayerwise names any."""
 
 
 class BitAllocator(StepCallback):
-    """Chooses each layer's bit widths: the least degradation within a budget, or the least cost within a degradation.
+    """Chooses each layer's bit widths: least degradation within a budget, or least cost within a limit of degradation.
 
-    A shell around :func:`~lightning_ptq.allocation.search.search_allocation`; comes behind :class:`CalibrationCapture`, or
-    behind a parallel :class:`AdaQuantLayerwise`, whose candidates and tuned states it then takes. A sequential
+    Runs :func:`~lightning_ptq.allocation.search.search_allocation` after :class:`CalibrationCapture`, or after a
+    parallel :class:`AdaQuantLayerwise`, whose candidates and tuned states it uses. A sequential
     :class:`AdaQuantLayerwise` may follow.
 
     Args:
         size: Budget for the packed weights: a fraction (at most 1) of the float model's bytes, or bytes.
-        bops: Budget for the bit operations of one sample: a fraction of the float model's, or their number.
-        table: Any other cost, for example latency: layer to candidate to cost, or a CSV file with the columns layer,
+        bops: Budget for the bit operations of one sample: a fraction of those of the float model, or their number.
+        table: Any other cost, for example latency: cost by layer and candidate, or a CSV file with the columns layer,
             w8a8, ...
-        limit: Budget for the table's cost.
-        max_degradation: In place of budgets: the rise of the measure over the widest candidates that is accepted.
-        minimise: The cost to minimise under ``max_degradation``: ``"size"``, ``"bops"`` or ``"table"``.
+        limit: Budget for the cost of the table.
+        max_degradation: Accepted rise of the measure over its value at the widest candidates, instead of budgets.
+        minimise: Cost to minimize under ``max_degradation``: ``"size"``, ``"bops"`` or ``"table"``.
         candidates: Bit widths to choose from; by default those of the parallel AdaQuantLayerwise, or
             w8a8, w4a8, w4a4 and w2a4.
         measure: ``"kl"``, ``"mse"``, ``"loss"`` or ``"fisher"``; see
             :func:`~lightning_ptq.allocation.sensitivity.measure_sensitivity`.
-        output: Which tensor of the network's output ``"kl"`` and ``"mse"`` compare: a key, an index or a function.
-        rounds: Sensitivity tables to measure; those behind the first are measured around the best choice so far, which
+        output: Tensor of the network's output that ``"kl"`` and ``"mse"`` compare: a key, an index or a function.
+        rounds: Number of sensitivity tables. Tables after the first are measured around the best choice so far, which
             changes only if the network measures better.
-        ties: Layer-name patterns; all layers that one matches get the same widths.
+        ties: Layer-name patterns; all layers that match one pattern get the same widths.
         pins: Candidate by layer-name pattern.
-        time_limit: Seconds for the solver.
+        time_limit: Time limit of the solver, in seconds.
 
     Attributes:
         result: The :class:`~lightning_ptq.allocation.search.AllocationResult` of the last run.
 
     Raises:
         QConfigError: If an argument is out of its domain.
-        AllocationError: If there is neither a budget nor max_degradation; in fit, if nothing fits the budget.
+        AllocationError: If there is neither a budget nor max_degradation; in fit, if no choice fits the budget.
 
     Example::
 
@@ -84,7 +87,7 @@ class BitAllocator(StepCallback):
     ) -> None:
         super().__init__()
         if (table is None) != (limit is None) and max_degradation is None:
-            raise AllocationError("table and limit go together: give a cost table and the most it may add up to.")
+            raise AllocationError("table and limit go together: give a cost table and the limit of its total cost.")
         self.budgets = {k: v for k, v in {"size": size, "bops": bops, "table": limit}.items() if v is not None}
         if not self.budgets and max_degradation is None:
             raise AllocationError("BitAllocator needs a budget. Write for example BitAllocator(size=0.15).")
@@ -103,10 +106,10 @@ class BitAllocator(StepCallback):
         self.time_limit = time_limit
         self._frontier: Frontier | None = None
 
-    def work(self, trainer: Any, calibration: Calibration, journal: Journal | None = None) -> AllocationResult:
-        """Allocate, and give the layers their widths."""
+    def work(self, trainer: Trainer, calibration: Calibration, journal: Journal = NO_JOURNAL) -> AllocationResult:
+        """Choose the widths, and give them to the layers."""
         candidates, states = self._tuned(trainer)
-        with progress_task(trainer, self.title) as progress:
+        with self._progress(trainer) as progress:
             result = search_allocation(
                 calibration,
                 candidates,
@@ -116,48 +119,30 @@ class BitAllocator(StepCallback):
                 max_degradation=self.max_degradation,
                 states=states,
                 measuring=self.measuring,
-                solving={
-                    "ties": self.ties,
-                    "pins": self.pins,
-                    "time_limit": self.time_limit,
-                    "minimise": self.minimise,
-                },
+                solving={**self._solving, "minimise": self.minimise},
                 progress=progress,
                 journal=journal,
             )
         apply_allocation(calibration, result.allocation, states)
-        self._frontier = self._sweep(calibration, result) if trainer.is_global_zero else None
-        costs = {f"ptq/allocated/{name}": total for name, total in result.allocation.costs.items()}
-        log_scalars(trainer, {**costs, f"ptq/allocated/{self.measuring['measure']}": result.measured})
+        if trainer.is_global_zero:  # the report, which shows it, is written on this rank only
+            costs = self.costs(calibration, result.sensitivity.candidates)
+            self._frontier = frontier_around(result, costs, self.budgets, self.minimise, **self._solving)
+        scalars = {**result.allocation.costs, str(self.measuring["measure"]): result.measured}
+        log_scalars(trainer, {f"ptq/allocated/{name}": value for name, value in scalars.items()})
         return result
 
     def record(self, report: PTQReport) -> None:
         """Put the allocation and the frontier into the report."""
         report.allocation, report.frontier = self.result, self._frontier
 
-    def _sweep(self, calibration: Calibration, result: AllocationResult) -> Frontier:
-        """Best predictions over the budgets of the first cost, fewer of them where the solver takes long."""
-        name = next(iter(self.budgets), self.minimise)
-        others = {key: budget for key, budget in self.budgets.items() if key != name}
-        return sweep(
-            result.sensitivity,
-            self.costs(calibration, result.sensitivity.candidates),
-            name,
-            points=12 if result.allocation.seconds < 0.5 else 5,
-            others=others,
-            ties=self.ties,
-            pins=self.pins,
-            time_limit=self.time_limit,
-        )
-
     def costs(self, calibration: Calibration, candidates: list[str]) -> list[Cost]:
-        """Size, bit operations and the user's table for a calibrated module."""
-        choices = Choices(calibration, candidates)
+        """Return the costs of a calibrated module: size, bit operations, and the user's table if there is one."""
+        choices = Candidates(calibration, candidates)
         costs = [size_cost(calibration, choices), bops_cost(calibration, choices)]
         return costs if self.table is None else [*costs, table_cost("table", self.table, choices)]
 
-    def _tuned(self, trainer: Any) -> tuple[list[str], TunedStates]:
-        """Candidates and tuned states: those of a parallel AdaQuantLayerwise before this callback, or the default."""
+    def _tuned(self, trainer: Trainer) -> tuple[list[str], TunedStates]:
+        """Return candidates and tuned states of a parallel AdaQuantLayerwise before this callback, or the defaults."""
         states: TunedStates = {}
         for callback in ptq_callbacks(trainer):
             if callback is self:
@@ -165,3 +150,8 @@ class BitAllocator(StepCallback):
             if isinstance(callback, AdaQuantLayerwise) and callback.result is not None:
                 states = callback.result.states
         return self.candidates or list(states) or list(DEFAULT_CANDIDATES), states
+
+    @property
+    def _solving(self) -> dict[str, Any]:
+        """The arguments of :func:`~lightning_ptq.allocation.solver.allocate_bits` that all solutions share."""
+        return {"ties": self.ties, "pins": self.pins, "time_limit": self.time_limit}

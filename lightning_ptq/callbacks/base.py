@@ -1,16 +1,25 @@
-"""What the callbacks share: their base class, their order, and the check of the Trainer."""
+"""Base classes of the callbacks, their order in the Trainer, and the check of the Trainer."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.callbacks.trainer.lightning import LightningCallback
-from lightning_ptq.callbacks.trainer.loggers import log_sheets
+from lightning_ptq.callbacks.trainer.loggers import log_tables
+from lightning_ptq.callbacks.trainer.progress import progress_task
 from lightning_ptq.errors import CallbackError
 from lightning_ptq.report import PTQReport
-from lightning_ptq.runtime.journal import Journal
+from lightning_ptq.runtime.journal import NO_JOURNAL, Journal
+from lightning_ptq.runtime.progress import Progress
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+    from lightning_ptq.callbacks.capture import CalibrationCapture
 
 ORDER = (
     ("CalibrationCapture", ("",)),
@@ -19,19 +28,18 @@ ORDER = (
     ("AdaQuantLayerwise", ("sequential", "parallel")),
     ("StatsTuning", ("",)),
 )
-"""Roles of the callbacks, each with the modes it may have at its place."""
+"""Roles of the callbacks in their order, each with the modes that it may have at that place."""
 
-_NO_SETTING = ("calibration", "report", "result", "log", "log_dict")  # the Trainer adds the last two
-_WAY_OUT = "Use strategy='ddp', or strategy='auto' on one device."
-_TAKEN = ("SingleDeviceStrategy", "DDPStrategy")
+_SUPPORTED = ("SingleDeviceStrategy", "DDPStrategy")
+_REMEDY = "Use strategy='ddp', or strategy='auto' on one device."
 
 
 class PTQCallback(LightningCallback):
     """Base class of the library's callbacks.
 
     Attributes:
-        role: The callback's place in :data:`ORDER`; that of its library class for a class derived from it.
-        calibration: For CalibrationCapture, what it calibrated.
+        role: Name of the callback's place in :data:`ORDER`. A derived class keeps the role of its library class.
+        calibration: The calibrated module, on CalibrationCapture only.
     """
 
     role = ""
@@ -39,100 +47,111 @@ class PTQCallback(LightningCallback):
 
     @property
     def title(self) -> str:
-        """What the callback does, for progress, report and logs."""
+        """Name of the work, for the progress bar, the report and the logs."""
         return self.role
 
 
 class StepCallback(PTQCallback, ABC):
-    """A callback that works once on the calibrated module, when the calibration pass is over.
+    """A callback that works once on the calibrated module, after the calibration pass.
 
     Attributes:
-        result: What :meth:`work` returned in the last run.
+        result: What :meth:`work` returned in the last run; None before.
     """
 
     result: Any = None
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the order of the callbacks."""
         if stage == "fit":
             check_order(trainer)
             self.result = None
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Do the work, once."""
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do the work, in the first epoch only."""
         capture = capture_of(trainer)
-        if capture is not None and capture.calibration is not None and self.result is None:
-            with capture.report.stage(self.title):
-                self.result = self.work(trainer, capture.calibration, capture.journal_for(self))
-            known = {sheet.key for sheet in capture.report.sheets()}
-            self.record(capture.report)
-            log_sheets(trainer, [sheet for sheet in capture.report.sheets() if sheet.key not in known])
+        if capture is None or capture.calibration is None or capture.report is None or self.result is not None:
+            return
+        report = capture.report
+        with report.stage(self.title):
+            self.result = self.work(trainer, capture.calibration, capture.journal_for(self))
+        logged = {table.key for table in report.tables()}
+        self.record(report)
+        log_tables(trainer, [table for table in report.tables() if table.key not in logged])
 
     @abstractmethod
-    def work(self, trainer: Any, calibration: Calibration, journal: Journal | None = None) -> Any:
-        """Change the calibrated module in place; what is returned becomes :attr:`result`.
+    def work(self, trainer: Trainer, calibration: Calibration, journal: Journal = NO_JOURNAL) -> Any:
+        """Change the calibrated module in place.
 
         Args:
-            trainer: Of the run.
+            trainer: Trainer of the run.
             calibration: The calibrated module.
-            journal: For finished pieces of the work.
+            journal: Journal of this callback, for finished entries of the work.
+
+        Returns:
+            The value of :attr:`result`.
         """
 
     @abstractmethod
     def record(self, report: PTQReport) -> None:
         """Put :attr:`result` into the report."""
 
+    def _progress(self, trainer: Trainer) -> AbstractContextManager[Progress]:
+        """Open a progress task of this title, which also ends the run when it is to stop."""
+        capture = capture_of(trainer)
+        check_stop = (lambda: None) if capture is None else partial(capture.check_stop, trainer)
+        return progress_task(trainer, self.title, check_stop)
 
-def ptq_callbacks(trainer: Any) -> list[PTQCallback]:
-    """The library's callbacks of a trainer, in list order."""
-    return [callback for callback in trainer.callbacks if isinstance(callback, PTQCallback)]
+
+def ptq_callbacks(trainer: Trainer) -> list[PTQCallback]:
+    """Return the library's callbacks of a Trainer, in list order."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector of the Trainer
+    return [callback for callback in callbacks if isinstance(callback, PTQCallback)]
 
 
-def check_order(trainer: Any) -> None:
-    """Check that the callbacks stand in the order of :data:`ORDER`, with one CalibrationCapture in front.
+def capture_of(trainer: Trainer) -> CalibrationCapture | None:
+    """Return the CalibrationCapture of a Trainer, or None."""
+    # By role: importing the class, which derives from PTQCallback, would close a circle of imports.
+    capture = next((callback for callback in ptq_callbacks(trainer) if callback.role == "CalibrationCapture"), None)
+    return cast("CalibrationCapture | None", capture)
+
+
+def check_order(trainer: Trainer) -> None:
+    """Check that the callbacks stand in the order of :data:`ORDER`, with one CalibrationCapture at the front.
 
     Raises:
-        CallbackError: Naming the right order.
+        CallbackError: If they do not; the message names the right order.
     """
-    found = [(callback.role, getattr(callback, "mode", "")) for callback in ptq_callbacks(trainer)]
+    roles = [(callback.role, getattr(callback, "mode", "")) for callback in ptq_callbacks(trainer)]
+    # One iterator for all roles: each role consumes the places up to its own, so the next one is sought after it.
     places = iter(ORDER)
-    in_order = all(any(role == place and mode in modes for place, modes in places) for role, mode in found)
-    if not in_order or not found or found[0][0] != "CalibrationCapture":
-        shown = [f"{role}(mode={mode!r})" if mode else role for role, mode in found]
+    in_order = all(any(role == place and mode in modes for place, modes in places) for role, mode in roles)
+    if not in_order or not roles or roles[0][0] != "CalibrationCapture":
+        present = [f"{role}(mode={mode!r})" if mode else role for role, mode in roles]
         raise CallbackError(
-            f"the callbacks are in the order {shown}. Put one CalibrationCapture before all others; the whole order is"
-            f" {[f'{role}(mode={modes[0]!r})' if modes[0] else role for role, modes in ORDER]}, of which any but the"
-            " first may be left out."
+            f"the callbacks are in the order {present}. Put one CalibrationCapture before all others; the full order is"
+            f" {[f'{role}(mode={modes[0]!r})' if modes[0] else role for role, modes in ORDER]}, where all but the first"
+            " may be left out."
         )
 
 
-def told(callback: Any) -> dict[str, Any]:
-    """What a callback was told, by attribute."""
-    return {k: v for k, v in sorted(vars(callback).items()) if not k.startswith("_") and k not in _NO_SETTING}
-
-
-def capture_of(trainer: Any) -> Any:
-    """The trainer's CalibrationCapture, or None."""
-    return next((c for c in ptq_callbacks(trainer) if c.role == "CalibrationCapture"), None)
-
-
-def check_trainer(trainer: Any) -> None:
-    """Check that PTQ works under the trainer's strategy and precision.
+def check_trainer(trainer: Trainer) -> None:
+    """Check that PTQ works under the Trainer's strategy and precision.
 
     Raises:
-        CallbackError: Saying what to use instead.
+        CallbackError: If it does not; the message says what to use instead.
     """
     strategy = type(trainer.strategy).__name__
     start_method = getattr(trainer.strategy, "_start_method", None)
     if start_method in ("spawn", "fork", "forkserver"):
         raise CallbackError(
-            f"PTQ does not work under a strategy that runs fit in processes of its own ({start_method}, as in"
-            f" notebooks): the quantized module would be lost with it. {_WAY_OUT} In a notebook, use one device."
+            f"PTQ does not work under a strategy that runs fit in child processes (start method {start_method!r}, as in"
+            f" notebooks): the quantized module would be lost when they end. {_REMEDY} In a notebook, use one device."
         )
-    if "XLA" in strategy or not {cls.__name__ for cls in type(trainer.strategy).__mro__} & set(_TAKEN):
-        raise CallbackError(f"PTQ does not work under {strategy}, which shards or moves the module. {_WAY_OUT}")
+    bases = {cls.__name__ for cls in type(trainer.strategy).__mro__}
+    if "XLA" in strategy or not bases.intersection(_SUPPORTED):
+        raise CallbackError(f"PTQ does not work under {strategy}, which shards or moves the module. {_REMEDY}")
     if str(trainer.precision).endswith("-true") and not str(trainer.precision).startswith("32"):
         raise CallbackError(
-            f"PTQ needs the weights in float32, the Trainer has precision={trainer.precision!r}."
-            " Use precision='32-true' or a mixed one such as 'bf16-mixed'."
+            f"PTQ needs float32 weights, but the Trainer has precision={trainer.precision!r}."
+            " Use precision='32-true', or a mixed precision such as 'bf16-mixed'."
         )

@@ -1,45 +1,51 @@
-"""CalibrationCapture: the calibration pass inside ``trainer.fit``, and what surrounds every PTQ run."""
+"""CalibrationCapture: the calibration pass inside ``trainer.fit``, and the frame of every PTQ run."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.calibrator import Calibrator
-from lightning_ptq.callbacks.base import PTQCallback, check_order, check_trainer, ptq_callbacks, told
-from lightning_ptq.callbacks.trainer.dataloading import check_same_length, no_waiting, population, unshuffled
-from lightning_ptq.callbacks.trainer.lightning import isolate_rng, rank_zero_info
-from lightning_ptq.callbacks.trainer.loggers import log_end, log_ranges, log_settings, shows_pictures
-from lightning_ptq.callbacks.trainer.muting import Step, calibration_forward, muted
-from lightning_ptq.callbacks.trainer.resuming import FOLDER, Journals
+from lightning_ptq.calibration.forward import Forward, default_forward
+from lightning_ptq.callbacks.base import PTQCallback, check_order, check_trainer, ptq_callbacks
+from lightning_ptq.callbacks.trainer.checkpoints import quantized_on_load, save_quantized
+from lightning_ptq.callbacks.trainer.dataloading import check_same_length, dataset_size, no_waiting, unshuffled
+from lightning_ptq.callbacks.trainer.lightning import isolate_rng
+from lightning_ptq.callbacks.trainer.loggers import log_ranges, log_settings
+from lightning_ptq.callbacks.trainer.muting import Step, calibration_forward, training_disabled
+from lightning_ptq.callbacks.trainer.reporting import check_report_dir, publish
+from lightning_ptq.callbacks.trainer.resuming import FOLDER, Journals, settings_of
 from lightning_ptq.callbacks.trainer.signals import StopRequest
-from lightning_ptq.errors import CalibrationError, CallbackError, ReportWarning, noted_warnings, warn
-from lightning_ptq.network.prepare import Prepared, is_prepared, prepare
-from lightning_ptq.numerics.qconfig import ObserverName, QConfig
+from lightning_ptq.errors import CalibrationError, noted_warnings
+from lightning_ptq.network.prepare import Prepared, prepare
+from lightning_ptq.numerics.qconfig import QConfig
+from lightning_ptq.numerics.spec import ObserverName
 from lightning_ptq.report import PTQReport
 from lightning_ptq.report.ptq_report import plain
-from lightning_ptq.runtime.journal import Journal
-from lightning_ptq.runtime.patching import attributes
+from lightning_ptq.runtime.journal import NO_JOURNAL, Journal
 from lightning_ptq.runtime.ranks import Ranks, current_ranks
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
 
 log = logging.getLogger(__name__)
 
 
 class CalibrationCapture(PTQCallback):
-    """Turns ``trainer.fit`` into a PTQ run: one pass over the calibration set, then a module quantized to the nearest.
+    """Turns ``trainer.fit`` into a PTQ run: one pass over the calibration set, after which the module is quantized.
 
-    Comes first among the library's callbacks; those behind it go on from the calibrated module. The module's own
-    optimizers, schedulers and training hooks do not run. Calibration computes in float32 whatever the precision of
-    the Trainer. If anything fails, the float module is put back as it was.
+    Stands first among the library's callbacks; the others continue from the calibrated module. The module's own
+    optimizers, schedulers and training hooks do not run. Calibration computes in float32 at any precision of the
+    Trainer. If the run fails, the float module is restored.
 
     Args:
-        qconfig: What to quantize: ``"w4a8"`` and the like, a :class:`~lightning_ptq.numerics.qconfig.QConfig`, or its
+        qconfig: What to quantize: a text such as ``"w4a8"``, a :class:`~lightning_ptq.numerics.qconfig.QConfig`, or its
             dictionary.
-        num_samples: Enough samples: the pass stops behind the batch that completes them. None for the whole loader.
+        num_samples: Stop after the batch that reaches this many samples; None for the whole loader.
         step: The calibration forward: ``"training"`` (the module's ``training_step``), ``"predict"`` (its
             ``predict_step``, or ``forward`` on the inputs if it has none), or a function of module and batch.
         overrides: Bit widths by layer-name pattern, such as ``{"head.*": "w8a8"}``.
@@ -48,21 +54,22 @@ class CalibrationCapture(PTQCallback):
         symmetric_activations: True for a signed activation grid with zero point 0.
         weight_observer: ``"mse"``, ``"minmax"`` or ``"percentile"``.
         activation_observer: The same for activations.
-        percentile: For the percentile observers, the share of values to keep, in percent.
-        signed_scales: Whether weight scales below 8 bits may be negative, where that suits a channel better; False
-            for inference engines that take positive scales only.
-        resume: Keep the progress of the run on disk until it is over, and go on from there if it was cut off.
-        resume_dir: Where; by default the folder ``ptq_progress`` in the Trainer's ``default_root_dir``.
-        report_dir: A folder for the files of the report; by default none are written.
-        save_checkpoint: Whether to leave a checkpoint ``quantized.ckpt`` in the directory of the Trainer's
-            ``ModelCheckpoint``, which itself writes nothing when no optimizer steps.
+        percentile: Share of values that the percentile observers keep, in percent.
+        signed_scales: True if weight scales below 8 bits may be negative where that suits a channel better; False for
+            inference engines that accept positive scales only.
+        save_checkpoint: True to write ``quantized.ckpt`` into the folder of the Trainer's ``ModelCheckpoint``, which
+            itself writes nothing when no optimizer steps.
+        resume: True to save the progress of the run until it is finished, and to resume an interrupted run.
+        resume_dir: Folder of the progress; by default ``ptq_progress`` in the Trainer's ``default_root_dir``.
+        report_dir: Folder for the files of the report; by default no files are written.
 
     Attributes:
         report: The :class:`~lightning_ptq.report.PTQReport` of the last run.
-        calibration: The :class:`~lightning_ptq.calibration.calibration.Calibration`, from the end of the pass to the end of fit.
+        calibration: The :class:`~lightning_ptq.calibration.calibration.Calibration`, after the pass and until fit ends.
 
     Raises:
         QConfigError: If the config cannot be read.
+        CalibrationError: If ``num_samples`` is less than 1.
 
     Example::
 
@@ -114,6 +121,7 @@ class CalibrationCapture(PTQCallback):
         self.report: PTQReport | None = None
         self.calibration: Calibration | None = None
         self._prepared: Prepared | None = None
+        self._forward: Forward = default_forward
         self._calibrator: Calibrator | None = None
         self._restore = ExitStack()
         self._pass = ExitStack()
@@ -122,31 +130,32 @@ class CalibrationCapture(PTQCallback):
         self._error: Exception | None = None
         self._journals: Journals | None = None
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Check the trainer, swap the layers, mute the training; elsewhere, be ready for a quantized checkpoint."""
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the Trainer, swap the layers and disable training; in other stages, await a quantized checkpoint."""
         if stage != "fit":
-            self._restore.enter_context(_quantized_on_load(pl_module, self.qconfig))
+            self._restore.enter_context(quantized_on_load(pl_module, self.qconfig))
             return
         check_order(trainer)
         check_trainer(trainer)
-        _check_folder(self.report_dir)
+        check_report_dir(self.report_dir)
         self._ranks, self._stop, self._error, self._journals = current_ranks(), StopRequest(), None, None
         pl_module.configure_model()
         self.calibration = self._calibrator = None
-        self.report = PTQReport(type(pl_module).__name__, plain({c.title: told(c) for c in ptq_callbacks(trainer)}))
+        settings = plain({callback.title: settings_of(callback) for callback in ptq_callbacks(trainer)})
+        self.report = PTQReport(type(pl_module).__name__, settings)
+        # Leaving this block by an error undoes all of it; at its end, teardown or on_exception takes that over.
         with ExitStack() as stack:
             stack.enter_context(noted_warnings(self.report.warnings, first=self._ranks.rank == 0))
-            forward = calibration_forward(pl_module, self.step)
+            self._forward = calibration_forward(pl_module, self.step)
             self._prepared = prepare(pl_module, self.qconfig)
             stack.callback(self._undo_unless_finished)
             stack.enter_context(isolate_rng())
             stack.enter_context(unshuffled(trainer))
-            stack.enter_context(muted(pl_module, self._observe, self._done))
-            self._forward = forward
+            stack.enter_context(training_disabled(pl_module, self._observe, self._done))
             self._restore = stack.pop_all()
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """The module is on its device now."""
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Create the calibrator, now that the module is on its device."""
         if self._prepared is not None and self.report is not None and not self._restored():
             log_settings(trainer, self.report)
             self._pass.enter_context(self.report.stage(self.title))
@@ -154,11 +163,11 @@ class CalibrationCapture(PTQCallback):
             self._restore.enter_context(self._stop.watching(self._ranks.world))
             self._restore.enter_context(no_waiting(trainer))
             self._calibrator = Calibrator(
-                self._prepared, self._forward, self.num_samples, self._ranks, population(trainer)
+                self._prepared, self._forward, self.num_samples, self._ranks, dataset_size(trainer)
             )
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Choose all scales; the callbacks behind this one go on from there."""
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose all scales; the later callbacks continue from the calibrated module."""
         if self.calibration is not None or self._calibrator is None:
             return
         if self._error is not None:
@@ -179,86 +188,64 @@ class CalibrationCapture(PTQCallback):
             len(self.calibration.layers), self.calibration.samples, len(self.calibration.folded),
         )  # fmt: skip
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """The run is over: keep the quantized layers, leave a checkpoint."""
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the quantized layers, write the checkpoint, and report the run."""
         if self.calibration is None:
             return
         self._ranks.check_same(dict(pl_module.state_dict()))
         if self.report is not None:
             self.report.finish(self.calibration)
         self.calibration.release()
-        self._prepared = None
+        self._prepared = None  # the run is finished: nothing is undone any more
         if self._journals is not None:
             self._journals.remove()
         if self.save_checkpoint:
-            for checkpoint in trainer.checkpoint_callbacks:
-                if getattr(checkpoint, "dirpath", None):
-                    # Set before saving, for the paths are part of what is saved. With save_last, ModelCheckpoint
-                    # writes a last.ckpt of its own behind us, and would remove ours if it took it for the former one.
-                    checkpoint.best_model_path = path = str(Path(checkpoint.dirpath) / "quantized.ckpt")
-                    if not checkpoint.save_last:
-                        checkpoint.last_model_path = path
-                    trainer.save_checkpoint(path)
-        if self.report is not None:  # last, so that a logger that fails costs neither the module nor the checkpoint
-            self._tell(trainer, self.report)
+            save_quantized(trainer)
+        if self.report is not None:  # last, so that a failing logger costs neither the module nor the checkpoint
+            publish(trainer, self.report, self.report_dir)
 
-    def _tell(self, trainer: Any, report: PTQReport) -> None:
-        """Say what came of it, on the console, in the logs, and in files if they are asked for."""
-        summary = report.summary()
-        rank_zero_info(
-            f"PTQ is done in {report.seconds:.0f} s: {report.float_bytes / 1e6:.3g} MB ->"
-            f" {report.packed_bytes / 1e6:.3g} MB, {summary['times smaller']:.1f} times smaller, with"
-            f" {len(report.warnings)} warnings. The rest is in CalibrationCapture.report: report.print(),"
-            " report.save(folder)."
-        )
-        if trainer.is_global_zero:
-            wanted = self.report_dir is not None or shows_pictures(trainer)
-            pictures = report.pictures() if wanted else {}
-            log_end(trainer, report, pictures)
-            if self.report_dir is not None:
-                try:
-                    report.save(self.report_dir, pictures)
-                except OSError as error:
-                    warn(f"the report could not be written to {self.report_dir!r} ({error}).", ReportWarning)
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that a calibration pass took place.
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Lightning skips the epoch of an empty loader, or of a run that ``ckpt_path`` says is over, without a word."""
+        Lightning silently skips the epoch if the loader is empty, or if ``ckpt_path`` belongs to a finished training.
+
+        Raises:
+            CalibrationError: If there was none, and no quantized checkpoint was loaded.
+        """
         if self._prepared is None:
             return
         if self._restored():
-            log.info(
-                "the checkpoint is that of a finished run: the module is quantized as it says, nothing is left to do"
-            )
+            log.info("the checkpoint is that of a finished run: the module is quantized already, nothing is left to do")
             self._prepared = None
             return
         raise CalibrationError(
             "no calibration batch was seen: the loader is empty, max_epochs or limit_train_batches is 0, or ckpt_path"
-            " is a checkpoint of the training, which is over. Give fit a loader with at least one sample and"
-            " max_epochs=1, and load trained weights by MyModule.load_from_checkpoint."
+            " is a checkpoint of the finished training. Give fit a loader with at least one sample and max_epochs=1,"
+            " and load trained weights by MyModule.load_from_checkpoint."
         )
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Unmute the module, and let go of the other ranks, who are no longer those of a run."""
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Enable training again, and drop the process groups of the run."""
         self._restore.close()
         self._ranks = Ranks()
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Unmute the module and put its float layers back; the other ranks learn of it."""
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Enable training again, restore the float layers, and announce the failure to the other ranks."""
         self._restore.close()
         self._pass.close()
         self._ranks.leave(exception)
 
-    def journal_for(self, stage: PTQCallback) -> Journal | None:
-        """Where a callback behind this one keeps its progress; None with ``resume=False``."""
-        return self._journals.of(stage) if self._journals else None
+    def journal_for(self, stage: PTQCallback) -> Journal:
+        """Return the journal of another callback; with ``resume=False`` it keeps nothing."""
+        return self._journals.of(stage) if self._journals else NO_JOURNAL
 
-    def check_stop(self, trainer: Any) -> None:
-        """Raise if the run is to stop: SIGTERM has come, or another rank has failed."""
+    def check_stop(self, trainer: Trainer) -> None:
+        """Raise if the run is to stop: a signal was received, or another rank has failed."""
         self._stop.check(trainer)
         self._ranks.poll()
 
     def _restored(self) -> bool:
-        """Whether a checkpoint has made the layers quantized ones."""
+        """True if a checkpoint has turned the layers into quantized ones."""
         layers = self._prepared.layers.values() if self._prepared is not None else ()
         return self.calibration is None and any(layer.qconfig is not None for layer in layers)
 
@@ -278,34 +265,8 @@ class CalibrationCapture(PTQCallback):
         except Exception as error:
             if self._ranks.world == 1:
                 raise
-            self._error = error  # the pass goes on, for Lightning's loop waits for every rank at each batch
+            # Raised when the pass is over, because Lightning's loop waits for all ranks at every batch.
+            self._error = error
 
     def _done(self) -> bool:
         return self._calibrator is None or self._calibrator.done
-
-
-def _check_folder(report_dir: str | None) -> None:
-    """Make the folder of the report, so that one that cannot be made is found out before the work."""
-    try:
-        if report_dir is not None:
-            Path(report_dir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CallbackError(
-            f"report_dir={report_dir!r} cannot be made ({error}). Write a folder that can be written to, or leave it"
-            " out and call report.save(folder) after fit."
-        ) from error
-
-
-@contextmanager
-def _quantized_on_load(module: Any, qconfig: QConfig) -> Iterator[None]:
-    """A float module is prepared when the Trainer loads a quantized checkpoint into it."""
-    own = module.on_load_checkpoint
-
-    def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
-        own(checkpoint)
-        quantized = any(key.endswith("weight_fake_quant.scale") for key in checkpoint.get("state_dict", {}))
-        if quantized and not is_prepared(module):
-            prepare(module, QConfig(qconfig.default))
-
-    with attributes(module, {"on_load_checkpoint": on_load_checkpoint}):
-        yield

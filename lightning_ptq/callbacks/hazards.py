@@ -1,4 +1,4 @@
-"""What will go wrong under a Trainer, or otherwise than expected: told before the run."""
+"""Hazards: what will fail under a Trainer, or behave otherwise than expected, found before the run."""
 
 from __future__ import annotations
 
@@ -6,39 +6,42 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-from rich.filesize import decimal
+from typing import TYPE_CHECKING, Any
 
 from lightning_ptq.callbacks.adaquant import AdaQuantLayerwise
 from lightning_ptq.callbacks.base import capture_of, check_order, check_trainer, ptq_callbacks
+from lightning_ptq.callbacks.statistics import StatsTuning
 from lightning_ptq.callbacks.trainer.muting import lightning_base
 from lightning_ptq.callbacks.trainer.resuming import FOLDER
 from lightning_ptq.errors import CallbackError
 from lightning_ptq.report.preflight import Finding, Preflight
+from lightning_ptq.runtime.memory import format_bytes
 
-_OF_TRAINING = ("GradientAccumulationScheduler", "LearningRateFinder", "SpikeDetection", "WeightAveraging")
-"""Callbacks of Lightning that fail where no optimizer steps."""
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
+
+_NEED_TRAINING = ("GradientAccumulationScheduler", "LearningRateFinder", "SpikeDetection", "WeightAveraging")
+"""Callbacks of Lightning that fail if no optimizer steps."""
 
 
-def find_hazards(trainer: Any, module: Any, found: Preflight) -> list[Finding]:
-    """All hazards of ``trainer.fit(module)`` as a PTQ run.
+def find_hazards(trainer: Trainer, module: Any, preflight: Preflight) -> list[Finding]:
+    """Return all hazards of ``trainer.fit(module)`` as a PTQ run.
 
     Args:
-        trainer: As it would fit; nothing of it is changed.
+        trainer: The Trainer that would run; it stays unchanged.
         module: The LightningModule.
-        found: What there is to know of the module.
+        preflight: Findings about the module.
     """
-    checks = (_refusals, _missing_methods, _few_batches, _other_callbacks, _devices, _checkpoint, _progress)
-    return [hazard for check in checks for hazard in check(trainer, module, found)]
+    checks = (_refusals, _missing_methods, _few_batches, _other_callbacks, _devices, _shards, _checkpoint, _progress)
+    return [hazard for check in checks for hazard in check(trainer, module, preflight)]
 
 
-def _refusals(trainer: Any, module: Any, found: Preflight) -> Iterator[Finding]:
-    """With these errors, which say what to write instead, fit ends before it begins."""
+def _refusals(trainer: Trainer, module: Any, preflight: Preflight) -> Iterator[Finding]:
+    """Yield the errors by which fit would refuse to start; their messages name the remedy."""
     if not ptq_callbacks(trainer):
         yield Finding(
             "callbacks",
-            "the Trainer has no callback of PTQ, so fit trains the module.",
+            "the Trainer has no PTQ callback, so fit trains the module.",
             "Write Trainer(callbacks=[CalibrationCapture(...), ...]).",
         )
         return
@@ -49,114 +52,126 @@ def _refusals(trainer: Any, module: Any, found: Preflight) -> Iterator[Finding]:
             yield Finding("refused", str(error))
 
 
-def _missing_methods(trainer: Any, module: Any, found: Preflight) -> Iterator[Finding]:
+def _missing_methods(trainer: Trainer, module: Any, preflight: Preflight) -> Iterator[Finding]:
     base = lightning_base(type(module))
     for name in ("training_step", "configure_optimizers"):
         if getattr(type(module), name) is getattr(base, name) and name not in vars(module):
             yield Finding(
                 "module",
                 f"{type(module).__name__} has no {name}, without which Lightning does not fit.",
-                f"Define a {name}; one that returns None will do, with step='predict'.",
+                f"Define a {name}; one that returns None is enough, with step='predict'.",
             )
 
 
-def _few_batches(trainer: Any, module: Any, found: Preflight) -> Iterator[Finding]:
+def _few_batches(trainer: Trainer, module: Any, preflight: Preflight) -> Iterator[Finding]:
     limit = trainer.limit_train_batches
-    given = {"fast_dev_run": trainer.fast_dev_run, "overfit_batches": trainer.overfit_batches}
-    name = next((name for name, value in given.items() if value), "limit_train_batches")
+    # fast_dev_run and overfit_batches both set limit_train_batches, so the option that the user wrote is named.
+    sources = ("fast_dev_run", "overfit_batches")
+    name = next((source for source in sources if getattr(trainer, source)), "limit_train_batches")
     for option, value in (("max_epochs", trainer.max_epochs), ("max_steps", trainer.max_steps), (name, limit)):
         if value == 0:
             yield Finding("samples", f"{option}=0: no calibration batch is seen.", f"Leave {option} out.")
-    seen = limit * found.batch_size * trainer.world_size
+    seen = limit * preflight.batch_size * trainer.world_size
     if isinstance(limit, float) and 0 < limit < 1:
         yield Finding("samples", f"{name}={limit}: only that share of the loader is seen.", f"Leave {name} out.")
-    elif isinstance(limit, int) and 0 < seen < found.samples:
+    elif isinstance(limit, int) and 0 < seen < preflight.samples:
         yield Finding(
             "samples",
-            f"{name}={limit}: with batches of {found.batch_size} only {seen:,} samples are seen, not"
-            f" {found.samples:,}.",
-            f"Leave {name} out; num_samples of CalibrationCapture ends the pass where there are enough.",
+            f"{name}={limit}: with batches of {preflight.batch_size} only {seen:,} samples are seen, not"
+            f" {preflight.samples:,}.",
+            f"Leave {name} out; num_samples of CalibrationCapture ends the pass at the right batch.",
         )
 
 
-def _other_callbacks(trainer: Any, module: Any, found: Preflight) -> Iterator[Finding]:
-    for callback in trainer.callbacks:
-        kinds = {cls.__name__ for cls in type(callback).__mro__}
+def _other_callbacks(trainer: Trainer, module: Any, preflight: Preflight) -> Iterator[Finding]:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector of the Trainer
+        bases = {cls.__name__ for cls in type(callback).__mro__}
         name = type(callback).__name__
-        if kinds.intersection(_OF_TRAINING):
-            yield Finding("callbacks", f"{name} needs optimizer steps, of which there are none.", f"Leave out {name}.")
-        if "EarlyStopping" in kinds:
+        if bases.intersection(_NEED_TRAINING):
+            yield Finding("callbacks", f"{name} needs optimizer steps, but no optimizer steps.", f"Leave out {name}.")
+        if "EarlyStopping" in bases:
             yield Finding(
                 "callbacks",
-                f"{name} monitors {callback.monitor!r}, but nothing is logged by training_step: fit ends with an"
-                " error unless validation logs it.",
+                f"{name} monitors {callback.monitor!r}, but training_step logs nothing: fit ends with an error unless"
+                " validation logs it.",
                 f"Leave out {name}: a PTQ run ends by itself.",
             )
 
 
-def _devices(trainer: Any, module: Any, found: Preflight) -> Iterator[Finding]:
-    device, world = trainer.strategy.root_device.type, trainer.world_size
+def _devices(trainer: Trainer, module: Any, preflight: Preflight) -> Iterator[Finding]:
+    device = trainer.strategy.root_device.type
     if device == "mps":
-        yield Finding("accelerator", "PTQ adds up in float64, which MPS does not have.", "Use accelerator='cpu'.")
-    elif device != found.device.split(":")[0]:
+        yield Finding("accelerator", "PTQ sums in float64, which MPS does not support.", "Use accelerator='cpu'.")
+    elif device != preflight.device.split(":")[0]:
         yield Finding(
             "accelerator",
-            f"the Trainer runs on {device}, but the time was estimated on {found.device}.",
-            f"Call module.to({device!r}) before inspect for an estimate that holds.",
+            f"the Trainer runs on {device}, but the time was estimated on {preflight.device}.",
+            f"Call module.to({device!r}) before inspect for a valid estimate.",
         )
     if str(trainer.precision).endswith("-mixed"):
         yield Finding(
             "precision",
-            f"precision={trainer.precision!r}: calibration and tuning compute in float32 all the same.",
+            f"precision={trainer.precision!r}: calibration and tuning compute in float32 anyway.",
             "Nothing is wrong; expect the time and memory of float32.",
         )
-    norms = len(found.folded) + len(found.unfolded)
+    norms = len(preflight.folded) + len(preflight.unfolded)
     if norms and getattr(trainer.strategy, "_layer_sync", None) is not None:
         yield Finding(
             "batch norms",
             "sync_batchnorm=True replaces batch norms after the layers were swapped, so none can be folded.",
             "Leave sync_batchnorm out: nothing is trained.",
         )
+
+
+def _shards(trainer: Trainer, module: Any, preflight: Preflight) -> Iterator[Finding]:
+    """Yield a hazard for each callback whose steps are split into fewer shards than there are processes."""
+    world, name = trainer.world_size, ""
     for callback in ptq_callbacks(trainer):
-        if isinstance(callback, AdaQuantLayerwise) and callback.mode == "sequential" and callback.config.parts < world:
+        if isinstance(callback, AdaQuantLayerwise) and callback.mode == "sequential":
+            name, parts, work = "AdaQuantLayerwise", callback.config.parts, "sequential tuning"
+        elif isinstance(callback, StatsTuning) and callback.bias and (callback.parts is not None or not name):
+            # Without parts of its own, it follows an AdaQuantLayerwise, which has a hazard already.
+            name, parts, work = "StatsTuning", callback.shards(trainer), "bias tuning"
+        else:
+            continue
+        if parts < world:
             yield Finding(
                 "devices",
-                f"{world} processes, but AdaQuantLayerwise(parts={callback.config.parts}): no more than"
-                f" {callback.config.parts} share a step of sequential tuning.",
-                f"Write AdaQuantLayerwise(parts={world}).",
+                f"{world} processes, but {name}(parts={parts}): no more than {parts} processes share a step of {work}.",
+                f"Write {name}(parts={world}).",
             )
 
 
-def _checkpoint(trainer: Any, module: Any, found: Preflight) -> Iterator[Finding]:
+def _checkpoint(trainer: Trainer, module: Any, preflight: Preflight) -> Iterator[Finding]:
     capture = capture_of(trainer)
     if capture is not None and capture.save_checkpoint and not trainer.checkpoint_callbacks:
         yield Finding(
             "checkpoint",
-            "the Trainer has no ModelCheckpoint, so no quantized.ckpt is left.",
-            "Leave out enable_checkpointing=False; or call save_packed or trainer.save_checkpoint behind fit, and"
-            " say so with CalibrationCapture(save_checkpoint=False).",
+            "the Trainer has no ModelCheckpoint, so no quantized.ckpt is written.",
+            "Leave out enable_checkpointing=False; or call save_packed or trainer.save_checkpoint after fit, and"
+            " confirm that with CalibrationCapture(save_checkpoint=False).",
         )
 
 
-def _progress(trainer: Any, module: Any, found: Preflight) -> Iterator[Finding]:
-    """Every tuning keeps the tuned weights in float, for each candidate."""
+def _progress(trainer: Trainer, module: Any, preflight: Preflight) -> Iterator[Finding]:
+    """Yield hazards of the saved progress, which holds tuned weights in float for each candidate of each tuning."""
     capture = capture_of(trainer)
     if capture is None or not capture.resume:
         return
     folder = Path(capture.resume_dir or Path(trainer.default_root_dir) / FOLDER).absolute()
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not os.access(there, os.W_OK):
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not os.access(existing, os.W_OK):
         yield Finding(
             "progress",
-            f"{there} is not writable, but the progress of the run goes to {folder}.",
+            f"{existing} is not writable, but the progress of the run is saved in {folder}.",
             "Write CalibrationCapture(resume_dir=...), or resume=False.",
         )
     tunings = [callback for callback in ptq_callbacks(trainer) if isinstance(callback, AdaQuantLayerwise)]
-    needed = found.float_bytes * sum(len(callback.candidates or [None]) for callback in tunings)
-    free = shutil.disk_usage(there).free
+    needed = preflight.float_bytes * sum(len(callback.candidates or [None]) for callback in tunings)
+    free = shutil.disk_usage(existing).free
     if needed > free:
         yield Finding(
             "progress",
-            f"{folder} will take {decimal(needed)}, but {decimal(free)} are free.",
+            f"{folder} will take {format_bytes(needed)}, but {format_bytes(free)} are free.",
             "Write CalibrationCapture(resume_dir=...) with a folder on another disk, or resume=False.",
         )

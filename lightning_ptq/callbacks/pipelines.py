@@ -1,4 +1,4 @@
-"""The two pipelines of the paper, as lists of callbacks for a Trainer (Hubara et al., ICML 2021, sec. 6)."""
+"""The two pipelines of the paper as lists of callbacks for a Trainer (Hubara et al., ICML 2021, sec. 6)."""
 
 from __future__ import annotations
 
@@ -22,16 +22,18 @@ def light(
     capture: dict[str, Any] | None = None,
     seed: int = 0,
 ) -> list[PTQCallback]:
-    """Calibration, bit allocation, statistics tuning: no weight is tuned.
+    """Return the callbacks of the light pipeline: calibration, bit allocation and statistics tuning.
+
+    No weight is tuned.
 
     Args:
-        size: Budget for the packed weights; see :class:`BitAllocator`. None for another budget in ``allocator``.
+        size: Budget for the packed weights; see :class:`BitAllocator`. None if ``allocator`` names another budget.
         candidates: Bit widths to choose from.
-        num_samples: Calibration samples; all there are by default.
+        num_samples: Number of calibration samples; by default all samples of the loader.
         allocator: Further arguments of :class:`BitAllocator`.
         statistics: Further arguments of :class:`StatsTuning`.
         capture: Further arguments of :class:`CalibrationCapture`.
-        seed: Of all random choices.
+        seed: Seed of all random choices.
 
     Example:
         >>> [callback.role for callback in light(0.15)]
@@ -56,18 +58,20 @@ def advanced(
     capture: dict[str, Any] | None = None,
     seed: int = 0,
 ) -> list[PTQCallback]:
-    """All five: calibration, parallel tuning at every candidate, bit allocation, sequential tuning, statistics.
+    """Return the callbacks of the advanced pipeline.
+
+    These are calibration, parallel tuning at every candidate, bit allocation, sequential tuning and statistics tuning.
 
     Args:
-        size: Budget for the packed weights; see :class:`BitAllocator`. None for another budget in ``allocator``.
+        size: Budget for the packed weights; see :class:`BitAllocator`. None if ``allocator`` names another budget.
         candidates: Bit widths to choose from.
-        num_samples: Calibration samples; all there are by default.
+        num_samples: Number of calibration samples; by default all samples of the loader.
         parallel: Further arguments of the parallel :class:`AdaQuantLayerwise`.
         allocator: Further arguments of :class:`BitAllocator`.
         sequential: Further arguments of the sequential :class:`AdaQuantLayerwise`.
         statistics: Further arguments of :class:`StatsTuning`.
         capture: Further arguments of :class:`CalibrationCapture`.
-        seed: Of all random choices.
+        seed: Seed of all random choices.
 
     Example:
         >>> [callback.role for callback in advanced(0.15)][1:4]

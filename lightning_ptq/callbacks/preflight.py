@@ -1,9 +1,9 @@
-"""inspect: what a PTQ run will find and what will go wrong, before anything is tuned."""
+"""inspect: what a PTQ run will quantize and what will go wrong, before anything is tuned."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -14,12 +14,15 @@ from lightning_ptq.callbacks.capture import CalibrationCapture
 from lightning_ptq.callbacks.hazards import find_hazards
 from lightning_ptq.callbacks.trainer.muting import Step, calibration_forward
 from lightning_ptq.errors import CalibrationError
-from lightning_ptq.network.units import BlockRule, Granularity
+from lightning_ptq.network.units import BlockRule, UnitKind
 from lightning_ptq.numerics.qconfig import QConfig
 from lightning_ptq.report.inspect_module import inspect_module
 from lightning_ptq.report.preflight import Preflight
 from lightning_ptq.runtime.patching import attributes
 from lightning_ptq.tuning.config import ReconstructionConfig
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
 
 
 def inspect(
@@ -27,37 +30,35 @@ def inspect(
     batch: Any,
     qconfig: QConfig | str | None = None,
     *,
-    trainer: Any = None,
+    trainer: Trainer | None = None,
     step: Step | None = None,
     samples: int | None = None,
-    granularity: Granularity | None = None,
+    granularity: UnitKind | None = None,
     blocks: BlockRule | None = None,
     config: ReconstructionConfig | None = None,
     memory_limit: str | int | None = None,
 ) -> Preflight:
-    """What a PTQ run will find in a module, and the hazards of the Trainer; nothing is tuned or changed.
+    """Find out what a PTQ run will quantize and what will go wrong; nothing is tuned or changed.
 
-    The layers with their widths and multiply-accumulates, batch norms, what stays float, the units with their steps,
-    size, an estimate of memory and time. The module is calibrated on the one batch, looked at, and put back.
-
-    What is None is as in the Trainer's ``CalibrationCapture`` and sequential ``AdaQuantLayerwise``; without them, as
-    said below.
+    The result names layers with their widths and multiply-accumulates, batch norms, what stays float, the units with
+    their steps, sizes, estimates of memory and time, and hazards of the Trainer. For that the module is calibrated on
+    the one batch and then restored. An argument that is None takes its value from the Trainer's ``CalibrationCapture``
+    and sequential ``AdaQuantLayerwise``, or without these the default below.
 
     Args:
-        module: A float LightningModule, or any module (run without ``step="training"``: on the inputs of the batch).
-        batch: A calibration batch, as the loader gives it.
-        qconfig: What to quantize; else ``"w4a4"``.
-        trainer: What would run it; its hazards are told too.
-        step: The calibration forward: ``"training"``, ``"predict"``, or a function of module and batch; else
-            ``"training"``.
-        samples: Calibration samples that the estimates are for; else 1024.
-        granularity: ``"block"`` or ``"layer"``; else ``"block"``.
-        blocks: Name patterns of the blocks, or a function of name and module; else found.
+        module: A float LightningModule, or any other module, which runs on the inputs of the batch by default.
+        batch: A calibration batch, as the loader returns it.
+        qconfig: What to quantize; default ``"w4a4"``.
+        trainer: The Trainer of the run, whose hazards are reported too.
+        step: The calibration forward: ``"training"`` (default), ``"predict"``, or a function of module and batch.
+        samples: Number of calibration samples that the estimates assume; default 1024.
+        granularity: ``"block"`` or ``"layer"``; default ``"block"``.
+        blocks: Name patterns of the blocks, or a function of name and module; by default an automatic search.
         config: Steps and batch size of AdaQuant.
-        memory_limit: For activations; else ``"4GiB"``.
+        memory_limit: Limit of the activations in memory; default ``"4GiB"``.
 
     Returns:
-        The findings: ``print()`` them, or take ``sheets()`` or ``to_dict()``.
+        The findings, with ``print()``, ``tables()``, and ``to_dict()``.
 
     Raises:
         SurgeryError: If there is nothing to quantize, the module is quantized already, or a layer is still lazy.
@@ -67,8 +68,8 @@ def inspect(
     Example:
         >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
-        >>> found = inspect(net, torch.randn(8, 1, 4, 4), "w8a8")
-        >>> found.folded, found.covered, found.hazards
+        >>> preflight = inspect(net, torch.randn(8, 1, 4, 4), "w8a8")
+        >>> preflight.folded, preflight.covered, preflight.hazards
         ({'1': '0'}, 1.0, [])
     """
     given = {
@@ -77,21 +78,22 @@ def inspect(
     }  # fmt: skip
     settings = _settings(trainer) | {name: value for name, value in given.items() if value is not None}
     forward = _forward(module, settings.pop("step"))
-    # A step may look at its Trainer.
+    # A training_step may use self.trainer, which Lightning sets in fit.
     attached = {"_trainer": trainer} if trainer is not None and _is_lightning(module) else {}
     with attributes(module, attached):
-        found = inspect_module(module, batch, forward=forward, **settings)
+        preflight = inspect_module(module, batch, forward=forward, **settings)
     if trainer is None:
-        return found
-    return replace(found, hazards=[*found.hazards, *find_hazards(trainer, module, found)])
+        return preflight
+    return replace(preflight, hazards=[*preflight.hazards, *find_hazards(trainer, module, preflight)])
 
 
 def _is_lightning(module: nn.Module) -> bool:
+    """True for a LightningModule of either package."""
     return any(base.__name__ == "LightningModule" for base in type(module).__mro__)
 
 
-def _settings(trainer: Any) -> dict[str, Any]:
-    """What the Trainer's callbacks were told; where there are none, the defaults."""
+def _settings(trainer: Trainer | None) -> dict[str, Any]:
+    """Return the settings of the Trainer's callbacks, with defaults for absent callbacks."""
     settings: dict[str, Any] = {"qconfig": "w4a4", "step": "training", "samples": 1024}
     for callback in [] if trainer is None else ptq_callbacks(trainer):
         if isinstance(callback, CalibrationCapture):
@@ -103,7 +105,8 @@ def _settings(trainer: Any) -> dict[str, Any]:
     return settings
 
 
-def _forward(module: nn.Module, step: Step) -> Forward:
+def _forward(module: Any, step: Step) -> Forward:
+    """Return the calibration forward of a LightningModule, or of another module, which has no steps."""
     if _is_lightning(module):
         return calibration_forward(module, step)
     if callable(step):

@@ -1,45 +1,54 @@
-"""StatsTuning: statistics and biases of the quantized module, inside ``trainer.fit``."""
+"""StatsTuning: correction of statistics and biases inside ``trainer.fit``."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any, Literal
 
+from lightning_ptq.activations.shards import DEFAULT_SHARDS
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.outputs import ChooseOutput, Divergence
-from lightning_ptq.callbacks.base import StepCallback
+from lightning_ptq.callbacks.adaquant import AdaQuantLayerwise
+from lightning_ptq.callbacks.base import StepCallback, ptq_callbacks
 from lightning_ptq.callbacks.trainer.loggers import log_scalars
-from lightning_ptq.callbacks.trainer.progress import progress_task
 from lightning_ptq.errors import QConfigError
 from lightning_ptq.report import PTQReport
-from lightning_ptq.runtime.journal import Journal
+from lightning_ptq.runtime.journal import NO_JOURNAL, Journal
 from lightning_ptq.runtime.memory import DEFAULT_MEMORY_LIMIT
 from lightning_ptq.statistics.acceptance import StatisticsResult
 from lightning_ptq.statistics.bias import tune_bias
 from lightning_ptq.statistics.normalization import para_normalize, reestimate_batch_norm
 
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
+
 Target = Literal["auto", "batch_norm", "float"]
 
 
 class StatsTuning(StepCallback):
-    """Corrects the biases that quantization brings into means and deviations; integers stay as they are.
+    """Corrects the shifts of means and deviations that quantization causes; no integer weight changes.
 
-    A shell around :func:`~lightning_ptq.statistics.normalization.reestimate_batch_norm`,
-    :func:`~lightning_ptq.statistics.normalization.para_normalize` and :func:`~lightning_ptq.statistics.bias.tune_bias`; the last of the
-    callbacks. Each step is kept only if it brings the network closer to the float one on held-out samples.
+    Runs :func:`~lightning_ptq.statistics.normalization.reestimate_batch_norm`,
+    :func:`~lightning_ptq.statistics.normalization.para_normalize` and
+    :func:`~lightning_ptq.statistics.bias.tune_bias`, as the last of the callbacks. Each step is kept only if it brings
+    the network closer to the float network on held-out samples.
 
     Args:
-        target: What statistics the layers' outputs are brought back to. ``"batch_norm"``: those of the batch norms,
-            folded or not; ``"float"``: the float layers' own; ``"auto"``: first the one, then the other, each kept
-            only if it helps; None for no such step.
-        bias: Tune the biases by distillation.
-        steps: Of bias tuning.
-        lr: Of bias tuning, relative to the mean magnitude of a layer's biases.
-        norm_affine: Tune the affine parameters of norms with the biases.
+        target: Statistics that the layers' outputs are corrected to. ``"batch_norm"``: those of the batch norms, folded
+            or not; ``"float"``: those of the float layers; ``"auto"``: the one after the other, each kept only if it
+            helps; None for no correction.
+        bias: True to tune the biases by distillation.
+        steps: Number of steps of bias tuning.
+        lr: Rate of bias tuning, relative to the mean magnitude of a layer's biases.
+        norm_affine: True to tune the affine parameters of norms together with the biases.
         measure: ``"kl"`` for logits, ``"mse"`` for other outputs.
-        output: Which tensor of the network's output: a key, an index or a function.
-        held_out: Share of the samples that judge each step.
-        memory_limit: For activations; beyond it they go to memory-mapped files.
-        seed: Of all random choices.
+        output: Tensor of the network's output that is compared: a key, an index or a function.
+        held_out: Share of the samples on which each step is evaluated.
+        memory_limit: Limit of the activations in memory, in bytes or as text such as ``"4GiB"``. Activations beyond it
+            go to memory-mapped files.
+        seed: Seed of all random choices.
+        parts: Number of shards that bias tuning splits a batch into; no more ranks than this share a step. None for
+            the ``parts`` of the last AdaQuantLayerwise before this callback, or 2 without one.
 
     Attributes:
         result: A :class:`~lightning_ptq.statistics.acceptance.StatisticsResult` for each step of the last run.
@@ -69,6 +78,7 @@ class StatsTuning(StepCallback):
         held_out: float = 0.25,
         memory_limit: str | int = DEFAULT_MEMORY_LIMIT,
         seed: int = 0,
+        parts: int | None = None,
     ) -> None:
         super().__init__()
         if measure not in ("kl", "mse"):
@@ -76,15 +86,18 @@ class StatsTuning(StepCallback):
         self.common: dict[str, Any] = {"held_out": held_out, "measure": measure, "output": output, "seed": seed}
         if target not in ("auto", "batch_norm", "float", None):
             raise QConfigError(f"target must be 'auto', 'batch_norm', 'float' or None, got {target!r}.")
+        if parts is not None and not (isinstance(parts, int) and parts >= 1):
+            raise QConfigError(f"parts must be 1 or more, or None, got {parts!r}. Write a whole number.")
         self.target = target
         self.bias = bias
         self.tuning: dict[str, Any] = {"steps": steps, "lr": lr, "norm_affine": norm_affine}
         self.memory_limit = memory_limit
+        self.parts = parts
 
-    def work(self, trainer: Any, calibration: Calibration, journal: Journal | None = None) -> list[StatisticsResult]:
-        """Run the steps, one after the other."""
+    def work(self, trainer: Trainer, calibration: Calibration, journal: Journal = NO_JOURNAL) -> list[StatisticsResult]:
+        """Run the steps one after the other."""
         results: list[StatisticsResult] = []
-        with progress_task(trainer, self.title) as progress:
+        with self._progress(trainer) as progress:
             common: dict[str, Any] = {**self.common, "progress": progress, "journal": journal}
             store: dict[str, Any] = {"memory_limit": self.memory_limit}
             if self.target in ("auto", "batch_norm"):
@@ -92,11 +105,19 @@ class StatsTuning(StepCallback):
             if self.target in ("auto", "float"):
                 results.append(para_normalize(calibration, every_layer=True, **store, **common))
             if self.bias:
-                results.append(tune_bias(calibration, **self.tuning, **common))
+                results.append(tune_bias(calibration, parts=self.shards(trainer), **self.tuning, **common))
         for step, row in enumerate(results):
             values = {"ptq/statistics/before": row.before, "ptq/statistics/after": row.after}
             log_scalars(trainer, {**values, "ptq/statistics/accepted": float(row.accepted)}, step)
         return results
+
+    def shards(self, trainer: Trainer) -> int:
+        """Return the number of shards that bias tuning splits a batch into, in this Trainer."""
+        if self.parts is not None:
+            return self.parts
+        before = takewhile(lambda callback: callback is not self, ptq_callbacks(trainer))
+        counts = [callback.config.parts for callback in before if isinstance(callback, AdaQuantLayerwise)]
+        return counts[-1] if counts else DEFAULT_SHARDS
 
     def record(self, report: PTQReport) -> None:
         """Put the steps into the report."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def pack_bits(integers: Tensor, bits: int) -> Tensor:
-    """Integers from 0 to ``2**bits - 1``, any shape, as a bit stream of bytes (uint8, 1-d), lowest bit first.
+    """Pack integers from 0 to ``2**bits - 1``, of any shape, into a bit stream of bytes (uint8, 1-d), lowest bit first.
 
     Example:
         >>> pack_bits(torch.tensor([1, 2, 3, 0]), 2).tolist()
@@ -20,6 +20,6 @@ def pack_bits(integers: Tensor, bits: int) -> Tensor:
 
 
 def unpack_bits(stream: Tensor, bits: int, count: int) -> Tensor:
-    """The inverse of :func:`pack_bits`: ``count`` integers (uint8, 1-d)."""
+    """Unpack ``count`` integers (uint8, 1-d); the inverse of :func:`pack_bits`."""
     flags = np.unpackbits(stream.numpy(), count=bits * count, bitorder="little").reshape(count, bits)
     return torch.from_numpy(np.packbits(flags, axis=1, bitorder="little")[:, 0])

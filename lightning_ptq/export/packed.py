@@ -1,4 +1,4 @@
-"""The packed checkpoint: one safetensors file with integers at their true width, and the config as JSON.
+"""The packed checkpoint: one safetensors file with integers at their bit width, and the config as JSON.
 
 The file holds tensors and text only; nothing in it is ever unpickled.
 """
@@ -8,36 +8,40 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_ptq.calibration.layer_costs import float_keys, state_key
 from lightning_ptq.errors import PackedFileError, SurgeryError
 from lightning_ptq.export.bits import pack_bits, unpack_bits
-from lightning_ptq.network.layers import FoldableBatchNorm, QuantLayer, quantizable_types
-from lightning_ptq.network.prepare import is_prepared, prepare, quant_layers
-from lightning_ptq.numerics.fake_quantize import FakeQuantize
-from lightning_ptq.numerics.qconfig import LayerQConfig, QConfig, QuantSpec
+from lightning_ptq.network.batch_norm import FoldableBatchNorm, folded_norms
+from lightning_ptq.network.layers import QuantLayer
+from lightning_ptq.network.op import QuantizedOp, quantized_ops
+from lightning_ptq.network.prepare import Prepared, is_prepared, prepare
+from lightning_ptq.network.swapping import registered_types
+from lightning_ptq.numerics.qconfig import LayerQConfig, QConfig
+from lightning_ptq.numerics.spec import QuantSpec
 
 FORMAT = "lightning_ptq"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_ERRORS = (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OSError)
 
 
 def save_packed(module: nn.Module, path: str | os.PathLike[str]) -> int:
-    """Write a quantized module to one file, weights packed at their bit width.
+    """Write a quantized module to one file, with weights packed at their bit width.
 
     Args:
         module: A quantized module.
         path: The file, by custom ``*.safetensors``.
 
     Returns:
-        The file's size in bytes.
+        The size of the file in bytes.
 
     Raises:
         SurgeryError: If the module is not quantized.
@@ -46,27 +50,26 @@ def save_packed(module: nn.Module, path: str | os.PathLike[str]) -> int:
     metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "ptq": json.dumps(header, separators=(",", ":"))}
     temporary = Path(f"{os.fspath(path)}.part")
     save_file(tensors, temporary, metadata)
-    os.replace(temporary, path)
+    os.replace(temporary, path)  # a reader never sees half a file
     return Path(path).stat().st_size
 
 
 def packed_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What :func:`save_packed` writes: tensors by key, and the header that tells of layers and folded norms."""
-    layers = {name: layer for name, layer in quant_layers(module).items() if layer.qconfig is not None}
+    """Return what :func:`save_packed` writes: tensors by key, and the header that describes layers and folded norms."""
+    layers = {name: layer for name, layer in quantized_ops(module).items() if layer.is_quantized}
     if not layers:
         raise SurgeryError(f"{type(module).__name__} is not quantized, so there is nothing to pack. Run PTQ first.")
-    folded = [
-        name for name, child in module.named_modules() if isinstance(child, FoldableBatchNorm) and child.is_folded
-    ]
+    folded = folded_norms(module)
     tensors: dict[str, Tensor] = {}
     header = {"layers": {name: _pack_layer(name, layer, tensors) for name, layer in layers.items()}, "folded": folded}
+    state = module.state_dict()
     for key in float_keys(module, layers, folded):
-        tensors[key] = module.state_dict()[key].detach().cpu().contiguous().clone()
+        tensors[key] = state[key].detach().cpu().contiguous().clone()
     return tensors, header
 
 
 def load_packed(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    """Quantize a float module from a packed file; neither callbacks nor calibration data are needed.
+    """Quantize a float module from a packed file, without callbacks and calibration data.
 
     Args:
         module: A float module of the architecture that was packed. Its layers are swapped in place.
@@ -77,90 +80,111 @@ def load_packed(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        PackedFileError: If the file is damaged, of another model, or of a newer format version. The module is then
-            as it was.
+        PackedFileError: If the file is damaged, of another model, or of a newer format version; the module is then
+            unchanged.
         SurgeryError: If the module is quantized already.
     """
     header, tensors = _read(path)
     if is_prepared(module):
         raise SurgeryError(f"{type(module).__name__} has quantized layers already. Load into a new float instance.")
-    layers = {name: _Entry.of(entry) for name, entry in header["layers"].items()}
-    _check_fits(os.fspath(path), layers, header["folded"], tensors, module)
-    prepared = prepare(module, QConfig(next(iter(layers.values())).qconfig))
+    entries = {name: _Entry.of(entry) for name, entry in header["layers"].items()}
+    fit = _Fit(os.fspath(path), entries, header["folded"], tensors)
+    try:
+        prepared = prepare(module, QConfig(next(iter(entries.values())).qconfig))
+    except SurgeryError as error:
+        raise fit.other_model(str(error)) from error
+    try:
+        fit.check(prepared)
+    except PackedFileError:
+        prepared.undo()
+        raise
     for name in header["folded"]:
         cast(FoldableBatchNorm, module.get_submodule(name)).set_folded(True)
-    for name, entry in layers.items():
+    for name, entry in entries.items():
         _unpack_layer(name, prepared.layers[name], entry, tensors)
-    ours = {state_key(name, part) for name in layers for part in _PARTS}
-    module.load_state_dict({key: value for key, value in tensors.items() if key not in ours}, strict=False)
+    packed = fit.packed_keys()
+    module.load_state_dict({key: value for key, value in tensors.items() if key not in packed}, strict=False)
     return module
-
-
-_PACKED, _SCALE, _ZERO_POINT = "weight.packed", "weight.scale", "weight.zero_point"
-_PARTS = (_PACKED, _SCALE, _ZERO_POINT)
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A layer as the header tells of it."""
+    """A layer as the header describes it.
+
+    Attributes:
+        kind: Name of the float class.
+        shapes: Shape of each weight.
+        qconfig: Specs of weights and inputs.
+        inputs: Scale and zero point of each quantized input.
+    """
 
     kind: str
-    shape: tuple[int, ...]
+    shapes: dict[str, tuple[int, ...]]
     qconfig: LayerQConfig
-    scale: float | None
-    zero_point: int | None
+    inputs: dict[str, tuple[float, int]]
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> _Entry:
-        activation = data.get("activation")
-        qconfig = LayerQConfig(QuantSpec(**data["weight"]), activation and QuantSpec(**activation))
-        return cls(data["kind"], tuple(data["shape"]), qconfig, data.get("scale"), data.get("zero_point"))
+        qconfig = LayerQConfig.from_dict({"activation": None, **data})
+        if "shape" in data:  # format version 1: one weight, one input, and no key for a float input
+            inputs = {} if qconfig.activation is None else {"input": (data["scale"], data["zero_point"])}
+            return cls(data["kind"], {"weight": tuple(data["shape"])}, qconfig, inputs)
+        shapes = {name: tuple(shape) for name, shape in data["shapes"].items()}
+        return cls(data["kind"], shapes, qconfig, {name: (s, z) for name, (s, z) in data["inputs"].items()})
+
+    def weight_keys(self, name: str, weight: str) -> dict[str, str]:
+        """Return the keys of the packed weight of layer ``name``; an affine grid has zero points too."""
+        parts = ("packed", "scale") if self.qconfig.weight.symmetric else ("packed", "scale", "zero_point")
+        return {part: state_key(name, f"{weight}.{part}") for part in parts}
 
 
 def _kind(layer: nn.Module) -> str:
-    return next((kind.__name__ for kind in quantizable_types() if isinstance(layer, kind)), type(layer).__name__)
+    kinds = registered_types(QuantLayer)
+    return next((kind.__name__ for kind in kinds if isinstance(layer, kind)), type(layer).__name__)
 
 
-def _pack_layer(name: str, layer: QuantLayer, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    quantizer = cast(FakeQuantize, layer.weight_fake_quant)
-    spec = quantizer.spec
-    integers = quantizer.integers(layer.weight.detach()) - spec.quant_min
-    tensors[state_key(name, _PACKED)] = pack_bits(integers, spec.bits)
-    tensors[state_key(name, _SCALE)] = quantizer.scale.detach().float().flatten().cpu()
-    if not spec.symmetric:
-        tensors[state_key(name, _ZERO_POINT)] = quantizer.zero_point.detach().flatten().cpu()
-    entry: dict[str, Any] = {"kind": _kind(layer), "shape": list(layer.weight.shape), "weight": _short(spec)}
-    if layer.input_fake_quant is not None:
-        activation = layer.input_fake_quant
-        entry["activation"] = _short(activation.spec)
-        entry["scale"], entry["zero_point"] = activation.scale.item(), int(activation.zero_point.item())
-    return entry
+def _pack_layer(name: str, layer: QuantizedOp, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Add the packed weights of a layer to ``tensors`` and return its entry of the header."""
+    weights = layer.weights
+    for which, quantizer in layer.weight_quantizers.items():
+        spec = quantizer.spec
+        integers = quantizer.integers(weights[which].detach()) - spec.quant_min  # from 0 upwards
+        tensors[state_key(name, f"{which}.packed")] = pack_bits(integers, spec.bits)
+        tensors[state_key(name, f"{which}.scale")] = quantizer.scale.detach().float().flatten().cpu()
+        if not spec.symmetric:
+            tensors[state_key(name, f"{which}.zero_point")] = quantizer.zero_point.detach().flatten().cpu()
+    return {
+        "kind": _kind(layer),
+        "shapes": {which: list(weight.shape) for which, weight in weights.items()},
+        "inputs": {which: [q.scale.item(), int(q.zero_point.item())] for which, q in layer.input_quantizers.items()},
+        **cast(LayerQConfig, layer.qconfig).to_dict(),
+    }
 
 
-def _unpack_layer(name: str, layer: QuantLayer, entry: _Entry, tensors: dict[str, Tensor]) -> None:
-    spec, weight = entry.qconfig.weight, layer.weight
-    bias = tensors.get(state_key(name, "bias"), layer.bias)
-    stream = tensors[state_key(name, _PACKED)]
-    integers = unpack_bits(stream, spec.bits, weight.numel()).view(weight.shape).float() + spec.quant_min
+def _unpack_layer(name: str, layer: QuantizedOp, entry: _Entry, tensors: Mapping[str, Tensor]) -> None:
+    """Make a float layer what its entry and its packed weights describe."""
     layer.attach(entry.qconfig)
-    quantizer = cast(FakeQuantize, layer.weight_fake_quant)
-    quantizer.scale.copy_(tensors[state_key(name, _SCALE)].view_as(quantizer.scale))
-    if not spec.symmetric:
-        quantizer.zero_point.copy_(tensors[state_key(name, _ZERO_POINT)].view_as(quantizer.zero_point))
-    values = quantizer.values(integers.to(weight.device))
-    # A weight that was shared is this layer's own from here on: each may have another grid.
-    layer.set_weight(values, None if bias is None else bias.to(weight.device))
-    if layer.input_fake_quant is not None:
-        layer.input_fake_quant.scale.fill_(cast(float, entry.scale))
-        layer.input_fake_quant.zero_point.fill_(cast(int, entry.zero_point))
-
-
-def _short(spec: QuantSpec) -> dict[str, Any]:
-    return {key: value for key, value in asdict(spec).items() if key in ("bits", "symmetric", "per_channel")}
+    parameters: dict[str, Tensor | None] = {}
+    for which, quantizer in layer.weight_quantizers.items():
+        weight, spec, keys = layer.weights[which], quantizer.spec, entry.weight_keys(name, which)
+        integers = unpack_bits(tensors[keys["packed"]], spec.bits, weight.numel()).view(weight.shape).float()
+        quantizer.scale.copy_(tensors[keys["scale"]].view_as(quantizer.scale))
+        if not spec.symmetric:
+            quantizer.zero_point.copy_(tensors[keys["zero_point"]].view_as(quantizer.zero_point))
+        # A weight that was shared becomes this layer's own: each layer may have another grid.
+        parameters[which] = quantizer.values((integers + spec.quant_min).to(weight.device))
+    for which in layer.bias_names:
+        bias = tensors.get(state_key(name, which), layer._parameters.get(which))
+        device = next((weight.device for weight in parameters.values() if weight is not None), None)
+        parameters[which] = None if bias is None else bias.to(device)
+    layer.set_parameters(parameters)
+    for which, (scale, zero_point) in entry.inputs.items():
+        layer.input_quantizers[which].scale.fill_(scale)
+        layer.input_quantizers[which].zero_point.fill_(zero_point)
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of a file whose header is whole."""
+    """Return header and tensors of a file whose header is complete."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {os.fspath(path)}. Write one with save_packed(module, path).")
     try:
@@ -181,47 +205,72 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
             _Entry.of(entry)
     except PackedFileError:
         raise
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+    except _ERRORS as error:
         raise PackedFileError(
             f"{os.fspath(path)} is damaged or no safetensors file ({error}). Copy or write it again."
         ) from error
     return header, tensors
 
 
-def _check_fits(
-    path: str, layers: Mapping[str, _Entry], folded: list[str], tensors: Mapping[str, Tensor], module: nn.Module
-) -> None:
-    """Raise unless the file tells all that the module holds, no more, and in the right shapes."""
+@dataclass(frozen=True)
+class _Fit:
+    """Whether a file describes all that a module holds, no more, and in the right shapes."""
 
-    def other(what: str) -> PackedFileError:
-        return PackedFileError(f"{path} is of another model: {what}. Build the model as it was when it was packed.")
+    path: str
+    entries: Mapping[str, _Entry]
+    folded: list[str]
+    tensors: Mapping[str, Tensor]
 
-    modules = dict(module.named_modules())
-    for name, entry in layers.items():
-        weight = getattr(modules.get(name), "weight", None)
-        found = None if weight is None else (_kind(modules[name]), tuple(weight.shape))
-        if found != (entry.kind, entry.shape):
-            raise other(f"its layer {name!r} is a {entry.kind} with a weight of {entry.shape}, here it is {found}")
-        _check_whole(path, name, entry, tensors, cast(Tensor, weight).numel())
-    for name in folded:
-        if not isinstance(modules.get(name), _BatchNorm):
-            raise other(f"there is no batch norm {name!r} here")
-    ours = {state_key(name, part) for name in layers for part in _PARTS}
-    state = module.state_dict()
-    expected = set(float_keys(module, layers, folded))
-    given = set(tensors) - ours
-    biases = {state_key(name, "bias") for name in layers} if folded else set()
-    if wrong := sorted((expected - given) | (given - expected - biases)):
-        raise other(f"{wrong[:4]} are in one and not in the other")
-    if wrong := sorted(key for key in given & set(state) if state[key].shape != tensors[key].shape):
-        raise other(f"{wrong[:4]} have other shapes")
+    def other_model(self, what: str) -> PackedFileError:
+        """Return the error that the file is of another model."""
+        return PackedFileError(
+            f"{self.path} is of another model: {what}. Build the model as it was when it was packed."
+        )
 
+    def packed_keys(self) -> set[str]:
+        """Return the keys of all packed weights."""
+        keys = (entry.weight_keys(name, w) for name, entry in self.entries.items() for w in entry.shapes)
+        return {key for of_weight in keys for key in of_weight.values()}
 
-def _check_whole(path: str, name: str, entry: _Entry, tensors: Mapping[str, Tensor], count: int) -> None:
-    spec = entry.qconfig.weight
-    parts = (_PACKED, _SCALE) if spec.symmetric else _PARTS
-    if missing := [part for part in parts if state_key(name, part) not in tensors]:
-        raise PackedFileError(f"{path} is damaged: the weight of layer {name!r} is missing ({missing}).")
-    size, channels = tensors[state_key(name, _PACKED)].numel(), tensors[state_key(name, _SCALE)].numel()
-    if size != -(-count * spec.bits // 8) or (channels == 1) < (not spec.per_channel) or count % channels:
-        raise PackedFileError(f"{path} is damaged: the weight of layer {name!r} has {size} bytes, {channels} scales.")
+    def check(self, prepared: Prepared) -> None:
+        """Raise :class:`PackedFileError` where file and module differ."""
+        layers, modules = prepared.layers, dict(prepared.module.named_modules())
+        for name, entry in self.entries.items():
+            layer = layers.get(name)
+            shapes = layer and {which: tuple(weight.shape) for which, weight in layer.weights.items()}
+            present = None if layer is None else (_kind(layer), shapes)
+            if layer is None or present != (entry.kind, entry.shapes):
+                raise self.other_model(
+                    f"its layer {name!r} is a {entry.kind} with weights {entry.shapes}, here it is {present}"
+                )
+            for which in entry.shapes:
+                self._check_weight(name, layer, which)
+        for name in self.folded:
+            if not isinstance(modules.get(name), FoldableBatchNorm):
+                raise self.other_model(f"there is no batch norm {name!r} here")
+        self._check_float_tensors(prepared.module, layers)
+
+    def _check_weight(self, name: str, layer: QuantizedOp, which: str) -> None:
+        entry = self.entries[name]
+        spec: QuantSpec = entry.qconfig.weight
+        keys = entry.weight_keys(name, which)
+        if missing := [part for part, key in keys.items() if key not in self.tensors]:
+            raise PackedFileError(f"{self.path} is damaged: the weight of layer {name!r} is missing ({missing}).")
+        size, scales = self.tensors[keys["packed"]].numel(), self.tensors[keys["scale"]].numel()
+        wanted = prod(layer.layout(which, spec.granularity).shape)
+        if size != -(-layer.weights[which].numel() * spec.bits // 8) or scales != wanted:
+            raise PackedFileError(
+                f"{self.path} is damaged: the weight of layer {name!r} has {size} bytes, {scales} scales."
+            )
+
+    def _check_float_tensors(self, module: nn.Module, layers: Mapping[str, QuantizedOp]) -> None:
+        state = module.state_dict()
+        expected = set(float_keys(module, self.entries, self.folded))
+        given = set(self.tensors) - self.packed_keys()
+        # A folded batch norm gives the layer before it a bias that the float layer may not have.
+        biases = {state_key(name, bias) for name in self.entries for bias in layers[name].bias_names}
+        optional = biases if self.folded else set()
+        if wrong := sorted((expected - given) | (given - expected - optional)):
+            raise self.other_model(f"{wrong[:4]} are in one and not in the other")
+        if wrong := sorted(key for key in given & set(state) if state[key].shape != self.tensors[key].shape):
+            raise self.other_model(f"{wrong[:4]} have other shapes")

@@ -1,285 +1,202 @@
-"""Fake-quantized layers: the float layer's own class with an input and a weight quantizer added.
+"""Quantized layers: the float layer's own class with quantizers for its input and its weight.
 
 A quantized layer is made by :meth:`QuantLayer.from_float`, shares the float layer's parameters and keeps their names.
-It starts without quantizers and then computes exactly what the float layer does. Classes that derive from a torch
+It starts as a float operation and then computes exactly what the float layer does. Classes that derive from a torch
 layer and bring their own ``forward`` (static "same" padding, for example) keep it: they only see another weight.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
-from typing import Any, Literal, cast
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_ptq.errors import QConfigError
+from lightning_ptq.network.op import QuantizedOp
+from lightning_ptq.network.swapping import ReplaceableTensor, Swapped, register_swap, tensors_replaced
+from lightning_ptq.network.trace import first_argument
 from lightning_ptq.numerics.fake_quantize import FakeQuantize
-from lightning_ptq.numerics.qconfig import LayerQConfig, QuantSpec
-from lightning_ptq.numerics.weight_scales import weight_qparams
+from lightning_ptq.numerics.granularity import ChannelLayout
+from lightning_ptq.numerics.qconfig import LayerQConfig
 
-Mode = Literal["float", "quantized"]
-
-
-class _Swapped(nn.Module):
-    """A class put in the place of a float layer's, on a copy that shares its parameters and attributes."""
-
-    @classmethod
-    def from_float(cls, module: nn.Module) -> Any:
-        """The kin of ``module``, sharing its parameters, buffers and attributes; ``module`` stays as it is."""
-        swapped = cls.__new__(cls)
-        for key, value in module.__dict__.items():
-            swapped.__dict__[key] = value.copy() if isinstance(value, dict) else value
-        swapped._init_swapped()
-        return swapped
-
-    def _init_swapped(self) -> None:
-        """Set up what the kin adds."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class of a user-derived layer is made at run time, so a pickle names the float class instead.
-        float_class = type(self).__mro__[type(self).__mro__.index(_Swapped) + 1]
-        return _rebuild, (float_class,), self.__dict__
-
-
-def _rebuild(float_class: type[nn.Module]) -> nn.Module:
-    kin = swapped_class(float_class)
-    if kin is None:
-        raise TypeError(f"{float_class.__name__} has no quantized kin")
-    return cast(nn.Module, kin.__new__(kin))
+Kind = TypeVar("Kind", bound="type[QuantLayer]")
 
 
 def _keep_slow_path(module: nn.Module, args: Any) -> None:
-    """Does nothing, by being there: nn.TransformerEncoderLayer's fused path, which would compute with the float
-    weights behind the layer's back, is not taken for modules that have a hook.
+    """Do nothing: nn.TransformerEncoderLayer takes its fused path, which would compute with the float weights, only
+    for modules without hooks.
     """
 
 
-class QuantLayer(_Swapped):
-    """What every quantized layer adds to its float class (mixed in before it).
+class QuantLayer(Swapped, QuantizedOp):
+    """What every quantized layer adds to its float class; mixed in before it.
+
+    A layer has one input, one weight, and possibly a bias. Layers with other tensors override the names.
 
     Attributes:
-        weight_fake_quant: Quantizer of the weight, None as long as the layer is float.
-        input_fake_quant: Quantizer of the input, None where activations stay float.
-        mode: ``"quantized"`` or ``"float"``; without quantizers both compute the float layer.
-        reference: (weight, bias) of the float layer during a run: what ``"float"`` mode computes with.
-        tied: True if another layer shares the weight parameter; such a weight is not tuned.
+        output_channel_dim: Dimension of the weight that holds the output channels.
     """
+
+    prefix = "Quant"
+    input_names = ("input",)
+    weight_names = ("weight",)
+    bias_names = ("bias",)
+    output_channel_dim: ClassVar[int] = 0
 
     weight: Tensor
     bias: Tensor | None
     weight_fake_quant: FakeQuantize | None
     input_fake_quant: FakeQuantize | None
-    mode: Mode
-    reference: tuple[Tensor, Tensor | None] | None
-    tied: bool
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in (*cls.weight_names, *cls.bias_names):
+            setattr(cls, name, ReplaceableTensor(name))
 
     def _init_swapped(self) -> None:
-        self.weight_fake_quant = None
-        self.input_fake_quant = None
-        self.mode = "quantized"
-        self.reference = None
-        self.tied = False
+        self.init_op()
+        for name in (*self.weight_names, *self.input_names):
+            setattr(self, f"{name}_fake_quant", None)
         self.register_forward_pre_hook(_keep_slow_path)
 
-    @property
-    def qconfig(self) -> LayerQConfig | None:
-        """The pair of specs, None as long as the layer is float."""
-        if self.weight_fake_quant is None:
-            return None
-        activation = None if self.input_fake_quant is None else self.input_fake_quant.spec
-        return LayerQConfig(self.weight_fake_quant.spec, activation)
+    def channels(self, name: str) -> ChannelLayout:
+        """Return where the output channels of weight ``name`` lie."""
+        return ChannelLayout(self.output_channel_dim)
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The float layer's forward on the quantized input and weight."""
-        replaced: dict[str, Any] = {}
+    def channel_dim(self, output: Tensor) -> int:
+        """Return the dimension of an output that holds its channels: the last one of a linear layer."""
+        dims = max(weight.dim() for weight in self.weights.values())
+        return output.dim() - (dims - 2) - 1
+
+    def input_tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the input that is quantized: the first argument of the call."""
+        return {self.input_names[0]: first_argument(args, kwargs)} if self.input_names else {}
+
+    def macs(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> float:
+        """Return the multiply-accumulates of a call: every weight is used once per output position."""
+        positions = {name: output.numel() / self.channels(name).count(w.shape) for name, w in self.weights.items()}
+        return float(sum(weight.numel() * positions[name] for name, weight in self.weights.items()))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the float layer's forward on the quantized input and weight; safe in several threads."""
         if self.mode == "float":
-            if self.reference is not None:
-                replaced = {"weight": self.reference[0], "bias": self.reference[1]}
+            replaced = self.reference or {}
         else:
-            if self.input_fake_quant is not None:
-                input = self.input_fake_quant(input)
-            if self.weight_fake_quant is not None:
-                replaced = {"weight": self.weight_fake_quant(self.weight)}
-        # An entry of the instance's own dictionary hides the registered parameter of that name for this call.
-        self.__dict__.update(replaced)
-        try:
-            return cast(Tensor, super().forward(input, *args, **kwargs))
-        finally:
-            for name in replaced:
-                del self.__dict__[name]
+            args, kwargs = self._quantize_inputs(args, kwargs)
+            weights = self.weights
+            replaced = {
+                name: quantizer(weights[name]) if self.training else quantizer.constant(weights[name])
+                for name, quantizer in self.weight_quantizers.items()
+            }
+        with tensors_replaced(self, replaced):
+            return super().forward(*args, **kwargs)
 
-    def channel_layout(self) -> tuple[tuple[int, ...], int]:
-        """Shape of a per-output-channel vector against the weight, and the groups to split its first dimension in."""
-        dims = self.weight.dim()
-        if not isinstance(self, (nn.ConvTranspose1d, nn.ConvTranspose2d)):
-            return (self.weight.shape[0], *[1] * (dims - 1)), 1
-        per_group = self.weight.shape[1]
-        if self.groups == 1:
-            return (1, per_group, *[1] * (dims - 2)), 1
-        return (self.groups, 1, per_group, *[1] * (dims - 2)), self.groups
-
-    def attach(self, qconfig: LayerQConfig) -> None:
-        """Add quantizers for ``qconfig`` in place of any there are; their scales are not chosen yet."""
-        shape, groups = self.channel_layout() if qconfig.weight.per_channel else ((), 1)
-        device = self.weight.device
-        self.weight_fake_quant = FakeQuantize(qconfig.weight, shape, groups).to(device)
-        self.input_fake_quant = FakeQuantize(qconfig.activation).to(device) if qconfig.activation else None
-        record = {key: spec and _grid(spec) for key, spec in asdict(qconfig).items()}
-        data = torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
-        self.register_buffer("qconfig_json", data.clone().to(device))
-
-    def choose_weight_scale(self) -> None:
-        """Set the weight quantizer's scale and zero point from the weight."""
-        quantizer = cast(FakeQuantize, self.weight_fake_quant)
-        scale, zero_point = weight_qparams(quantizer.rows(self.weight), quantizer.spec)
-        quantizer.scale.copy_(scale.view_as(quantizer.scale))
-        quantizer.zero_point.copy_(zero_point.view_as(quantizer.zero_point))
-
-    def scale_channels(self, tensor: Tensor, factor: Tensor) -> Tensor:
-        """``tensor``, of the weight's shape, with output channel ``i`` multiplied by ``factor[i]``."""
-        shape, groups = self.channel_layout()
-        split = tensor.unflatten(0, (groups, -1)) if groups > 1 else tensor
-        return (split * factor.view(shape)).view_as(tensor)
-
-    def set_weight(self, weight: Tensor, bias: Tensor | None, keep_weight: bool = False) -> None:
-        """Give the layer parameters of its own; the float layer's, shared until now, stay as they are.
-
-        With ``keep_weight`` only the bias is replaced: a tied weight stays the parameter that others share.
-        """
-        for name, value in (("bias", bias),) if keep_weight else (("weight", weight), ("bias", bias)):
-            old = self._parameters.get(name)
-            new = None if value is None else nn.Parameter(value.detach().clone(), old is None or old.requires_grad)
-            self._parameters[name] = new
+    def _quantize_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        for quantizer in self.input_quantizers.values():
+            if args:
+                args = (quantizer(args[0]), *args[1:])
+            else:
+                first = next(iter(kwargs))
+                kwargs = {**kwargs, first: quantizer(kwargs[first])}
+        return args, kwargs
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take the structure from the state dict: a layer saved quantized gets quantizers of the saved widths."""
+        """Take the structure from the state dict: a layer saved quantized gets quantizers of the saved specs."""
         saved = state_dict.get(prefix + "qconfig_json")
         if saved is not None:
-            record = json.loads(bytes(saved.cpu().tolist()))
-            weight, activation = record["weight"], record["activation"]
-            self.attach(LayerQConfig(QuantSpec(**weight), activation and QuantSpec(**activation)))
-            if prefix + "bias" in state_dict and self.bias is None:  # from a folded batch norm
-                self.set_weight(self.weight, torch.zeros_like(state_dict[prefix + "bias"], device=self.weight.device))
+            self.attach(LayerQConfig.from_dict(json.loads(bytes(saved.cpu().tolist()))))
+            for name in self.bias_names:
+                if prefix + name in state_dict and self._parameters.get(name) is None:  # from a folded batch norm
+                    device = next(iter(self.weights.values())).device
+                    self.set_parameters({name: torch.zeros_like(state_dict[prefix + name], device=device)})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _grid(spec: dict[str, Any]) -> dict[str, Any]:
-    return {key: spec[key] for key in ("bits", "symmetric", "per_channel")}
+def register_layer(float_class: type[nn.Module], *, channel_dim: int = 0) -> Callable[[Kind], Kind]:
+    """Make layers of a class of your own quantizable: ``prepare`` swaps them from then on.
 
+    The float class needs a parameter ``weight``, may have a parameter ``bias``, and takes its input as the first
+    argument of ``forward``. Every weight must be multiplied once per output position, as in a matrix product or a
+    convolution. For anything else, use the result as a decorator of a :class:`QuantLayer` that overrides what differs.
 
-class FoldableBatchNorm(_Swapped):
-    """A batch norm that turns into the identity once it is folded into the layer before it.
+    Args:
+        float_class: A module class.
+        channel_dim: Dimension of the weight that holds the output channels.
 
-    Its affine parameters stay where they are: they are the per-channel mean and standard deviation that the folded
-    layer's output should have. ``folded`` is kept in the state dict.
+    Returns:
+        A class decorator, which may be left unused.
+
+    Raises:
+        QConfigError: If ``float_class`` is not a module class.
+
+    Example:
+        >>> class Transposed(nn.Module):
+        ...     def __init__(self, inputs, outputs):
+        ...         super().__init__()
+        ...         self.weight = nn.Parameter(torch.randn(inputs, outputs))
+        ...     def forward(self, x):
+        ...         return x @ self.weight
+        >>> _ = register_layer(Transposed, channel_dim=1)
+        >>> from lightning_ptq import calibrate
+        >>> calibration = calibrate(nn.Sequential(Transposed(4, 8)), [torch.randn(16, 4)], "w4a8")
+        >>> calibration.module[0].weight_fake_quant.scale.shape
+        torch.Size([1, 8])
     """
+    if not (isinstance(float_class, type) and issubclass(float_class, nn.Module)):
+        raise QConfigError(f"register_layer takes a module class, got {float_class!r}. Write register_layer(MyLayer).")
+    name = f"{QuantLayer.prefix}{float_class.__name__}"
+    register_swap(float_class, type(name, (QuantLayer, float_class), {"output_channel_dim": channel_dim}))
 
-    def _init_swapped(self) -> None:
-        self.is_folded = False
+    def decorate(quantized: Kind) -> Kind:
+        register_swap(float_class, quantized)
+        return quantized
 
-    def forward(self, input: Tensor) -> Tensor:
-        """The batch norm's forward, or the identity."""
-        return input if self.is_folded else cast(Tensor, super().forward(input))
-
-    def set_folded(self, folded: bool) -> None:
-        """Switch between identity and batch norm."""
-        self.is_folded = folded
-        self._buffers.pop("folded", None)
-        if folded:
-            self.register_buffer("folded", torch.tensor(True))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if prefix + "running_mean" in state_dict:  # a partial state dict without this layer says nothing of it
-            self.set_folded(prefix + "folded" in state_dict)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    return decorate
 
 
+@register_layer(nn.Conv1d)
 class QuantConv1d(QuantLayer, nn.Conv1d):
     """Fake-quantized :class:`torch.nn.Conv1d`."""
 
 
+@register_layer(nn.Conv2d)
 class QuantConv2d(QuantLayer, nn.Conv2d):
     """Fake-quantized :class:`torch.nn.Conv2d`, grouped and depthwise too."""
 
 
+@register_layer(nn.Conv3d)
 class QuantConv3d(QuantLayer, nn.Conv3d):
     """Fake-quantized :class:`torch.nn.Conv3d`."""
 
 
-class QuantConvTranspose1d(QuantLayer, nn.ConvTranspose1d):
+class _Transposed(QuantLayer):
+    """Transposed convolutions: weights are (inputs, outputs of a group, kernel)."""
+
+    groups: int
+
+    def channels(self, name: str) -> ChannelLayout:
+        """Return the second dimension, within each group."""
+        return ChannelLayout(1, self.groups)
+
+    def macs(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> float:
+        """Return the multiply-accumulates of a call: every weight is used once per input position."""
+        weight = self.weights["weight"]
+        return weight.numel() * (cast(Tensor, first_argument(args, kwargs)).numel() / weight.shape[0])
+
+
+@register_layer(nn.ConvTranspose1d)
+class QuantConvTranspose1d(_Transposed, nn.ConvTranspose1d):
     """Fake-quantized :class:`torch.nn.ConvTranspose1d`."""
 
 
-class QuantConvTranspose2d(QuantLayer, nn.ConvTranspose2d):
+@register_layer(nn.ConvTranspose2d)
+class QuantConvTranspose2d(_Transposed, nn.ConvTranspose2d):
     """Fake-quantized :class:`torch.nn.ConvTranspose2d`."""
 
 
+@register_layer(nn.Linear)
 class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]  # torch's stub has no None for its bias
     """Fake-quantized :class:`torch.nn.Linear`."""
-
-
-_NAMED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Conv1d: QuantConv1d,
-    nn.Conv2d: QuantConv2d,
-    nn.Conv3d: QuantConv3d,
-    nn.ConvTranspose1d: QuantConvTranspose1d,
-    nn.ConvTranspose2d: QuantConvTranspose2d,
-    nn.Linear: QuantLinear,
-}
-
-
-def quantizable_types() -> tuple[type[nn.Module], ...]:
-    """The float layer types that have quantized kin."""
-    return tuple(_NAMED)
-
-
-def swapped_class(float_class: type[nn.Module]) -> Any:
-    """The kin of a float layer class: a named one, one made for a derived class, or None if there is none."""
-    if issubclass(float_class, _Swapped):
-        return None
-    if float_class in _NAMED:
-        return _NAMED[float_class]
-    if issubclass(float_class, tuple(_NAMED)):
-        return type(f"Quant{float_class.__name__}", (QuantLayer, float_class), {})
-    if issubclass(float_class, _BatchNorm):
-        return type(f"Foldable{float_class.__name__}", (FoldableBatchNorm, float_class), {})
-    return None
-
-
-@contextmanager
-def layers_in_mode(module: nn.Module, mode: Mode) -> Iterator[None]:
-    """All quantized layers below ``module`` compute in ``mode`` inside the ``with`` block."""
-    layers = [layer for layer in module.modules() if isinstance(layer, QuantLayer)]
-    before = [layer.mode for layer in layers]
-    for layer in layers:
-        layer.mode = mode
-    try:
-        yield
-    finally:
-        for layer, old in zip(layers, before, strict=True):
-            layer.mode = old
-
-
-def layer_tensors(layer: QuantLayer) -> dict[str, Tensor]:
-    """What tuning changes of a layer, by name: its parameters, scales and zero points."""
-    parameters = dict(layer.named_parameters(remove_duplicate=False))
-    buffers = {name: buffer for name, buffer in layer.named_buffers() if "fake_quant" in name}
-    return {**parameters, **buffers}
-
-
-def layer_state(layer: QuantLayer) -> dict[str, Tensor]:
-    """A copy of what tuning changes: weight, bias, scales and zero points."""
-    return {name: tensor.detach().clone() for name, tensor in layer_tensors(layer).items()}
-
-
-@torch.no_grad()
-def set_layer_state(layer: QuantLayer, state: dict[str, Tensor]) -> None:
-    """Put back what :func:`layer_state` copied; the layer must have the same widths."""
-    if (layer.bias is None) != ("bias" not in state):  # statistics tuning adds biases
-        layer.set_weight(layer.weight, state.get("bias"), keep_weight=True)
-    for name, tensor in layer_tensors(layer).items():
-        tensor.copy_(state[name])

@@ -1,4 +1,4 @@
-"""Finding the units of reconstruction: single layers, or blocks."""
+"""Units of reconstruction: single layers, or blocks, found by the structure of the network."""
 
 from __future__ import annotations
 
@@ -10,56 +10,56 @@ from typing import Literal, cast
 
 from torch import nn
 
-from lightning_ptq.network.layers import QuantLayer, layer_state, set_layer_state
+from lightning_ptq.network.op import QuantizedOp
 from lightning_ptq.network.trace import Trace
 from lightning_ptq.numerics.qconfig import LayerQConfig, check_patterns
 from lightning_ptq.runtime.journal import LayerStates
 
-Granularity = Literal["layer", "block"]
+UnitKind = Literal["layer", "block"]
 BlockRule = Sequence[str] | Callable[[str, nn.Module], bool]
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_MOST_LAYERS = 8  # of a module that is taken for a block only because nothing inside it looks like one
+_MOST_LAYERS = 8  # in a module that counts as a block only because nothing inside it looks like one
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What one reconstruction optimises.
+    """A layer or block whose quantized layers are reconstructed together.
 
     Attributes:
         name: Qualified name of the layer or block.
-        module: It.
-        layers: Its quantized layers that no earlier unit holds, by qualified name, in execution order.
-        calls: How often it runs in one forward.
+        module: The layer or block.
+        layers: Its quantized operations that no earlier unit holds, by qualified name, in execution order.
+        calls: Number of its calls in one forward.
     """
 
     name: str
     module: nn.Module
-    layers: dict[str, QuantLayer]
+    layers: dict[str, QuantizedOp]
     calls: int
 
 
 def find_units(
-    module: nn.Module, trace: Trace, granularity: Granularity = "block", blocks: BlockRule | None = None
+    module: nn.Module, trace: Trace, granularity: UnitKind = "block", blocks: BlockRule | None = None
 ) -> list[Unit]:
-    """The units of a calibrated module, in execution order; every quantized layer is in exactly one.
+    """Return the units of a calibrated module in execution order; every quantized operation is in exactly one.
 
-    A block is found by its structure. It is an element of a ``Sequential``, ``ModuleList`` or ``ModuleDict``, or a
-    module whose own forward adds two tensors (a residual connection), unless it holds several such elements of one
-    type itself, as a stage or a backbone does. Layers outside every block are units of their own.
+    A block is an element of a ``Sequential``, ``ModuleList`` or ``ModuleDict``, or a module whose own forward adds two
+    tensors (a residual connection). A module that holds several such elements of one type, as a stage or a backbone
+    does, is no block. Layers outside every block are units of their own.
 
     Args:
         module: The calibrated module.
-        trace: A watched forward of it.
+        trace: Trace of one of its forwards.
         granularity: ``"layer"``: each layer alone; ``"block"``: blocks where there are any.
-        blocks: Instead of the search: name patterns, or a function of name and module that is true for a block.
+        blocks: Name patterns of the blocks, or a function of name and module that is true for a block; None to search.
 
     Raises:
         QConfigError: If a pattern matches no module.
     """
     modules = dict(module.named_modules())
     order = {n: i for i, n in enumerate(trace.layer_order)}
-    layers = {n: m for n in trace.layer_order if isinstance(m := modules[n], QuantLayer) and m.qconfig is not None}
+    layers = {n: m for n in trace.layer_order if isinstance(m := modules[n], QuantizedOp) and m.is_quantized}
     if granularity == "layer":
         chosen: list[str] = []
     elif blocks is None:
@@ -84,7 +84,7 @@ def _below(name: str, parent: str) -> bool:
 
 
 def _is_container(module: nn.Module) -> bool:
-    """True for a container that runs its children as they are, or has no forward of its own."""
+    """Return True for a container that only runs its children in turn, or has no forward of its own."""
     kind = type(module)
     if isinstance(module, nn.Sequential):
         return kind.forward is nn.Sequential.forward
@@ -92,9 +92,9 @@ def _is_container(module: nn.Module) -> bool:
 
 
 class _Search:
-    """Walks down from the root and stops at blocks."""
+    """Searches for blocks from the root downwards and stops at each block."""
 
-    def __init__(self, root: nn.Module, trace: Trace, layers: dict[str, QuantLayer]) -> None:
+    def __init__(self, root: nn.Module, trace: Trace, layers: dict[str, QuantizedOp]) -> None:
         self.root, self.trace, self.layers = root, trace, layers
         self.found: list[str] = []
         self.elements: dict[str, nn.Module] = {}
@@ -102,7 +102,7 @@ class _Search:
             if isinstance(child, _CONTAINERS):
                 for key, element in child.named_children():
                     full = f"{name}.{key}" if name else key
-                    if self._count(full) and not _is_container(element) and not isinstance(element, QuantLayer):
+                    if self._count(full) and not _is_container(element) and not isinstance(element, QuantizedOp):
                         self.elements[full] = element
         self._walk("", root)
 
@@ -117,7 +117,7 @@ class _Search:
         for key, child in module.named_children():
             full = f"{name}.{key}" if name else key
             count = self._count(full)
-            if not count or isinstance(child, QuantLayer):
+            if not count or isinstance(child, QuantizedOp):
                 continue
             if not _is_container(child) and self.trace.calls.get(full) and self._is_block(full, count):
                 self.found.append(full)
@@ -135,16 +135,16 @@ class _Search:
 
 
 def unit_states(unit: Unit) -> LayerStates:
-    """The state of each layer of a unit."""
-    return {name: layer_state(layer) for name, layer in unit.layers.items()}
+    """Return a copy of the state of each layer of a unit."""
+    return {name: layer.state() for name, layer in unit.layers.items()}
 
 
 def set_unit_states(unit: Unit, states: LayerStates) -> None:
-    """Put back what :func:`unit_states` copied."""
+    """Restore what :func:`unit_states` returned."""
     for name, state in states.items():
-        set_layer_state(unit.layers[name], state)
+        unit.layers[name].load_state(state)
 
 
 def unit_qconfigs(unit: Unit) -> list[LayerQConfig]:
-    """The widths of a unit's layers."""
+    """Return the specs of a unit's layers."""
     return [cast(LayerQConfig, layer.qconfig) for layer in unit.layers.values()]

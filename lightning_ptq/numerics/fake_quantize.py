@@ -1,66 +1,103 @@
-"""Fake quantization as a module: a scale and a zero point that tuning may move."""
+"""Fake quantization as a module: a scale and a zero point that tuning may change."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lightning_ptq.numerics.qconfig import QuantSpec
+from lightning_ptq.numerics.granularity import PER_TENSOR, ScaleLayout
 from lightning_ptq.numerics.quantize import dequantize, fake_quantize, quantize
+from lightning_ptq.numerics.spec import QuantSpec
 
 
 class FakeQuantize(nn.Module):
     """Fake quantization of one tensor, with its scale and zero point as buffers.
 
     Args:
-        spec: The grid.
-        shape: Shape of scale and zero point as they broadcast against the tensor; ``()`` for per-tensor.
-        groups: For grouped transposed convolutions: the tensor's first dimension is split into so many before
-            broadcasting.
+        spec: How the tensor is quantized.
+        layout: How the scales broadcast against the tensor; one scale for the whole tensor by default.
+
+    Attributes:
+        drop: Function of the float and the quantized tensor that mixes them while a unit is tuned; None otherwise.
+        enabled: False to pass tensors through unchanged.
     """
 
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, spec: QuantSpec, shape: tuple[int, ...] = (), groups: int = 1) -> None:
+    def __init__(self, spec: QuantSpec, layout: ScaleLayout = PER_TENSOR) -> None:
         super().__init__()
         self.spec = spec
-        self.groups = groups
-        self.register_buffer("scale", torch.ones(shape))
-        self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
-        self.drop: Callable[[Tensor, Tensor], Tensor] | None = None  # set while a unit is tuned
+        self.layout = layout
+        self.register_buffer("scale", torch.ones(layout.shape))
+        self.register_buffer("zero_point", torch.zeros(layout.shape, dtype=torch.int32))
+        self.drop: Callable[[Tensor, Tensor], Tensor] | None = None
         self.enabled = True
+        self._cached: tuple[tuple[Any, ...], tuple[Tensor, ...], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize ``x``; same shape and dtype."""
         if not self.enabled:
             return x
-        y = self._split(x)
-        y = fake_quantize(y, self.scale, self.zero_point, self.spec.quant_min, self.spec.quant_max).view_as(x)
+        y = fake_quantize(self.layout.split(x), self.scale, self.zero_point, self.spec.quant_min, self.spec.quant_max)
+        y = self.layout.merge(y)
         return y if self.drop is None else self.drop(x, y)
 
+    def constant(self, x: Tensor) -> Tensor:
+        """Fake-quantize a weight, and keep the result until the weight or its grid changes.
+
+        Writes in place are noticed, except through ``x.data``, which hides them from autograd's version counter. Where
+        gradients are wanted, and while torch traces or compiles, nothing is kept.
+
+        Args:
+            x: The weight.
+        """
+        if not self._keeps(x):
+            self._cached = None
+            return cast(Tensor, self(x))
+        sources = (x, self.scale, self.zero_point)
+        key = (x.dtype, *((tensor.untyped_storage()._cdata, tensor._version) for tensor in sources))
+        cached = self._cached  # read once: another thread may replace it
+        if cached is not None and cached[0] == key:
+            return cached[2]
+        with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be used outside that mode
+            y: Tensor = self(x)
+            if type(y) is Tensor:  # a fake tensor of torch.export must not outlive its tracing
+                # The aliases keep the storages alive, so that no address in the key is reused.
+                self._cached = (key, tuple(tensor.detach() for tensor in sources), y)
+        return y
+
+    def _keeps(self, x: Tensor) -> bool:
+        """Return True if the quantized ``x`` may be kept for later calls."""
+        if not self.enabled or self.drop is not None or torch.compiler.is_compiling():
+            return False
+        tensors = (x, self.scale, self.zero_point)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return False
+        return all(type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference() for tensor in tensors)
+
     def integers(self, x: Tensor) -> Tensor:
-        """The integers of ``x`` on the grid, as floats; same shape."""
+        """Return the integers of ``x`` on the grid, as floats; same shape."""
         spec = self.spec
-        return quantize(self._split(x), self.scale, self.zero_point, spec.quant_min, spec.quant_max).view_as(x)
+        q = quantize(self.layout.split(x), self.scale, self.zero_point, spec.quant_min, spec.quant_max)
+        return self.layout.merge(q)
 
     def values(self, q: Tensor) -> Tensor:
-        """The float values of integers ``q``; same shape."""
-        return dequantize(self._split(q), self.scale, self.zero_point).view_as(q)
+        """Return the float values of integers ``q``; same shape."""
+        return self.layout.merge(dequantize(self.layout.split(q), self.scale, self.zero_point))
 
     def rows(self, x: Tensor) -> Tensor:
-        """``x`` as (channels, values per channel), in the order of the scale's entries."""
-        split = self._split(x)
-        kept = [d for d, size in enumerate(self.scale.shape) if size > 1]
-        rest = [d for d in range(split.dim()) if d not in kept]
-        return split.permute(*kept, *rest).reshape(self.scale.numel(), -1)
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(0, (self.groups, -1)) if self.groups > 1 else x
+        """Return ``x`` as (scales, values per scale), in the order of the flattened scales."""
+        return self.layout.rows(x)
 
     def extra_repr(self) -> str:
-        """What ``print`` shows."""
+        """Return what ``print`` shows."""
         kind = "symmetric" if self.spec.symmetric else "affine"
         return f"{self.spec.bits} bits, {kind}, scale {tuple(self.scale.shape)}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the kept tensor out of copies and pickles."""
+        return {**self.__dict__, "_cached": None}

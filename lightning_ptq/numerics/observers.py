@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_ptq.numerics.qconfig import QuantSpec
 from lightning_ptq.numerics.quantize import choose_qparams, fake_quantize
+from lightning_ptq.numerics.spec import QuantSpec
 
 _BINS = 2**16
 _SHRINKS = 100  # candidate ranges of an MSE search: 1/100 ... 100/100 of the observed one

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_ptq.numerics.qconfig import QuantSpec
+from lightning_ptq.numerics.spec import QuantSpec
 
 _MIN_SCALE = float(torch.finfo(torch.float32).tiny) * 2**10
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_ptq.numerics.observers import _SHRINKS
-from lightning_ptq.numerics.qconfig import QuantSpec
 from lightning_ptq.numerics.quantize import choose_qparams, fake_quantize
+from lightning_ptq.numerics.spec import QuantSpec
 
 
 def weight_qparams(rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,9 @@
-"""What a run did: collected, printed, drawn, and written as JSON, CSV, PNG and one HTML page."""
+"""The record of a run, printed, drawn, and written as JSON, CSV, PNG and one HTML page; and the preflight of a run."""
 
 from lightning_ptq.report.ptq_report import PTQReport
-from lightning_ptq.report.table import Sheet
+from lightning_ptq.report.table import ReportTable
 
-__all__ = ["PTQReport", "Sheet"]
+Sheet = ReportTable
+"""Former name of :class:`ReportTable`."""
+
+__all__ = ["PTQReport", "ReportTable", "Sheet"]

@@ -1,4 +1,4 @@
-"""What there is to know of a PTQ run before it starts, as tables."""
+"""The findings about a PTQ run before it starts, and their tables."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console
-from rich.filesize import decimal
 
 from lightning_ptq.activations.memory_plan import MemoryPlan
-from lightning_ptq.report.table import Sheet
+from lightning_ptq.report.table import ReportTable
+from lightning_ptq.runtime.memory import format_bytes
 
 ESTIMATE = (
-    "Bytes: an upper bound from the shapes; what is held is mostly some 0.6 of it. Time: from one forward of this"
-    " batch where the module is now; right within a factor of two or three."
+    "Sizes are upper bounds from the shapes; a run typically holds about 0.6 of them. The time is extrapolated from one"
+    " forward of this batch on the present device, and correct within a factor of two or three."
 )
+"""Note on the accuracy of the estimates."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that the user should know.
+    """A warning or a hazard.
 
     Attributes:
-        category: What it is about, in a word.
-        message: What was found.
-        remedy: What to do about it.
+        category: Class of the warning, or topic of the hazard.
+        message: The finding.
+        remedy: What the user can do about it.
     """
 
     category: str
@@ -39,12 +40,12 @@ class LayerFacts:
     Attributes:
         name: Qualified name.
         kind: Class of the float layer.
-        shape: Of the weight.
-        widths: Such as ``"w4a8"``; ``"float"`` where it stays float.
-        parameters: Their number.
-        macs: Multiply-accumulates of one sample.
-        place: ``"first"`` or ``"last"`` in execution order; else empty.
-        norm: The batch norm that is folded into it, if any.
+        shape: Shape of the weight, or of the first one if there are several; empty without a weight.
+        widths: Bit widths, such as ``"w4a8"``, or ``"float"``.
+        parameters: Number of parameters.
+        macs: Multiply-accumulates for one sample.
+        place: ``"first"`` or ``"last"`` in execution order; otherwise empty.
+        norm: Name of the batch norm that is folded into the layer; empty if there is none.
         status: ``"quantized"``, ``"excluded"``, ``"never called"`` or ``"not supported"``.
     """
 
@@ -64,9 +65,9 @@ class FloatProduct:
     """Matrix products, convolutions and attention that a module computes outside any layer.
 
     Attributes:
-        module: Its qualified name; empty for the root.
+        module: Qualified name of the module; empty for the root.
         operators: Names of the operators.
-        macs: Multiply-accumulates of one sample; None if torch has no formula for them.
+        macs: Multiply-accumulates for one sample; None if torch has no formula for these operators.
     """
 
     module: str
@@ -76,14 +77,14 @@ class FloatProduct:
 
 @dataclass(frozen=True)
 class UnitFacts:
-    """What is tuned at a time.
+    """A block or layer that AdaQuant tunes as one unit.
 
     Attributes:
         name: Qualified name of the block or layer.
         layers: Names of its layers.
-        widths: Theirs, each once.
-        steps: Optimisation steps.
-        calls: How often it runs in one forward.
+        widths: Bit widths of its layers, without repeats.
+        steps: Number of optimization steps.
+        calls: Number of calls in one forward.
     """
 
     name: str
@@ -95,25 +96,25 @@ class UnitFacts:
 
 @dataclass(frozen=True)
 class Preflight:
-    """What was found about a module and a Trainer, before anything is tuned.
+    """The findings about a module and a Trainer, before anything is tuned.
 
     Attributes:
         module: Class of the module.
-        device: Where it is.
-        batch_size: Samples of the batch that was run.
-        samples: Calibration samples that the estimates are for.
-        layers: Those of quantizable types, in execution order, those that did not run last.
+        device: Device of the module.
+        batch_size: Number of samples in the batch that was run.
+        samples: Number of calibration samples that the estimates assume.
+        layers: Layers of quantizable types in execution order, followed by those that did not run.
         folded: The layer that each folded batch norm goes into.
-        unfolded: Why the other batch norms stay.
-        products: What stays float outside the layers.
-        units: What sequential AdaQuant would tune.
-        macs: Multiply-accumulates of one sample, in all.
-        float_bytes: Of the float module's state.
-        packed_bytes: Of the packed tensors.
-        bops: Bit operations of the quantized layers, as a fraction of the same in float.
-        plan: Memory and time of sequential AdaQuant; None if it cannot run (a hazard says why).
-        warnings: What the library would warn of.
-        hazards: What will go wrong, or otherwise than expected.
+        unfolded: Why each other batch norm stays.
+        products: Computations outside the layers, which stay float.
+        units: Units of sequential AdaQuant.
+        macs: Multiply-accumulates of the whole module for one sample.
+        float_bytes: Bytes of the float module's tensors.
+        packed_bytes: Bytes of the packed tensors.
+        bops: Bit operations of the quantized layers, as a fraction of those at 32 bits.
+        plan: Memory and time of sequential AdaQuant; None if it cannot run, which a hazard explains.
+        warnings: Warnings that the run will raise.
+        hazards: What will fail, or behave in an unexpected way.
     """
 
     module: str
@@ -135,99 +136,121 @@ class Preflight:
 
     @property
     def covered(self) -> float:
-        """The share of all multiply-accumulates that is in quantized layers."""
+        """Fraction of all multiply-accumulates that quantized layers compute."""
         inside = sum(layer.macs for layer in self.layers if layer.status == "quantized")
         return inside / self.macs if self.macs else 0.0
 
     @property
     def uncounted(self) -> bool:
-        """Whether anything ran that torch has no formula for; it is missing in all sums."""
+        """True if an operator ran that torch has no formula for; all sums lack it."""
         return any(product.macs is None for product in self.products)
 
     def percent(self, macs: float | None) -> float | None:
-        """A part of all multiply-accumulates, for the tables."""
+        """Return multiply-accumulates in percent of those of the module; None if either is unknown."""
         return None if macs is None or not self.macs else round(100 * macs / self.macs, 2)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain, JSON-able types."""
+        """Return the findings in types that JSON knows."""
         return {**asdict(self), "covered": self.covered}
 
     def print(self, console: Console | None = None) -> None:
-        """Print the tables, the overview last, next to the prompt."""
+        """Print the tables, the overview last, where it stays visible above the prompt.
+
+        Args:
+            console: Console to print to; standard output by default.
+        """
         console = console or Console()
-        for sheet in reversed(self.sheets()):
-            console.print(sheet.table())
+        for table in reversed(self.tables()):
+            console.print(table.to_rich())
 
-    def sheets(self) -> list[Sheet]:
-        """The tables, the most important first; those without rows are left out."""
-        own = (_overview, _hazards, _warnings, _widths, _products, _norms, _units, _layers)
-        return [sheet for sheet in (make(self) for make in own) if sheet.rows]
+    def tables(self) -> list[ReportTable]:
+        """Return the tables, the most important first, without those that have no rows."""
+        builders = (_overview, _hazards, _warnings, _widths, _products, _norms, _units, _layers)
+        return [table for table in (build(self) for build in builders) if table.rows]
+
+    sheets = tables
+    """Former name of :meth:`tables`."""
 
 
-def _overview(found: Preflight) -> Sheet:
-    quantized = [layer for layer in found.layers if layer.status == "quantized"]
-    norms = len(found.folded) + len(found.unfolded)
-    unknown = " of those that torch can count" if found.uncounted else ""
-    steps = sum(unit.steps for unit in found.units)
+def _overview(preflight: Preflight) -> ReportTable:
+    quantized = [layer for layer in preflight.layers if layer.status == "quantized"]
+    norms = len(preflight.folded) + len(preflight.unfolded)
+    countable = " of those that torch can count" if preflight.uncounted else ""
+    steps = sum(unit.steps for unit in preflight.units)
+    sizes = format_bytes(preflight.float_bytes), format_bytes(preflight.packed_bytes)
+    plan = str(preflight.plan) if preflight.plan else "does not fit; see the hazards"
     rows = [
-        ("layers quantized", f"{len(quantized)} of {len(found.layers)}"),
-        ("multiply-accumulates of one sample", f"{found.macs:,.0f}"),
-        ("of them in quantized layers", f"{found.covered:.1%}{unknown}"),
-        ("bit operations of these layers", f"{found.bops:.1%} of those in float"),
-        ("batch norms folded", f"{len(found.folded)} of {norms}" if norms else "there are none"),
-        ("size", f"{decimal(found.float_bytes)} in float, {decimal(found.packed_bytes)} packed"),
-        ("units of AdaQuant", f"{len(found.units)}, with {steps:,} steps in all"),
-        (f"AdaQuant on {found.samples:,} samples", str(found.plan) if found.plan else "does not fit; see the hazards"),
-        ("warnings", str(len(found.warnings))),
-        ("hazards", str(len(found.hazards))),
+        ("layers quantized", f"{len(quantized)} of {len(preflight.layers)}"),
+        ("multiply-accumulates for one sample", f"{preflight.macs:,.0f}"),
+        ("share in quantized layers", f"{preflight.covered:.1%}{countable}"),
+        ("bit operations of quantized layers", f"{preflight.bops:.1%} of those in float"),
+        ("batch norms folded", f"{len(preflight.folded)} of {norms}" if norms else "there are none"),
+        ("size", f"{sizes[0]} in float, {sizes[1]} packed"),
+        ("units of AdaQuant", f"{len(preflight.units)}, with {steps:,} steps in total"),
+        (f"AdaQuant on {preflight.samples:,} samples", plan),
+        ("warnings", str(len(preflight.warnings))),
+        ("hazards", str(len(preflight.hazards))),
     ]
-    title = f"Preflight: {found.module} on {found.device}, from a batch of {found.batch_size}"
-    return Sheet("overview", title, ("what", "value"), rows, ESTIMATE if found.plan else "")
+    title = f"Preflight: {preflight.module} on {preflight.device}, from a batch of {preflight.batch_size}"
+    return ReportTable("overview", title, ("quantity", "value"), rows, ESTIMATE if preflight.plan else "")
 
 
-def _hazards(found: Preflight) -> Sheet:
-    rows = [(hazard.category, hazard.message, hazard.remedy) for hazard in found.hazards]
-    return Sheet("hazards", "Hazards", ("kind", "what", "what to do"), rows)
+def _hazards(preflight: Preflight) -> ReportTable:
+    return _findings("hazards", "Hazards", preflight.hazards)
 
 
-def _warnings(found: Preflight) -> Sheet:
-    rows = [(warning.category, warning.message, warning.remedy) for warning in found.warnings]
-    return Sheet("warnings", "Warnings", ("kind", "what", "what to do"), rows)
+def _warnings(preflight: Preflight) -> ReportTable:
+    return _findings("warnings", "Warnings", preflight.warnings)
 
 
-def _widths(found: Preflight) -> Sheet:
-    parts: dict[str, tuple[int | None, float]] = {}
-    for layer in found.layers:
-        count, macs = parts.get(layer.widths, (0, 0.0))
-        parts[layer.widths] = ((count or 0) + 1, macs + layer.macs)
-    rest = found.macs - sum(macs for _, macs in parts.values())
-    if found.products:
-        parts["float, outside any layer"] = (None, rest)
-    rows = [(widths, count, round(macs), found.percent(macs)) for widths, (count, macs) in parts.items()]
-    return Sheet("widths", "Multiply-accumulates by widths", ("widths", "layers", "MACs", "MACs, %"), rows)
+def _findings(key: str, title: str, findings: list[Finding]) -> ReportTable:
+    rows = [(finding.category, finding.message, finding.remedy) for finding in findings]
+    return ReportTable(key, title, ("kind", "message", "remedy"), rows)
 
 
-def _products(found: Preflight) -> Sheet:
+def _widths(preflight: Preflight) -> ReportTable:
+    groups: dict[str, tuple[int, float]] = {}
+    for layer in preflight.layers:
+        count, macs = groups.get(layer.widths, (0, 0.0))
+        groups[layer.widths] = count + 1, macs + layer.macs
+    rows: list[tuple[Any, ...]] = [
+        (widths, count, round(macs), preflight.percent(macs)) for widths, (count, macs) in groups.items()
+    ]
+    if preflight.products:
+        rest = preflight.macs - sum(macs for _, macs in groups.values())
+        rows.append(("float, outside any layer", None, round(rest), preflight.percent(rest)))
+    columns = ("bit widths", "layers", "MACs", "MACs, %")
+    return ReportTable("widths", "Multiply-accumulates by bit widths", columns, rows)
+
+
+def _products(preflight: Preflight) -> ReportTable:
     rows = [
-        (row.module or found.module, ", ".join(row.operators), row.macs and round(row.macs), found.percent(row.macs))
-        for row in found.products
+        (
+            row.module or preflight.module,
+            ", ".join(row.operators),
+            row.macs and round(row.macs),
+            preflight.percent(row.macs),
+        )
+        for row in preflight.products
     ]
-    note = "Torch has no formula for those without MACs; they are missing in all sums." if found.uncounted else ""
+    note = "torch has no formula for operators without MACs; all sums lack them." if preflight.uncounted else ""
     columns = ("module", "operators", "MACs", "MACs, %")
-    return Sheet("products", "Computed outside any layer, so it stays float", columns, rows, note)
+    return ReportTable("products", "Computed in float, outside any layer", columns, rows, note)
 
 
-def _norms(found: Preflight) -> Sheet:
-    return Sheet("norms", "Batch norms that stay", ("batch norm", "because"), list(found.unfolded.items()))
+def _norms(preflight: Preflight) -> ReportTable:
+    rows = list(preflight.unfolded.items())
+    return ReportTable("norms", "Batch norms that are not folded", ("batch norm", "reason"), rows)
 
 
-def _units(found: Preflight) -> Sheet:
-    rows = [(unit.name, len(unit.layers), " ".join(unit.widths), unit.steps, unit.calls) for unit in found.units]
-    return Sheet("units", "Units of AdaQuant", ("unit", "layers", "widths", "steps", "runs in a forward"), rows)
+def _units(preflight: Preflight) -> ReportTable:
+    rows = [(unit.name, len(unit.layers), " ".join(unit.widths), unit.steps, unit.calls) for unit in preflight.units]
+    columns = ("unit", "layers", "bit widths", "steps", "calls per forward")
+    return ReportTable("units", "Units of AdaQuant", columns, rows)
 
 
-def _layers(found: Preflight) -> Sheet:
-    columns = ("layer", "type", "weight", "widths", "parameters", "MACs", "MACs, %", "batch norm", "status")
+def _layers(preflight: Preflight) -> ReportTable:
+    columns = ("layer", "type", "weight", "bit widths", "parameters", "MACs", "MACs, %", "batch norm", "status")
     rows = [
         (
             row.name,
@@ -236,10 +259,10 @@ def _layers(found: Preflight) -> Sheet:
             row.widths,
             row.parameters,
             round(row.macs),
-            found.percent(row.macs),
+            preflight.percent(row.macs),
             row.norm,
             f"{row.status}, {row.place}" if row.place else row.status,
         )
-        for row in found.layers
+        for row in preflight.layers
     ]
-    return Sheet("layers", "Layers", columns, rows)
+    return ReportTable("layers", "Layers", columns, rows)

@@ -18,19 +18,20 @@ from rich.console import Console
 
 from lightning_ptq.errors import PTQWarning, ReportWarning, warn
 from lightning_ptq.report.record import RunRecord
-from lightning_ptq.report.table import Sheet, is_number, shown
-from lightning_ptq.report.tables import all_sheets
+from lightning_ptq.report.table import ReportTable, is_number, shown
+from lightning_ptq.report.tables import all_tables
+from lightning_ptq.runtime.memory import format_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_BRIEF = ("summary", "stages", "warnings", "layers")
+_BRIEF = ("summary", "stages", "warnings", "layers")  # tables that are printed by default
 
 
 class PTQReport(RunRecord):
-    """What a run did: tables, drawings, and files of both.
+    """The record of a run as tables, plots and files.
 
-    ``CalibrationCapture.report`` holds that of the last ``trainer.fit``. Without a Trainer it is filled by hand:
+    ``CalibrationCapture.report`` is the report of the last ``trainer.fit``. Without a Trainer, fill a report by hand:
 
     Example:
         >>> import torch
@@ -43,52 +44,59 @@ class PTQReport(RunRecord):
         >>> with report.stage("AdaQuant"):
         ...     report.tuning["AdaQuant"] = adaquant(calibration)
         >>> report.finish(calibration)
-        >>> [sheet.key for sheet in report.sheets()]
+        >>> [table.key for table in report.tables()]
         ['summary', 'stages', 'layers', 'units_adaquant']
     """
 
-    def sheets(self) -> list[Sheet]:
-        """The tables."""
-        return all_sheets(self)
+    def tables(self) -> list[ReportTable]:
+        """Return the tables, without those of stages that did not run."""
+        return all_tables(self)
+
+    sheets = tables
+    """Former name of :meth:`tables`."""
 
     def figures(self) -> dict[str, Figure]:
-        """The drawings by key; none, and a :class:`ReportWarning`, if matplotlib is not installed."""
+        """Return the plots as matplotlib figures, by key.
+
+        Warns:
+            ReportWarning: If matplotlib is not installed; there are no plots then.
+        """
         if importlib.util.find_spec("matplotlib") is None:
-            warn("no plots were drawn, for matplotlib is not installed.", ReportWarning, stacklevel=2)
+            warn("matplotlib is not installed, so no plots were drawn.", ReportWarning, stacklevel=2)
             return {}
         from lightning_ptq.report.figures import all_figures
 
         return all_figures(self)
 
     def pictures(self) -> dict[str, bytes]:
-        """The drawings as PNG files."""
+        """Return the plots as PNG files, by key."""
         return {key: png(figure) for key, figure in self.figures().items()}
 
     def print(self, console: Console | None = None, every: bool = False) -> None:
-        """Print the summary, the stages, the warnings and a row for each layer.
+        """Print the summary, the stages, the warnings and the layers.
 
         Args:
-            console: Where to; standard output by default.
-            every: Print all other tables too.
+            console: Console to print to; standard output by default.
+            every: True to print all other tables too.
         """
         console = console or Console()
-        for sheet in self.sheets():
-            if every or sheet.key in _BRIEF:
-                console.print(sheet.table())
+        for table in self.tables():
+            if every or table.key in _BRIEF:
+                console.print(table.to_rich())
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain types that JSON knows; NaN becomes None."""
-        found: dict[str, Any] = plain(self)
-        return {"summary": plain(self.summary()), **found}
+        """Return the record and its summary in types that JSON knows; NaN and infinities become None."""
+        fields: dict[str, Any] = plain(self)
+        return {"summary": plain(self.summary()), **fields}
 
     def save(self, folder: str | os.PathLike[str], pictures: Mapping[str, bytes] | None = None) -> Path:
-        """Write ``report.json``, a CSV file for each table, a PNG file for each drawing, and ``report.html``.
+        """Write ``report.json``, a CSV file for each table, a PNG file for each plot, and ``report.html``.
 
-        The page holds all tables and drawings in itself and needs no network.
+        The page contains all tables and plots and loads nothing from the network.
 
         Args:
-            folder: Made if it is not there; files of the same names are replaced.
-            pictures: What :meth:`pictures` returned, if the drawings are there already.
+            folder: Folder to write to, created if it does not exist; existing files are overwritten.
+            pictures: What :meth:`pictures` returned, so that the plots are not drawn again.
 
         Returns:
             The path of the page.
@@ -98,8 +106,8 @@ class PTQReport(RunRecord):
         pictures = self.pictures() if pictures is None else pictures
         for key, picture in pictures.items():
             (folder / f"{key}.png").write_bytes(picture)
-        for sheet in self.sheets():
-            (folder / f"{sheet.key}.csv").write_text(sheet.csv(), encoding="utf-8")
+        for table in self.tables():
+            (folder / f"{table.key}.csv").write_text(table.csv(), encoding="utf-8")
         (folder / "report.json").write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False), encoding="utf-8")
         page = folder / "report.html"
         page.write_text(self._page(pictures), encoding="utf-8")
@@ -109,30 +117,37 @@ class PTQReport(RunRecord):
         environment = Environment(
             loader=PackageLoader("lightning_ptq", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
         )
-        environment.globals.update(shown=shown, is_number=is_number)
-        sheets = {sheet.key: sheet for sheet in self.sheets()}
+        environment.globals.update(shown=shown, is_number=is_number, format_bytes=format_bytes)
         inline = {key: base64.b64encode(picture).decode() for key, picture in pictures.items()}
-        return environment.get_template("page.html").render(report=self, sheets=sheets, pictures=inline)
+        return environment.get_template("page.html").render(report=self, tables=self.tables(), pictures=inline)
 
 
 def png(figure: Figure, dpi: int = 90) -> bytes:
-    """A drawing as the bytes of a PNG file."""
+    """Return a figure as the bytes of a PNG file.
+
+    Args:
+        figure: A matplotlib figure.
+        dpi: Pixels per inch.
+    """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
 
 
 def plain(value: Any) -> Any:
-    """A nested structure in the types of JSON; what it does not know becomes text, tensors are left out."""
+    """Return a nested structure in types that JSON knows; values of other types become text.
+
+    Tuned states are left out, as they hold tensors.
+    """
     if isinstance(value, PTQWarning):
         return {"kind": type(value).__name__, "message": str(value), "remedy": value.remedy}
     if is_dataclass(value) and not isinstance(value, type):
         fields = {name: getattr(value, name) for name in value.__dataclass_fields__ if name != "states"}
-        return {name: plain(found) for name, found in fields.items()}
+        return {name: plain(item) for name, item in fields.items()}
     if isinstance(value, dict):
-        return {str(key): plain(found) for key, found in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set)):
-        return [plain(found) for found in value]
+        return [plain(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)

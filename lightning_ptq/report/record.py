@@ -1,4 +1,4 @@
-"""What is known of a run: gathered while it goes on, plain data when it is over."""
+"""The record of a run: collected during the run, plain data afterwards."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from lightning_ptq.allocation.costs import bit_operations
 from lightning_ptq.allocation.frontier import Frontier
 from lightning_ptq.allocation.search import AllocationResult
 from lightning_ptq.calibration.calibration import Calibration
-from lightning_ptq.calibration.layer_costs import layer_work, packed_bytes
+from lightning_ptq.calibration.layer_costs import layer_work, packed_size
 from lightning_ptq.errors import PTQWarning
-from lightning_ptq.export.packed import packed_tensors
-from lightning_ptq.network.layers import QuantLayer
+from lightning_ptq.network.op import QuantizedOp
 from lightning_ptq.numerics.observers import HistogramObserver, MinMaxObserver
 from lightning_ptq.numerics.qconfig import LayerQConfig
 from lightning_ptq.statistics.acceptance import StatisticsResult
 from lightning_ptq.tuning.run import AdaQuantResult
 
 BINS = 64
+"""Number of bins of every histogram."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the run.
+    """A stage of the run.
 
     Attributes:
-        name: What was done.
-        seconds: How long it took.
-        peak_memory: Most bytes of memory that the process has held up to its end; None where the system does not tell.
-        peak_gpu_memory: The same of the GPU; None without one.
+        name: Name of the stage.
+        seconds: Duration.
+        peak_memory: Peak memory of the process from its start to the end of the stage, in bytes; None if unknown.
+        peak_gpu_memory: The same for memory on the GPU; None without a GPU.
     """
 
     name: str
@@ -47,11 +47,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Histogram:
-    """How often values fell into bins of equal width.
+    """Counts of values in bins of equal width.
 
     Attributes:
-        edges: Ends of the bins, one more than there are counts.
-        counts: Values in each bin.
+        edges: Edges of the bins, ascending; one more than there are counts.
+        counts: Number of values in each bin.
     """
 
     edges: list[float]
@@ -62,18 +62,20 @@ class Histogram:
 class LayerRecord:
     """A quantized layer.
 
+    Where a layer has several inputs, ``low``, ``high`` and ``inputs`` describe the first one.
+
     Attributes:
         name: Qualified name.
-        kind: Its type.
-        widths: For example ``"w4a8"``.
-        parameters: Number of its weights.
+        kind: Class of the float layer.
+        widths: Bit widths, for example ``"w4a8"``.
+        parameters: Number of weights.
         macs: Multiply-accumulates for one sample.
-        size: Bytes of its packed weight, with scales and zero points.
+        size: Bytes of the packed weights, with scales and zero points.
         bops: Bit operations for one sample.
-        low: Least input that its grid holds; None if its input stays float.
-        high: Greatest input that its grid holds.
-        weights: Of the float layer.
-        inputs: On the calibration set; None where the observer keeps no histogram.
+        low: Least value on the grid of the input; None if the input stays float.
+        high: Greatest value on the grid of the input; None if the input stays float.
+        weights: Histogram of the float weights; None if the layer has none.
+        inputs: Histogram of the input over the calibration set; None if its observer keeps no histogram.
     """
 
     name: str
@@ -91,23 +93,23 @@ class LayerRecord:
 
 @dataclass
 class RunRecord:
-    """Everything that a run did.
+    """The record of a run.
 
     Attributes:
-        model: The module's type.
-        settings: What the run was told, by callback (or whatever the caller chooses).
-        stages: Parts of the run, in order.
-        samples: Calibration samples.
-        processes: That shared the work.
+        model: Class of the module.
+        settings: Settings of the run, by callback or under any other names.
+        stages: Stages of the run, in order.
+        samples: Number of calibration samples.
+        processes: Number of processes that shared the work.
         layers: The quantized layers in execution order.
         folded: The layer that each folded batch norm went into.
-        tuning: What AdaQuant did, by stage.
-        allocation: The bit allocation, if there was one.
-        frontier: Best predictions over a sweep of budgets.
+        tuning: Outcome of AdaQuant, by stage.
+        allocation: The bit allocation; None if there was none.
+        frontier: Predictions over a sweep of budgets; None if there was no allocation.
         statistics: The steps of statistics tuning.
         warnings: All warnings of the library, in order.
-        float_bytes: Of the float module's tensors.
-        packed_bytes: Of the quantized module's packed tensors.
+        float_bytes: Bytes of the float module's tensors.
+        packed_bytes: Bytes of the quantized module's packed tensors.
         float_bops: Bit operations of the layers for one sample at 32 bits.
     """
 
@@ -129,7 +131,7 @@ class RunRecord:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time what happens inside the ``with`` block."""
+        """Record what runs inside the ``with`` block as a stage."""
         start = time.perf_counter()
         try:
             yield
@@ -137,7 +139,7 @@ class RunRecord:
             self.stages.append(Stage(name, time.perf_counter() - start, *peak_memory()))
 
     def calibrated(self, calibration: Calibration) -> None:
-        """Take down the layers, the work that they do, and the histograms of their weights and inputs."""
+        """Record the layers, their work, and the histograms of their weights and inputs."""
         work = layer_work(calibration)
         self.samples, self.processes = calibration.samples, calibration.ranks.world
         self.folded = dict(calibration.folded)
@@ -146,38 +148,38 @@ class RunRecord:
                 name,
                 type(layer).__name__.removeprefix("Quant"),
                 str(layer.qconfig),
-                layer.weight.numel(),
+                layer.weight_count,
                 work[name].macs,
-                weights=of_values(layer.weight if layer.reference is None else layer.reference[0]),
-                inputs=of_observer(calibration.observers[name]),
+                weights=_weight_histogram(layer),
+                inputs=_input_histogram(calibration, name),
             )
             for name, layer in calibration.layers.items()
         ]
         self.finish(calibration)
 
     def finish(self, calibration: Calibration) -> None:
-        """Take down the widths, ranges and sizes that the layers have now."""
+        """Record the present bit widths, input grids and sizes of the layers."""
         for row in self.layers:
             layer = calibration.layers[row.name]
-            config = cast(LayerQConfig, layer.qconfig)
-            row.widths = str(config)
-            row.size = packed_bytes(layer, config.weight)
-            row.bops = bit_operations(row.macs, config)
-            row.low, row.high = _grid(layer)
+            qconfig = cast(LayerQConfig, layer.qconfig)  # every layer of a calibration is quantized
+            row.widths = str(qconfig)
+            row.size = layer.packed_bytes(qconfig.weight)
+            row.bops = bit_operations(row.macs, qconfig)
+            row.low, row.high = _input_grid(layer)
         self.float_bytes = calibration.prepared.float_bytes
-        self.packed_bytes = sum(t.numel() * t.element_size() for t in packed_tensors(calibration.module)[0].values())
+        self.packed_bytes = packed_size(calibration.module)
         self.float_bops = sum(bit_operations(row.macs, None) for row in self.layers)
 
     @property
     def seconds(self) -> float:
-        """Of all stages."""
+        """Duration of all stages."""
         return sum(stage.seconds for stage in self.stages)
 
     def summary(self) -> dict[str, float | int | str]:
-        """The run in a few figures."""
+        """Return the key figures of the run by name; the names are also keys in logs."""
         weights = sum(row.parameters for row in self.layers)
-        rows = [row for result in self.tuning.values() for row in result.units]
-        found: dict[str, float | int | str] = {
+        units = [row for result in self.tuning.values() for row in result.units]
+        summary: dict[str, float | int | str] = {
             "model": self.model,
             "calibration samples": self.samples,
             "processes": self.processes,
@@ -188,20 +190,48 @@ class RunRecord:
             "times smaller": self.float_bytes / max(1, self.packed_bytes),
             "bits per quantized weight": sum(8 * row.size for row in self.layers) / max(1, weights),
             "bit operations, share of float": sum(row.bops for row in self.layers) / max(1.0, self.float_bops),
-            "units tuned": sum(row.steps > 0 for row in rows),
-            "units kept": sum(row.accepted for row in rows),
+            "units tuned": sum(row.steps > 0 for row in units),
+            "units kept": sum(row.accepted for row in units),
             "warnings": len(self.warnings),
             "seconds": self.seconds,
         }
         if self.stages and self.stages[-1].peak_memory is not None:
-            found["peak memory, bytes"] = max(stage.peak_memory or 0 for stage in self.stages)
+            summary["peak memory, bytes"] = max(stage.peak_memory or 0 for stage in self.stages)
         if self.allocation is not None:
-            found[f"{self.allocation.sensitivity.measure} at the allocation"] = self.allocation.measured
-        return found
+            summary[f"{self.allocation.sensitivity.measure} at the allocation"] = self.allocation.measured
+        return summary
+
+
+def _weight_histogram(layer: QuantizedOp) -> Histogram | None:
+    """Return the histogram of all float weights of a layer; None if it has none."""
+    # Tuning replaces the weights; the reference keeps those of the float layer until the run ends.
+    weights = layer.weights if layer.reference is None else {name: layer.reference[name] for name in layer.weight_names}
+    tensors = [weight.flatten() for weight in weights.values() if weight is not None]
+    return of_values(torch.cat(tensors)) if tensors else None
+
+
+def _first_input(layer: QuantizedOp) -> str:
+    """Return the name of a layer's first input; empty if it has none."""
+    return layer.input_names[0] if layer.input_names else ""
+
+
+def _input_histogram(calibration: Calibration, name: str) -> Histogram | None:
+    """Return the histogram of the first input of layer ``name``; None if its observer keeps none."""
+    observer = calibration.observers.get((name, _first_input(calibration.layers[name])))
+    return None if observer is None else of_observer(observer)
+
+
+def _input_grid(layer: QuantizedOp) -> tuple[float | None, float | None]:
+    """Return the least and the greatest value on the grid of a layer's first input; None if it stays float."""
+    quantizer = layer.input_quantizers.get(_first_input(layer))
+    if quantizer is None:
+        return None, None
+    scale, zero_point, spec = float(quantizer.scale), float(quantizer.zero_point), quantizer.spec
+    return (spec.quant_min - zero_point) * scale, (spec.quant_max - zero_point) * scale
 
 
 def of_values(values: Tensor) -> Histogram:
-    """A histogram of a tensor."""
+    """Return the histogram of a tensor of any shape."""
     values = values.detach().float().flatten().cpu()  # counting on a GPU is not deterministic
     low, high = (end.item() for end in values.aminmax())
     counts = torch.histc(values, BINS, low, high) if low < high else torch.tensor([values.numel()] + [0] * (BINS - 1))
@@ -209,37 +239,30 @@ def of_values(values: Tensor) -> Histogram:
 
 
 def of_observer(observer: MinMaxObserver) -> Histogram | None:
-    """The observer's histogram over bins of equal width; None if it keeps none."""
+    """Return an observer's histogram over bins of equal width; None if it keeps none."""
     if not isinstance(observer, HistogramObserver) or not observer.counts.any():
         return None
     centres, counts = (tensor.cpu() for tensor in observer.histogram())
     low, high = observer.minimum.item(), observer.maximum.item()
     edges = torch.tensor(_edges(low, high), dtype=torch.float64)
+    # Each of the observer's fine bins goes as a whole to the bin that holds its centre. The outer edges are not passed:
+    # the centre of an outermost fine bin may lie beyond the extreme value.
     bins = torch.bucketize(centres, edges[1:-1])
     return Histogram(edges.tolist(), torch.zeros(BINS, dtype=torch.int64).index_add(0, bins, counts.long()).tolist())
 
 
 def _edges(low: float, high: float) -> list[float]:
-    if low == high:
+    if low == high:  # equal values all lie in the first bin; its width is arbitrary
         high = low + (abs(low) or 1.0)
     return torch.linspace(low, high, BINS + 1, dtype=torch.float64).tolist()
 
 
-def _grid(layer: QuantLayer) -> tuple[float | None, float | None]:
-    quantizer = layer.input_fake_quant
-    if quantizer is None:
-        return None, None
-    scale, zero_point = float(quantizer.scale), float(quantizer.zero_point)
-    spec = quantizer.spec
-    return (spec.quant_min - zero_point) * scale, (spec.quant_max - zero_point) * scale
-
-
 def peak_memory() -> tuple[int | None, int | None]:
-    """Most bytes that the process has held so far, in main memory and on the GPU."""
+    """Return the peak memory of the process so far, in bytes: main memory and GPU; None where it is unknown."""
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None
     try:
         import resource
     except ImportError:  # Windows
         return None, gpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return (peak if sys.platform == "darwin" else peak * 1024), gpu
+    return (peak if sys.platform == "darwin" else peak * 1024), gpu  # macOS counts bytes, Linux KiB

@@ -1,4 +1,4 @@
-"""A table that is made once, and shown by rich, CSV, HTML and loggers."""
+"""Tables of the report: built once, and written to the console, CSV, HTML and loggers."""
 
 from __future__ import annotations
 
@@ -10,22 +10,30 @@ from typing import Any
 
 from rich.table import Table
 
+from lightning_ptq.runtime.memory import format_bytes
+
+_BYTES = ", bytes"
+
 
 @dataclass(frozen=True)
-class Sheet:
-    """Rows under named columns.
+class ReportTable:
+    """Rows of values below named columns.
+
+    A quantity whose name ends in ``", bytes"`` is a size. CSV files and loggers get its number; people see it with a
+    unit, as in ``1.2 MB``, and its name without that ending.
 
     Attributes:
         key: Short name, for files and loggers.
-        title: Heading.
-        columns: Their names, with units where there are any.
-        rows: One value for each column: text, numbers, True or False, or None for nothing.
-        note: A sentence below the table.
+        title: Heading of the table.
+        columns: Names of the columns, with units.
+        rows: One value per column: text, a number, True or False, or None for an empty cell.
+        note: Sentence below the table.
+        named_rows: True if each row is a quantity, a name and a value, so that rows and not columns name the units.
 
     Example:
-        >>> sheet = Sheet("units", "Units", ("unit", "error", "kept"), [("conv", 0.01235, True)])
-        >>> sheet.cells()
-        [['conv', '0.01235', 'yes']]
+        >>> table = ReportTable("units", "Units", ("unit", "error", "size, bytes"), [("conv", 0.01235, 1_234_567)])
+        >>> table.headings(), table.cells()
+        (['unit', 'error', 'size'], [['conv', '0.01235', '1.2 MB']])
     """
 
     key: str
@@ -33,26 +41,33 @@ class Sheet:
     columns: tuple[str, ...]
     rows: list[tuple[Any, ...]] = field(default_factory=list)
     note: str = ""
+    named_rows: bool = False
 
     def numeric(self) -> list[bool]:
-        """Whether each column holds numbers, and nothing else but gaps."""
+        """Return, for each column, True if it holds numbers and empty cells only."""
         return [all(is_number(row[i]) or row[i] is None for row in self.rows) for i in range(len(self.columns))]
 
-    def cells(self) -> list[list[str]]:
-        """The rows as text."""
-        return [[shown(value) for value in row] for row in self.rows]
+    def headings(self) -> list[str]:
+        """Return the names of the columns as people see them."""
+        return [column.removesuffix(_BYTES) for column in self.columns]
 
-    def table(self) -> Table:
-        """For a rich console."""
+    def cells(self) -> list[list[str]]:
+        """Return the rows as text for people."""
+        if self.named_rows:
+            return [[name.removesuffix(_BYTES), _quantity(name, value)] for name, value in self.rows]
+        return [[_quantity(*pair) for pair in zip(self.columns, row, strict=True)] for row in self.rows]
+
+    def to_rich(self) -> Table:
+        """Return the table for a rich console."""
         table = Table(title=self.title, caption=self.note or None, title_justify="left", caption_justify="left")
-        for column, numbers in zip(self.columns, self.numeric(), strict=True):
-            table.add_column(column, justify="right" if numbers else "left", overflow="fold")
+        for heading, numbers in zip(self.headings(), self.numeric(), strict=True):
+            table.add_column(heading, justify="right" if numbers else "left", overflow="fold")
         for row in self.cells():
             table.add_row(*row)
         return table
 
     def csv(self) -> str:
-        """As comma-separated values; numbers in full."""
+        """Return comma-separated values, with all digits of the numbers."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(self.columns)
@@ -61,12 +76,16 @@ class Sheet:
 
 
 def is_number(value: Any) -> bool:
-    """True for integers and floats, not for True and False."""
+    """Return True for integers and floats, but not for True and False."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _quantity(name: str, value: Any) -> str:
+    return format_bytes(value) if name.endswith(_BYTES) and is_number(value) else shown(value)
+
+
 def shown(value: Any) -> str:
-    """A value as text for people: four digits, thousands set apart.
+    """Return a value as text for people: four significant digits, thousands separated by commas.
 
     Example:
         >>> shown(12345678), shown(0.000123456), shown(True), shown(None), shown(2.0)

@@ -8,35 +8,36 @@ from typing import Any
 from lightning_ptq.allocation.frontier import Frontier
 from lightning_ptq.allocation.search import AllocationResult
 from lightning_ptq.report.record import RunRecord
-from lightning_ptq.report.table import Sheet
+from lightning_ptq.report.table import ReportTable
+from lightning_ptq.runtime.memory import format_bytes
 from lightning_ptq.statistics.acceptance import StatisticsResult
 from lightning_ptq.tuning.run import AdaQuantResult
 
 
-def all_sheets(record: RunRecord) -> list[Sheet]:
-    """All tables of a record, those of stages that did not run left out."""
-    return [sheet for sheet in _sheets(record) if sheet.rows]
+def all_tables(record: RunRecord) -> list[ReportTable]:
+    """Return all tables of a record, without those of stages that did not run."""
+    return [table for table in _tables(record) if table.rows]
 
 
-def _sheets(record: RunRecord) -> Iterator[Sheet]:
-    yield summary_sheet(record)
-    yield stage_sheet(record)
-    yield warning_sheet(record)
-    yield layer_sheet(record)
+def _tables(record: RunRecord) -> Iterator[ReportTable]:
+    yield summary_table(record)
+    yield stage_table(record)
+    yield warning_table(record)
+    yield layer_table(record)
     for stage, result in record.tuning.items():
-        yield unit_sheet(stage, result)
+        yield unit_table(stage, result)
     if record.allocation is not None:
-        yield allocation_sheet(record.allocation)
-        yield round_sheet(record.allocation)
-        yield sensitivity_sheet(record.allocation)
+        yield allocation_table(record.allocation)
+        yield round_table(record.allocation)
+        yield sensitivity_table(record.allocation)
     if record.frontier is not None:
-        yield frontier_sheet(record.frontier)
-    yield statistics_sheet(record.statistics)
-    yield settings_sheet(record.settings)
+        yield frontier_table(record.frontier)
+    yield statistics_table(record.statistics)
+    yield settings_table(record.settings)
 
 
 def key_of(stage: str) -> str:
-    """A stage's name as part of a file name.
+    """Return the name of a stage as part of a file name.
 
     Example:
         >>> key_of("AdaQuant sequential")
@@ -45,49 +46,49 @@ def key_of(stage: str) -> str:
     return stage.lower().replace(" ", "_")
 
 
-def summary_sheet(record: RunRecord) -> Sheet:
-    """The run in a few figures."""
-    return Sheet("summary", "Summary", ("what", "value"), list(record.summary().items()))
+def summary_table(record: RunRecord) -> ReportTable:
+    """Return the key figures of the run."""
+    rows: list[tuple[Any, ...]] = list(record.summary().items())
+    return ReportTable("summary", "Summary", ("quantity", "value"), rows, named_rows=True)
 
 
-def stage_sheet(record: RunRecord) -> Sheet:
-    """What took how long."""
+def stage_table(record: RunRecord) -> ReportTable:
+    """Return the duration and peak memory of each stage."""
     rows: list[tuple[Any, ...]] = [
         (stage.name, stage.seconds, stage.seconds / max(record.seconds, 1e-9), stage.peak_memory, stage.peak_gpu_memory)
         for stage in record.stages
     ]
-    columns = ["stage", "seconds", "share", "peak memory so far, bytes", "on the GPU, bytes"]
-    if all(row[-1] is None for row in rows):
+    columns = ["stage", "seconds", "share of the run", "peak memory so far, bytes", "peak GPU memory so far, bytes"]
+    if all(row[-1] is None for row in rows):  # no GPU
         columns, rows = columns[:-1], [row[:-1] for row in rows]
-    return Sheet("stages", "Stages", tuple(columns), rows)
+    return ReportTable("stages", "Stages", tuple(columns), rows)
 
 
-def warning_sheet(record: RunRecord) -> Sheet:
-    """Every warning of the run, and what can be done about it."""
-    rows = [(type(found).__name__.removesuffix("Warning"), str(found), found.remedy) for found in record.warnings]
-    return Sheet("warnings", "Warnings", ("kind", "what", "what to do"), rows)
+def warning_table(record: RunRecord) -> ReportTable:
+    """Return every warning of the run with its remedy."""
+    rows = [(type(note).__name__.removesuffix("Warning"), str(note), note.remedy) for note in record.warnings]
+    return ReportTable("warnings", "Warnings", ("kind", "message", "remedy"), rows)
 
 
-def layer_sheet(record: RunRecord) -> Sheet:
-    """The quantized layers in execution order."""
+def layer_table(record: RunRecord) -> ReportTable:
+    """Return the quantized layers in execution order."""
     rows: list[tuple[Any, ...]] = [
         (row.name, row.kind, row.widths, row.parameters, row.macs, row.bops, row.size, row.low, row.high)
         for row in record.layers
     ]
     columns = (
-        "layer", "type", "widths", "weights", "MACs", "BOPs", "bytes", "input from", "to",
+        "layer", "type", "bit widths", "weights", "MACs", "BOPs", "packed weights, bytes", "least input",
+        "greatest input",
     )  # fmt: skip
-    return Sheet(
-        "layers",
-        "Layers",
-        columns,
-        rows,
-        "MACs (multiply-accumulates) and BOPs (bit operations) for one sample; inputs beyond their grid are clamped.",
+    note = (
+        "MACs are multiply-accumulates and BOPs bit operations, both for one sample. Least and greatest input are the"
+        " ends of the grid; values beyond them are clamped."
     )
+    return ReportTable("layers", "Layers", columns, rows, note)
 
 
-def unit_sheet(stage: str, result: AdaQuantResult) -> Sheet:
-    """What became of each unit."""
+def unit_table(stage: str, result: AdaQuantResult) -> ReportTable:
+    """Return the outcome of each unit in a stage of AdaQuant."""
     rows: list[tuple[Any, ...]] = [
         (
             row.name, row.bits, row.error_before, row.error_after, row.error_after / max(row.error_before, 1e-30),
@@ -95,16 +96,16 @@ def unit_sheet(stage: str, result: AdaQuantResult) -> Sheet:
         )
         for row in result.units
     ]  # fmt: skip
-    columns = ("unit", "widths", "before", "after", "ratio", "kept", "steps", "seconds")
+    columns = ("unit", "bit widths", "error before", "error after", "ratio", "kept", "steps", "seconds")
     note = (
-        "Squared error of the unit's output over the squared float output, on held-out samples. A unit of no steps was"
-        " good as it was."
+        "The error is the squared error of the unit's output over the squared float output, on held-out samples. A unit"
+        " was not tuned if its error was below the tolerance from the start."
     )
-    return Sheet(f"units_{key_of(stage)}", f"Units: {stage}", columns, rows, note)
+    return ReportTable(f"units_{key_of(stage)}", f"Units: {stage}", columns, rows, note)
 
 
-def allocation_sheet(result: AllocationResult) -> Sheet:
-    """Each layer's widths, its sensitivity with standard error, and how sure the choice is."""
+def allocation_table(result: AllocationResult) -> ReportTable:
+    """Return each layer's bit widths, its sensitivity with standard error, and the stability of the choice."""
     allocation, sensitivity = result.allocation, result.sensitivity
     rows: list[tuple[Any, ...]] = [
         (
@@ -113,51 +114,63 @@ def allocation_sheet(result: AllocationResult) -> Sheet:
         )
         for name, candidate in allocation.choice.items()
     ]  # fmt: skip
-    costs = ", ".join(f"{name} {total:,.0f}" for name, total in allocation.costs.items())
+    # Costs do not carry their units here; "size" is the name that size_cost gives its bytes.
+    costs = ", ".join(
+        f"{name} {format_bytes(total) if name == 'size' else f'{total:,.0f}'}"
+        for name, total in allocation.costs.items()
+    )
     proof = "proven optimal" if allocation.proven else f"within {allocation.gap:.2%} of the bound"
     note = (
-        f"{costs} ({allocation.solver}, {proof}). {sensitivity.measure}: predicted"
-        f" {sensitivity.predict(allocation.choice):.4g}, measured {result.measured:.4g}, all at base"
+        f"Costs: {costs} ({allocation.solver}, {proof}). {sensitivity.measure}: predicted"
+        f" {sensitivity.predict(allocation.choice):.4g}, measured {result.measured:.4g}; with all layers at their base"
         f" {sensitivity.base_value:.4g}."
     )
-    columns = ("layer", "widths", "rise", "standard error", "kept in redraws")
-    return Sheet("allocation", "Bit allocation", columns, rows, note)
+    if result.stability:
+        note += (
+            " Stability is the share of redraws of the sensitivities, within their standard errors, that lead to the"
+            " same choice."
+        )
+    columns = ("layer", "bit widths", f"rise of {sensitivity.measure}", "standard error", "stability")
+    return ReportTable("allocation", "Bit allocation", columns, rows, note)
 
 
-def round_sheet(result: AllocationResult) -> Sheet:
-    """Each solution of the integer programme, and what the network did at it."""
+def round_table(result: AllocationResult) -> ReportTable:
+    """Return each solution of the integer program, predicted and measured."""
     rows: list[tuple[Any, ...]] = [
         (number, row.predicted, row.measured, row.changed, row.accepted)
         for number, row in enumerate(result.rounds, start=1)
     ]
-    columns = ("solution", "predicted", "measured", "layers changed", "kept")
-    return Sheet("rounds", "Solutions of the integer programme", columns, rows)
+    measure = result.sensitivity.measure
+    columns = ("solution", f"predicted {measure}", f"measured {measure}", "layers changed", "kept")
+    return ReportTable("rounds", "Solutions of the integer program", columns, rows)
 
 
-def sensitivity_sheet(result: AllocationResult) -> Sheet:
-    """The rise of the measure when one layer alone goes from its base to a candidate."""
-    table = result.sensitivity
+def sensitivity_table(result: AllocationResult) -> ReportTable:
+    """Return the rise of the measure when one layer alone goes from its base to a candidate."""
+    sensitivity = result.sensitivity
     rows: list[tuple[Any, ...]] = [
-        (name, table.base[name], *(row.get(candidate) for candidate in table.candidates))
-        for name, row in table.rises.items()
+        (name, sensitivity.base[name], *(rises.get(candidate) for candidate in sensitivity.candidates))
+        for name, rises in sensitivity.rises.items()
     ]
-    title = f"Sensitivities: rise of {table.measure}"
-    return Sheet("sensitivity", title, ("layer", "base", *table.candidates), rows)
+    title = f"Sensitivities: rise of {sensitivity.measure}"
+    return ReportTable("sensitivity", title, ("layer", "base", *sensitivity.candidates), rows)
 
 
-def frontier_sheet(frontier: Frontier) -> Sheet:
-    """The best prediction at each budget."""
+def frontier_table(frontier: Frontier) -> ReportTable:
+    """Return the best prediction at each budget."""
+    cost = frontier.cost
     rows: list[tuple[Any, ...]] = [
-        (point.budget, point.allocation.costs[frontier.cost], point.predicted, point.allocation.proven)
+        # The limit is the budget in the unit of the cost, also where a fraction was given.
+        (point.allocation.limits[cost], point.allocation.costs[cost], point.predicted, point.allocation.proven)
         for point in frontier.points
     ]
     unit = f", {frontier.unit}" if frontier.unit else ""
-    columns = (f"budget{unit}", f"{frontier.cost}{unit}", f"{frontier.measure} predicted", "proven")
-    return Sheet("frontier", f"Frontier of {frontier.cost}", columns, rows)
+    columns = (f"budget{unit}", f"{cost}{unit}", f"predicted {frontier.measure}", "proven optimal")
+    return ReportTable("frontier", f"Frontier of {cost}", columns, rows)
 
 
-def statistics_sheet(results: list[StatisticsResult]) -> Sheet:
-    """The steps of statistics tuning."""
+def statistics_table(results: list[StatisticsResult]) -> ReportTable:
+    """Return the steps of statistics tuning."""
     rows: list[tuple[Any, ...]] = [
         (
             row.step, row.before, row.after, row.accepted, len(row.layers),
@@ -165,22 +178,25 @@ def statistics_sheet(results: list[StatisticsResult]) -> Sheet:
         )
         for row in results
     ]  # fmt: skip
-    note = "Divergence from the float network's outputs on held-out samples; what did not help was taken back."
-    columns = ("step", "before", "after", "kept", "layers corrected", "left alone")
-    return Sheet("statistics", "Statistics tuning", columns, rows, note)
+    note = (
+        "Divergence between the outputs of the quantized and the float network on held-out samples. A step that did not"
+        " lower it significantly was undone."
+    )
+    columns = ("step", "divergence before", "divergence after", "kept", "layers corrected", "skipped layers")
+    return ReportTable("statistics", "Statistics tuning", columns, rows, note)
 
 
-def settings_sheet(settings: dict[str, Any]) -> Sheet:
-    """What the run was told."""
+def settings_table(settings: dict[str, Any]) -> ReportTable:
+    """Return the settings of the run, nested ones under dotted names."""
     rows: list[tuple[Any, ...]] = []
-    for name, value in settings.items():
-        rows += [(name, key, str(found)) for key, found in _leaves("", value)]
-    return Sheet("settings", "Settings", ("of", "setting", "value"), rows)
+    for stage, options in settings.items():
+        rows += [(stage, name, str(value)) for name, value in _leaves("", options)]
+    return ReportTable("settings", "Settings", ("stage", "setting", "value"), rows)
 
 
-def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     if not isinstance(value, dict) or not value:
-        yield key, value
+        yield name, value
         return
-    for name, found in value.items():
-        yield from _leaves(f"{key}.{name}" if key else str(name), found)
+    for key, inner in value.items():
+        yield from _leaves(f"{name}.{key}" if name else str(key), inner)

@@ -1,4 +1,4 @@
-"""The gradient of a step that is computed in parts, here or on several ranks."""
+"""The gradient of a step that is computed in shards, on one rank or on several."""
 
 from __future__ import annotations
 
@@ -12,44 +12,45 @@ from lightning_ptq.runtime.ranks import Ranks
 
 
 class Gradient:
-    """Adds the gradients of the parts of a step up, over all ranks.
+    """Sums the gradients of a step's shards over all ranks.
 
-    Part ``i`` is computed on rank ``i % world``, and all ranks add the parts up in their order: the result is the same
-    bytes on any number of ranks. Of a step, one flattened vector a part crosses the network, once.
+    Shard ``i`` is computed on rank ``i % world``, and all ranks add the shards in the same order, so the sum has the
+    same bytes on any number of ranks. One flattened vector per shard crosses the network in each step.
 
     Args:
-        variables: What is optimised; their ``grad`` is what :meth:`reduce` leaves.
-        ranks: The processes that share the steps.
-        parts: How many a step has.
+        variables: Tensors to optimize; :meth:`reduce` sets their ``grad``.
+        ranks: Processes that share the steps.
+        shards: Number of shards of a step.
     """
 
-    def __init__(self, variables: Sequence[Tensor], ranks: Ranks, parts: int) -> None:
+    def __init__(self, variables: Sequence[Tensor], ranks: Ranks, shards: int) -> None:
         self.variables, self.ranks = list(variables), ranks
         self.sizes = [variable.numel() for variable in self.variables]
-        owners = min(ranks.world, parts)
+        owners = min(ranks.world, shards)
         dtype = reduce(torch.promote_types, (variable.dtype for variable in self.variables))
-        size = sum(self.sizes) + 1  # the loss comes last
-        self._flat = torch.zeros(owners, -(-parts // owners), size, dtype=dtype, device=self.variables[0].device)
-        self._rows = [self._flat[part % owners, part // owners] for part in range(parts)]
+        size = sum(self.sizes) + 1  # the last entry is the loss
+        # Rank r owns shards r, r + owners, ...: its rows lie side by side, so that one broadcast sends them all.
+        self._flat = torch.zeros(owners, -(-shards // owners), size, dtype=dtype, device=self.variables[0].device)
+        self._rows = [self._flat[shard % owners, shard // owners] for shard in range(shards)]
 
-    def add(self, part: int, loss: Tensor, shown: Tensor | None = None) -> None:
-        """Add to a part's gradient.
+    def add(self, shard: int, loss: Tensor, reported: Tensor | None = None) -> None:
+        """Add to the gradient of a shard.
 
         Args:
-            part: Which.
-            loss: Of the part, or of some of its samples, scalar; all of them add up to the loss of the step.
-            shown: In place of ``loss``, what :meth:`reduce` adds up.
+            shard: Index of the shard.
+            loss: Scalar loss of the shard or of some of its samples; all of them add up to the loss of the step.
+            reported: Scalar that :meth:`reduce` adds up in place of ``loss``.
         """
-        found = torch.autograd.grad(loss, self.variables, materialize_grads=True)
-        row = self._rows[part]
-        row[:-1] += torch.cat([gradient.flatten() for gradient in found])
-        row[-1] += (loss if shown is None else shown).detach()
+        gradients = torch.autograd.grad(loss, self.variables, materialize_grads=True)
+        row = self._rows[shard]
+        row[:-1] += torch.cat([gradient.flatten() for gradient in gradients])
+        row[-1] += (loss if reported is None else reported).detach()
 
     def reduce(self) -> Tensor:
-        """Sum over all parts, set every variable's ``grad``, and start afresh; returns the loss of the step."""
-        self.ranks.share(list(self._flat))
-        whole = reduce(torch.add, self._rows[1:], self._rows[0].clone())
-        for variable, gradient in zip(self.variables, whole[:-1].split(self.sizes), strict=True):
+        """Sum over all shards, set every variable's ``grad``, reset the sums, and return the loss of the step."""
+        self.ranks.broadcast_each(list(self._flat))
+        total = reduce(torch.add, self._rows[1:], self._rows[0].clone())
+        for variable, gradient in zip(self.variables, total[:-1].split(self.sizes), strict=True):
             variable.grad = gradient.view_as(variable).to(variable.dtype)
         self._flat.zero_()
-        return whole[-1]
+        return total[-1]

@@ -1,6 +1,6 @@
-"""Finished pieces of a run on disk, so that a run that was cut off goes on behind the last of them.
+"""Finished work of a run on disk, so that an interrupted run resumes after the last finished entry.
 
-One safetensors file a piece, written under another name and then renamed, so that a file is whole or not there.
+Each entry is one safetensors file. It is written under another name and then renamed, so a file is complete or absent.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from lightning_ptq.errors import ProgressWarning, warn
 from lightning_ptq.runtime.ranks import digest
 
 LayerStates = dict[str, dict[str, Tensor]]
-"""The tuned state of each layer, by name."""
+"""Tensors by layer and name: the tuned state of each layer."""
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A finished piece of work.
+class JournalEntry:
+    """One finished piece of work.
 
     Attributes:
         states: Tensors by two names, for example layer and buffer.
-        facts: All else, JSON-able.
+        facts: Everything else, as JSON-compatible types.
     """
 
     states: LayerStates = field(default_factory=dict)
@@ -37,38 +37,38 @@ class Piece:
 
 
 class Journal:
-    """The pieces of one stage of a run.
+    """The entries of one stage of a run.
 
     Args:
-        directory: Where the files are; made when the first is written.
-        fingerprint: Of all that the pieces depend on; pieces of another one do not count.
-        part: In front of all keys.
+        directory: Folder of the files; created with the first entry.
+        fingerprint: Checksum of everything that the entries depend on; entries of another fingerprint are ignored.
+        prefix: Text that is put before all keys.
 
     Example:
         >>> import tempfile, torch
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     Journal(folder, "a").write("unit", Piece({"layer": {"bias": torch.ones(2)}}, {"steps": 3}))
+        ...     Journal(folder, "a").write("unit", JournalEntry({"layer": {"bias": torch.ones(2)}}, {"steps": 3}))
         ...     Journal(folder, "a").read("unit").facts, Journal(folder, "b").read("unit")
         ({'steps': 3}, None)
     """
 
-    def __init__(self, directory: str | os.PathLike[str], fingerprint: str, part: str = "") -> None:
+    def __init__(self, directory: str | os.PathLike[str], fingerprint: str, prefix: str = "") -> None:
         self.directory = Path(directory)
         self.fingerprint = fingerprint
-        self.part = part
+        self.prefix = prefix
 
     def inner(self, name: str) -> Journal:
-        """A journal in the same directory for a part of the work."""
-        return Journal(self.directory, self.fingerprint, f"{self.part}{name} ")
+        """Return a journal in the same directory for one part of the work."""
+        return Journal(self.directory, self.fingerprint, f"{self.prefix}{name} ")
 
-    def write(self, key: str, piece: Piece) -> None:
-        """Keep a piece; a kill while it is written leaves nothing of it."""
-        named = {(a, b): tensor for a, tensors in piece.states.items() for b, tensor in tensors.items()}
+    def write(self, key: str, entry: JournalEntry) -> None:
+        """Save an entry; a process killed while writing leaves no entry."""
+        named = {(a, b): tensor for a, tensors in entry.states.items() for b, tensor in tensors.items()}
         tensors = {str(i): tensor.detach().cpu().contiguous().clone() for i, tensor in enumerate(named.values())}
         header = {
-            "key": self.part + key,
+            "key": self.prefix + key,
             "names": list(named),
-            "facts": piece.facts,
+            "facts": entry.facts,
             "tensors": digest(tensors.values()),
         }
         text = json.dumps(header)
@@ -83,41 +83,70 @@ class Journal:
             os.fsync(file.fileno())
         os.replace(temporary, path)
 
-    def read(self, key: str) -> Piece | None:
-        """A piece, or None if there is none.
+    def read(self, key: str) -> JournalEntry | None:
+        """Return an entry, or None if there is none.
 
         Warns:
             ProgressWarning: If its file is damaged, naming it.
         """
-        found = _load(self._path(key))
-        return found[1] if found else None
+        loaded = _load(self._path(key))
+        return loaded[1] if loaded else None
 
     def keys(self) -> set[str]:
-        """The keys of all sound pieces.
+        """Return the keys of all undamaged entries.
 
         Warns:
             ProgressWarning: Naming each damaged file.
         """
-        found = [_load(path) for path in sorted(self.directory.glob(f"{self._prefix}-*.safetensors"))]
-        keys = [loaded[0] for loaded in found if loaded]
-        return {key.removeprefix(self.part) for key in keys if key.startswith(self.part)}
+        entries = [_load(path) for path in sorted(self.directory.glob(f"{self._stem}-*.safetensors"))]
+        keys = [loaded[0] for loaded in entries if loaded]
+        return {key.removeprefix(self.prefix) for key in keys if key.startswith(self.prefix)}
 
     def remove(self) -> None:
-        """Delete the files of all pieces, also of inner journals."""
-        for path in self.directory.glob(f"{self._prefix}-*"):
+        """Delete the files of all entries, those of inner journals included."""
+        for path in self.directory.glob(f"{self._stem}-*"):
             path.unlink(missing_ok=True)
 
     @property
-    def _prefix(self) -> str:
+    def _stem(self) -> str:
         return self.fingerprint[:16]
 
     def _path(self, key: str) -> Path:
-        name = hashlib.sha256((self.part + key).encode()).hexdigest()[:16]
-        return self.directory / f"{self._prefix}-{name}.safetensors"
+        name = hashlib.sha256((self.prefix + key).encode()).hexdigest()[:16]
+        return self.directory / f"{self._stem}-{name}.safetensors"
 
 
-def _load(path: Path) -> tuple[str, Piece] | None:
-    """The key and the piece in a file; None if there is no such file, or it is damaged."""
+class _NoJournal(Journal):
+    """A journal that keeps nothing, for runs that need not resume."""
+
+    def __init__(self) -> None:
+        super().__init__("", "")
+
+    def inner(self, name: str) -> Journal:
+        """Return this journal."""
+        return self
+
+    def write(self, key: str, entry: JournalEntry) -> None:
+        """Do nothing."""
+
+    def read(self, key: str) -> JournalEntry | None:
+        """Return None."""
+        return None
+
+    def keys(self) -> set[str]:
+        """Return no keys."""
+        return set()
+
+    def remove(self) -> None:
+        """Do nothing."""
+
+
+NO_JOURNAL: Journal = _NoJournal()
+"""The journal of a run that does not save its progress."""
+
+
+def _load(path: Path) -> tuple[str, JournalEntry] | None:
+    """Return the key and the entry in a file; None if the file is absent or damaged."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -126,12 +155,12 @@ def _load(path: Path) -> tuple[str, Piece] | None:
         sound = hashlib.sha256(metadata["header"].encode()).hexdigest() == metadata["checksum"]
         ordered = [tensors[str(i)] for i in range(len(tensors))]
         if not sound or digest(ordered) != header["tensors"]:
-            raise ValueError("its checksum does not fit")
+            raise ValueError("its checksum does not match")
     except FileNotFoundError:
         return None
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         warn(
-            f"the saved progress {path} is damaged ({error}), so this piece is done again.",
+            f"the saved progress {path} is damaged ({error}), so this work is done again.",
             ProgressWarning,
             stacklevel=3,
         )
@@ -139,4 +168,4 @@ def _load(path: Path) -> tuple[str, Piece] | None:
     states: LayerStates = {}
     for (first, second), tensor in zip(header["names"], ordered, strict=True):
         states.setdefault(first, {})[second] = tensor
-    return header["key"], Piece(states, header["facts"])
+    return header["key"], JournalEntry(states, header["facts"])

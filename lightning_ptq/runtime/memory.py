@@ -1,4 +1,4 @@
-"""Sizes in bytes: reading them, showing them, and how much room there is."""
+"""Sizes in bytes: parse them, format them, and measure how much room there is."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ import shutil
 import sys
 import tempfile
 
+from rich.filesize import decimal
+
 from lightning_ptq.errors import QConfigError
+
+DEFAULT_MEMORY_LIMIT = "4GiB"
+"""Default limit of the activations that are held in memory."""
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def parse_bytes(text: str | int) -> int:
-    """Bytes in a size such as ``"2GiB"``, ``"500MB"`` or a plain number.
+    """Return the number of bytes in a size such as ``"2GiB"``, ``"500MB"`` or a plain number.
 
     Raises:
-        QConfigError: If the text is no size.
+        QConfigError: If the text is not a size.
 
     Example:
         >>> parse_bytes("2GiB"), parse_bytes(1000)
@@ -31,28 +36,27 @@ def parse_bytes(text: str | int) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
+def format_bytes(count: float) -> str:
+    """Return a number of bytes as text for people, in powers of 1000.
+
+    Example:
+        >>> format_bytes(1234567)
+        '1.2 MB'
+    """
+    return decimal(round(count))
+
+
 def disk_room(directory: str | None = None) -> int:
-    """Bytes that activations may take of the disk with the temporary files: nine tenths of what is free."""
+    """Return the bytes that activations may take on the disk of the temporary files: 90 % of the free space."""
     return int(shutil.disk_usage(directory or tempfile.gettempdir()).free * 0.9)
 
 
 def trim_heap() -> None:
-    """Give freed memory that the C library keeps for later back to the system (glibc only; elsewhere nothing happens).
+    """Return freed memory that the C library keeps for later to the system; only glibc can, elsewhere nothing happens.
 
-    Forwards and tuning leave some hundred megabytes of it, in pieces that do not fit what comes next.
+    Forwards and tuning steps leave hundreds of megabytes of it, in pieces that do not fit the next allocations.
     """
     if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl, for example, does not have it
         if trim is not None:
             trim(0)
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
-
-
-DEFAULT_MEMORY_LIMIT = "4GiB"

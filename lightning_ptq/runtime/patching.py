@@ -1,10 +1,10 @@
-"""Attributes of one object, replaced for a while; a module, used and left exactly as it was."""
+"""Changes that undo themselves: attributes, hooks, frozen parameters, saved tensors, a module left unchanged."""
 
 from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,12 +14,18 @@ from torch import Tensor, nn
 
 _MISSING = object()
 
+Before = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], None]
+"""Function of a module's name, the module, and the positional and keyword arguments of a forward."""
+
+After = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
+"""The same with the output; what it returns, unless None, takes the place of the output."""
+
 
 @contextmanager
 def attributes(obj: Any, values: Mapping[str, Any]) -> Iterator[None]:
-    """``obj`` has these attributes of its own inside the ``with`` block; its class is untouched.
+    """Give ``obj`` these instance attributes inside the ``with`` block; its class is untouched.
 
-    They are written to the instance's dictionary, past any ``__setattr__``, so methods can be replaced on modules.
+    They are written to the instance's dictionary, past any ``__setattr__``, so methods of modules can be replaced.
 
     Example:
         >>> class Greeter:
@@ -44,22 +50,113 @@ def attributes(obj: Any, values: Mapping[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def left_as_it_was(module: nn.Module) -> Iterator[None]:
-    """Behind the ``with`` block every module below ``module`` has the attributes, children, parameters, gradients and
-    buffers that it had before, with the same values; the random states are as they were, too.
+def hooked(
+    modules: Mapping[str, nn.Module], before: Before | None = None, after: After | None = None
+) -> Iterator[None]:
+    """Call ``before`` and ``after`` around every forward of the modules inside the ``with`` block.
 
-    The module itself is worked on, for not every one can be copied. Its tensors are kept twice meanwhile. Of objects
-    that modules hold, other than tensors, lists, dictionaries and sets, changes inside stay.
+    Args:
+        modules: Modules by the names that the functions are given.
+        before: Called before each forward.
+        after: Called after each forward; what it returns, unless None, replaces the output.
+
+    Example:
+        >>> net, seen = nn.Sequential(nn.ReLU(), nn.Tanh()), []
+        >>> with hooked(dict(net.named_children()), before=lambda name, *_: seen.append(name)):
+        ...     _ = net(torch.zeros(1))
+        >>> seen
+        ['0', '1']
+    """
+
+    def enter(name: str) -> Any:
+        return lambda module, args, kwargs: before(name, module, args, kwargs) if before else None
+
+    def leave(name: str) -> Any:
+        return lambda module, args, kwargs, output: after(name, module, args, kwargs, output) if after else None
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            if before is not None:
+                stack.callback(module.register_forward_pre_hook(enter(name), with_kwargs=True).remove)
+            if after is not None:
+                stack.callback(module.register_forward_hook(leave(name), with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
+def frozen(module: nn.Module, trained: Iterable[nn.Parameter] = ()) -> Iterator[None]:
+    """Only the parameters in ``trained`` require gradients inside the ``with`` block; afterwards they have none."""
+    trained = list(trained)
+    flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for parameter in trained:
+            parameter.grad = None
+
+
+class TensorSnapshot:
+    """The values of named tensors at one time, and how to bring them back.
+
+    Args:
+        tensors: Tensors by name; they are copied.
+
+    Example:
+        >>> weight = torch.ones(2)
+        >>> snapshot = TensorSnapshot({"weight": weight})
+        >>> _ = weight.mul_(3)
+        >>> sorted(snapshot.changed({"weight": weight})), snapshot.restore(), weight
+        (['weight'], None, tensor([1., 1.]))
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._saved = {name: (tensor, tensor.detach().clone()) for name, tensor in tensors.items()}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._saved
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Save one more tensor, unless one of this name is saved already."""
+        self._saved.setdefault(name, (tensor, tensor.detach().clone()))
+
+    def restore(self) -> None:
+        """Write the saved values into the tensors; tensors that still have them are not written to."""
+        for tensor, value in self._saved.values():
+            if not torch.equal(tensor, value):
+                tensor.detach().copy_(value)
+
+    def changed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return those of ``tensors`` whose values differ from the saved ones, or that were not saved."""
+        return {
+            name: tensor
+            for name, tensor in tensors.items()
+            if name not in self._saved or not torch.equal(tensor, self._saved[name][1])
+        }
+
+
+@contextmanager
+def left_unchanged(module: nn.Module) -> Iterator[None]:
+    """After the ``with`` block, leave ``module`` and the random states as they were before it.
+
+    Every module below ``module`` gets back its attributes, children, parameters, gradients and buffers, with their
+    values. The module itself is used, since not every module can be copied; meanwhile its tensors are held twice.
+    Changes inside objects other than tensors, lists, dictionaries and sets remain.
 
     Example:
         >>> net = nn.BatchNorm1d(2)
-        >>> with left_as_it_was(net):
+        >>> with left_unchanged(net):
         ...     _ = net(torch.randn(8, 2)), net.eval()
         >>> net.running_mean, net.training
         (tensor([0., 0.]), True)
     """
     with ExitStack() as stack:
-        # fork_rng keeps the state of the CPU, and of the CUDA devices that it is told
+        # fork_rng saves the state of the CPU, and of those CUDA devices that it is given.
         devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
         stack.enter_context(torch.random.fork_rng([d.index for d in devices]))
         stack.callback(random.setstate, random.getstate())
@@ -70,8 +167,9 @@ def left_as_it_was(module: nn.Module) -> Iterator[None]:
                     stack.callback(_refill, value, copy.copy(value))
             for tensor in (*vars(child).values(), *child._parameters.values(), *child._buffers.values()):
                 if isinstance(tensor, Tensor) and not nn.parameter.is_lazy(tensor):
+                    stack.callback(TensorSnapshot({"": tensor}).restore)
                     grad = tensor.grad if tensor.is_leaf else None
-                    stack.callback(_restore, tensor, tensor.detach().clone(), grad, tensor.requires_grad)
+                    stack.callback(_restore_gradient, tensor, grad, tensor.requires_grad)
         yield
 
 
@@ -83,9 +181,7 @@ def _refill(container: Any, content: Any) -> None:
         container.update(content)
 
 
-def _restore(tensor: Tensor, value: Tensor, grad: Tensor | None, requires_grad: bool) -> None:
-    if not torch.equal(tensor, value):
-        tensor.detach().copy_(value)
+def _restore_gradient(tensor: Tensor, grad: Tensor | None, requires_grad: bool) -> None:
     if tensor.is_leaf and tensor.grad is not grad:
         tensor.grad = grad
     if tensor.is_leaf and tensor.requires_grad != requires_grad:

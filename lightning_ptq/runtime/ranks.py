@@ -1,7 +1,7 @@
-"""The processes of a run: the one place that knows of ``torch.distributed``.
+"""The processes of a run: the only module that uses ``torch.distributed``.
 
-A rank that fails says so (:meth:`Ranks.leave`), and whoever waits for it in an exchange looks for that: all ranks end
-with its message instead of waiting for ever.
+A rank that fails announces it (:meth:`Ranks.leave`). Ranks that wait for it in an exchange poll for that announcement,
+so all ranks end with its message instead of waiting forever.
 """
 
 from __future__ import annotations
@@ -23,58 +23,68 @@ from torch import Tensor
 
 from lightning_ptq.errors import RankError
 
+K = TypeVar("K")
 T = TypeVar("T")
 
-_PATIENCE = timedelta(days=7)  # a rank may rightly wait as long as another one tunes
-_LOOK = timedelta(seconds=1)  # how often a rank that waits looks whether another one has failed
-_SPIN = 0.02  # seconds that a rank waits without going to sleep, from which it would wake up late, or on another core
-_FAREWELL = 20.0  # seconds that a rank that failed gives the others to learn of it
+_PATIENCE = timedelta(days=7)  # a rank may have to wait for as long as another one tunes
+_LOOK = timedelta(seconds=1)  # interval at which a waiting rank checks whether another one has failed
+_SPIN = 0.02  # seconds of busy waiting; a sleeping rank would wake up late, or on another core
+_FAREWELL = 20.0  # seconds that a failed rank waits for the others to notice
 
 _yield: Callable[[], None] = getattr(os, "sched_yield", partial(time.sleep, 0))  # Windows has none
 
 
 class Ranks:
-    """A single process; the exchanges are then no exchanges.
+    """A single process, whose exchanges return its own values.
 
     Attributes:
-        rank: Of this process, from 0.
-        world: How many there are.
+        rank: Index of this process, from 0.
+        world: Number of processes.
 
     Example:
         >>> ranks = Ranks()
-        >>> ranks.gather("mine"), ranks.first(lambda: 3), ranks.mine(5)
+        >>> ranks.gather("mine"), ranks.on_rank_zero(lambda: 3), ranks.owns(5)
         (['mine'], 3, True)
     """
 
     rank = 0
     world = 1
 
-    def mine(self, index: int) -> bool:
-        """Whether piece ``index`` of work that is dealt out in turn is this rank's."""
+    def owns(self, index: int) -> bool:
+        """True if this rank owns item ``index`` of work that is distributed round-robin."""
         return index % self.world == self.rank
 
     def poll(self) -> None:
-        """Raise :class:`RankError` if another rank has failed; looks at most once a second, and waits for nobody."""
+        """Raise :class:`RankError` if another rank has failed; checks at most once a second and never blocks."""
 
     def leave(self, error: BaseException) -> None:
-        """Tell the others, who may still be at work, that this rank has failed, and wait until they know."""
+        """Announce to the other ranks, which may still be working, that this one has failed; wait until they know."""
 
     def gather(self, value: T) -> list[T]:
-        """The values of all ranks, by rank; anything that can be pickled."""
+        """Return the values of all ranks, by rank; a value is anything that can be pickled."""
         return [value]
 
-    def first(self, work: Callable[[], T]) -> T:
-        """What ``work`` returns or raises on rank 0, on all ranks."""
+    def merge(self, items: Mapping[K, T]) -> dict[K, T]:
+        """Return the items of all ranks in one dictionary, those of rank 0 first.
+
+        Example:
+            >>> Ranks().merge({"a": 1})
+            {'a': 1}
+        """
+        return {key: value for of_rank in self.gather(dict(items)) for key, value in of_rank.items()}
+
+    def on_rank_zero(self, work: Callable[[], T]) -> T:
+        """Run ``work`` on rank 0, and return or raise its outcome on all ranks."""
         return work()
 
-    def share(self, tensors: Sequence[Tensor]) -> None:
-        """Give all ranks the values that tensor ``i`` has on rank ``i``, in place; there may be fewer than ranks."""
+    def broadcast_each(self, tensors: Sequence[Tensor]) -> None:
+        """Send tensor ``i`` from rank ``i`` to all ranks, in place; there may be fewer tensors than ranks."""
 
-    def spread(self, tensors: Iterable[Tensor]) -> None:
-        """Give all ranks the values that the tensors have on rank 0, in place."""
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Send the tensors from rank 0 to all ranks, in place."""
 
     def check_same(self, tensors: Mapping[str, Tensor]) -> None:
-        """Compare tensors over the ranks, bit for bit.
+        """Check that tensors have the same bytes on all ranks.
 
         Raises:
             RankError: If they differ, naming the first that does.
@@ -84,12 +94,12 @@ class Ranks:
 class ProcessRanks(Ranks):
     """The processes of the default process group.
 
-    Exchanges go over groups of their own, so that they cannot be taken for those of Lightning or the user.
+    Exchanges use process groups of their own, so that they cannot be confused with those of Lightning or the user.
     """
 
     def __init__(self) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        # Objects, and tensors on the CPU, go by gloo; others as the default group does it, for example by NCCL.
+        # gloo carries objects and CPU tensors; other tensors use the backend of the default group, for example NCCL.
         self._control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
         self._data = self._control
         if dist.get_backend() != "gloo":
@@ -113,7 +123,7 @@ class ProcessRanks(Ranks):
 
     def leave(self, error: BaseException) -> None:
         """See :class:`Ranks`."""
-        with suppress(Exception):  # whatever is out of order now, the error itself is what matters
+        with suppress(Exception):  # no failure here may hide the error that ends this rank
             if not self._store.check([self._key]):
                 self._store.set(self._key, f"Rank {self.rank} says: {type(error).__name__}: {error}")
             self._store.add(f"{self._key} known", 1)
@@ -122,10 +132,10 @@ class ProcessRanks(Ranks):
                 time.sleep(0.02)
 
     def _group(self, tensor: Tensor) -> dist.ProcessGroup:
-        """What the tensor travels over.
+        """Return the process group that carries the tensor.
 
-        All ranks meet before NCCL is called: whoever waits in it, or in its start, for a rank that failed can neither
-        look whether one did, nor end.
+        All ranks meet over gloo before NCCL is called, because a rank that waits inside NCCL, or for its start, can
+        neither poll for failures nor end.
         """
         if tensor.device.type == "cpu":
             return self._control
@@ -133,21 +143,21 @@ class ProcessRanks(Ranks):
         return self._data
 
     def _wait(self, work: Any, on_gpu: bool = False) -> None:
-        """Wait for an exchange, or for the news that a rank has failed."""
+        """Wait for an exchange to complete, or raise if a rank has failed."""
         deadline = time.monotonic() + _SPIN
         while not work.is_completed() and time.monotonic() < deadline:
             _yield()
-        while on_gpu and not work.is_completed():  # NCCL takes a wait that times out for an error
+        while on_gpu and not work.is_completed():  # NCCL treats a wait that times out as an error
             self.poll()
         while not work.is_completed():
-            with suppress(RuntimeError):  # a wait that is over before the exchange; what else it is, the last one tells
+            with suppress(RuntimeError):  # the wait timed out; the last wait reports real errors
                 work.wait(_LOOK)
             self.poll()
         try:
             work.wait()
         except RuntimeError as lost:
             self._looked = 0.0
-            self.poll()  # the one who is lost may have said why
+            self.poll()  # the lost rank may have announced the reason
             raise RankError(f"rank {self.rank} has lost another process: {lost}.") from lost
 
     def _objects(self, value: Any) -> list[Any]:
@@ -156,7 +166,7 @@ class ProcessRanks(Ranks):
         sizes[self.rank] = len(data)
         self._wait(dist.all_reduce(sizes, group=self._control, async_op=True))
         found: list[Any] = []
-        for rank, size in enumerate(sizes.tolist()):  # gathered at once, gloo's threads would keep room for all of them
+        for rank, size in enumerate(sizes.tolist()):  # one at a time: all_gather would make gloo buffer all of them
             part = data if rank == self.rank else torch.empty(size, dtype=torch.uint8)
             self._wait(dist.broadcast(part, src=rank, group=self._control, async_op=True))
             found.append(pickle.loads(part.numpy().data))
@@ -166,7 +176,7 @@ class ProcessRanks(Ranks):
         """See :class:`Ranks`."""
         return self._objects(value)
 
-    def first(self, work: Callable[[], T]) -> T:
+    def on_rank_zero(self, work: Callable[[], T]) -> T:
         """See :class:`Ranks`."""
         box: Any = None
         error: BaseException | None = None
@@ -180,15 +190,15 @@ class ProcessRanks(Ranks):
             raise error or failure
         return cast(T, value)
 
-    def share(self, tensors: Sequence[Tensor]) -> None:
+    def broadcast_each(self, tensors: Sequence[Tensor]) -> None:
         """See :class:`Ranks`."""
         group = self._group(tensors[0])
-        # All at once. An all-reduce would take two rounds, and add in an order that goes by the number of ranks.
+        # All broadcasts run at once. An all-reduce would take two rounds, and its order of additions depends on the world.
         sent = [dist.broadcast(tensor, src=r, group=group, async_op=True) for r, tensor in enumerate(tensors)]
         for tensor, work in zip(tensors, sent, strict=True):
             self._wait(work, tensor.is_cuda)
 
-    def spread(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """See :class:`Ranks`."""
         for tensor in tensors:
             whole = tensor.detach().contiguous()
@@ -207,13 +217,13 @@ class ProcessRanks(Ranks):
 
 
 def current_ranks() -> Ranks:
-    """The processes of the default process group; a single one where there is none."""
+    """Return the processes of the default process group, or a single process if there is none."""
     many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return ProcessRanks() if many else Ranks()
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
-    """A checksum of shapes, types and bytes."""
+    """Return a checksum of the shapes, types and bytes of tensors."""
     found = hashlib.sha256()
     for tensor in tensors:
         found.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
@@ -221,15 +231,18 @@ def digest(tensors: Iterable[Tensor]) -> str:
     return found.hexdigest()
 
 
-def deal_out(costs: Mapping[str, float], kept: Sequence[set[str]]) -> dict[str, int]:
-    """The rank that each piece of work goes to: the costliest first, each to the rank with the least so far.
+def assign_to_ranks(costs: Mapping[str, float], kept: Sequence[set[str]]) -> dict[str, int]:
+    """Assign items of work to ranks: the costliest first, each to the rank with the least work so far.
 
     Args:
-        costs: By name.
-        kept: For each rank, pieces that it has done already.
+        costs: Cost of each item, by name.
+        kept: For each rank, the items that it has finished already.
+
+    Returns:
+        The rank of each item.
 
     Example:
-        >>> deal_out({"a": 3.0, "b": 2.0, "c": 2.0, "d": 1.0}, [set(), {"d"}])
+        >>> assign_to_ranks({"a": 3.0, "b": 2.0, "c": 2.0, "d": 1.0}, [set(), {"d"}])
         {'a': 0, 'b': 1, 'c': 1, 'd': 1}
     """
     owners = {name: rank for rank in reversed(range(len(kept))) for name in kept[rank]}

@@ -1,4 +1,4 @@
-"""Doing a step on a part of the samples, and keeping it only if the held-out rest says that it helped."""
+"""Accept a step of statistics tuning only if it helps on held-out samples."""
 
 from __future__ import annotations
 
@@ -9,27 +9,29 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_ptq.calibration.batches import Batches, is_divisible, take_rows
+from lightning_ptq.calibration.batch import Batch
+from lightning_ptq.calibration.batches import Batches
 from lightning_ptq.calibration.calibration import Calibration
-from lightning_ptq.calibration.forward import batch_size, eval_mode
+from lightning_ptq.calibration.forward import eval_mode
 from lightning_ptq.calibration.outputs import ChooseOutput, Meter
 from lightning_ptq.errors import QConfigError, StatisticsError
-from lightning_ptq.network.layers import QuantLayer
-from lightning_ptq.runtime.journal import Journal, Piece
+from lightning_ptq.network.op import QuantizedOp
+from lightning_ptq.runtime.journal import NO_JOURNAL, Journal, JournalEntry
+from lightning_ptq.runtime.patching import TensorSnapshot
 
 
 @dataclass(frozen=True)
 class StatisticsResult:
-    """What became of one step of statistics tuning.
+    """The outcome of one step of statistics tuning.
 
     Attributes:
-        step: Which one: ``"batch_norm"``, ``"para_normalization"`` or ``"bias"``.
+        step: ``"batch_norm"``, ``"para_normalization"`` or ``"bias"``.
         before: The measure between the outputs of the float and the quantized network on held-out samples.
-        after: The same behind the step.
-        accepted: False if the step did not lower it by more than twice the standard error over the samples, and
-            everything is as it was.
+        after: The same after the step.
+        accepted: False if the step did not lower it by more than twice the standard error over the samples, so that it
+            was undone.
         layers: The layers, or unfolded batch norms, that the step changed (or would have).
-        skipped: Why others stayed as they are, by name.
+        skipped: Why others were not changed, by name.
     """
 
     step: str
@@ -42,13 +44,13 @@ class StatisticsResult:
 
 @dataclass
 class Changes:
-    """What a step has done, for its result."""
+    """What a step changed, for its result."""
 
     layers: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
 
-def judged(
+def accept_if_better(
     step: str,
     calibration: Calibration,
     work: Callable[[Calibration], Changes],
@@ -57,47 +59,48 @@ def judged(
     measure: str,
     output: ChooseOutput | None,
     seed: int,
-    journal: Journal | None = None,
+    journal: Journal = NO_JOURNAL,
 ) -> StatisticsResult:
-    """Do ``work`` on a part of the samples; take it back unless the held-out rest says that it helped.
+    """Do ``work`` on a part of the samples, and undo it unless it helps on the held-out rest.
 
-    What came of it is kept in the journal, and taken from there by a run that was cut off behind it.
+    The outcome is journaled; a resumed run reads it back.
     """
     ranks, module = calibration.ranks, calibration.module
-    known = ranks.first(lambda: journal.read(step) if journal else None)
-    if known is not None:
-        _put(calibration, known.states.get(step, {}))
-        return StatisticsResult(**{**known.facts, "layers": tuple(known.facts["layers"])})
-    tune, rest = split_samples(calibration, held_out, seed)
+    entry = ranks.on_rank_zero(lambda: journal.read(step))
+    if entry is not None:
+        _restore_entry(calibration, entry.states.get(step, {}))
+        return StatisticsResult(**{**entry.facts, "layers": tuple(entry.facts["layers"])})
+    tuned, rest = split_samples(calibration, held_out, seed)
     with eval_mode(module):
         meter = Meter(rest, measure, output)
-        first = meter.each()
-        saved = {key: value.detach().clone() for key, value in _tensors(module).items()}
-        done = Changes()
+        values_before = meter.each()
+        saved = TensorSnapshot(_tensors(module))
         try:
-            done = work(tune)
-            ranks.spread(_tensors(module).values())
-            second = meter.each()
+            changes = work(tuned)
+            ranks.broadcast(_tensors(module).values())  # so that all ranks measure, and keep, the same bytes
+            values_after = meter.each()
         except BaseException:
-            _put_back(module, saved)
+            _undo(module, saved)
             raise
-        before, after = (meter.mean(values) for values in (first, second))
-        accepted = is_better(torch.cat(second), torch.cat(first))
+        before, after = (meter.mean(values) for values in (values_before, values_after))
+        accepted = is_better(torch.cat(values_after), torch.cat(values_before))
         if not accepted:
-            _put_back(module, saved)
-    result = StatisticsResult(step, before, after, accepted, tuple(done.layers), done.skipped)
-    if journal is not None and ranks.rank == 0:
-        now = _tensors(module)
-        moved = {key: value for key, value in now.items() if key not in saved or not torch.equal(value, saved[key])}
-        journal.write(step, Piece({step: moved}, asdict(result)))
+            _undo(module, saved)
+    result = StatisticsResult(step, before, after, accepted, tuple(changes.layers), changes.skipped)
+    if ranks.rank == 0:
+        journal.write(step, JournalEntry({step: saved.changed(_tensors(module))}, asdict(result)))
     return result
 
 
 def is_better(after: Tensor, before: Tensor) -> bool:
-    """Whether the mean is lower by more than twice its standard error, sample by sample.
+    """Return True if the mean is lower by more than twice its standard error over the samples.
 
-    A few samples on which the network is unsure make up most of a divergence; a step that happens to suit them is not
-    worth having.
+    A few samples on which the network is unsure make up most of a divergence, and a step that happens to suit them is
+    not worth keeping.
+
+    Args:
+        after: Values after the step, (samples,).
+        before: Values before it, (samples,).
 
     Example:
         >>> before = torch.tensor([1.0, 2.0, 3.0, 4.0])
@@ -110,10 +113,12 @@ def is_better(after: Tensor, before: Tensor) -> bool:
 
 
 def split_samples(calibration: Calibration, held_out: float, seed: int) -> tuple[Calibration, Calibration]:
-    """The calibration with samples to work on, and with the others: whole batches, or parts of one if there is one.
+    """Return the calibration with samples to work on, and with those held out.
+
+    Whole batches are held out, or a part of the batch if there is only one.
 
     Raises:
-        StatisticsError: If there are fewer than two samples, or one batch that cannot be divided.
+        StatisticsError: If there are fewer than two samples, or the only batch cannot be divided.
         QConfigError: If the share is not in [0, 1).
     """
     if not 0 <= held_out < 1:
@@ -141,16 +146,17 @@ def split_samples(calibration: Calibration, held_out: float, seed: int) -> tuple
 
 
 def _with(calibration: Calibration, batches: list[Any], traces: list[Any]) -> Calibration:
-    return replace(calibration, batches=Batches(batches), traces=traces, samples=sum(map(batch_size, batches)))
+    samples = sum(Batch(batch).samples for batch in batches)
+    return replace(calibration, batches=Batches(batches), traces=traces, samples=samples)
 
 
 def _rows(batch: Any, rows: slice) -> Any:
-    if not is_divisible(batch):
+    if not Batch(batch).is_divisible:
         raise StatisticsError(
             "the calibration set is one batch that cannot be divided, so nothing can be held out. Use a smaller batch"
-            " size, or held_out=0 to judge on the samples that are tuned on."
+            " size, or held_out=0 to decide on the samples that are tuned on."
         )
-    return take_rows(batch, rows)
+    return Batch(batch).rows(rows)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -158,21 +164,23 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _put(calibration: Calibration, values: dict[str, Tensor]) -> None:
-    """Set tensors of the module; a bias that is not there yet is added to its layer."""
-    here = _tensors(calibration.module)
+def _restore_entry(calibration: Calibration, values: dict[str, Tensor]) -> None:
+    """Write tensors into the module; a bias that a layer does not have yet is added."""
+    tensors = _tensors(calibration.module)
     for key, value in values.items():
-        if key in here:
-            here[key].copy_(value)
+        if key in tensors:
+            tensors[key].copy_(value)
         else:
-            layer = cast(QuantLayer, calibration.module.get_submodule(key.rpartition(".")[0]))
-            layer.set_weight(layer.weight, value.to(calibration.device), keep_weight=True)
+            owner, _, name = key.rpartition(".")
+            layer = cast(QuantizedOp, calibration.module.get_submodule(owner))
+            layer.set_parameters({name: value.to(calibration.device)})
 
 
 @torch.no_grad()
-def _put_back(module: nn.Module, saved: dict[str, Tensor]) -> None:
-    for key, value in _tensors(module).items():
-        if key in saved:
-            value.copy_(saved[key])
-        else:  # a bias that a step added
-            module.get_submodule(key.rpartition(".")[0])._parameters["bias"] = None
+def _undo(module: nn.Module, saved: TensorSnapshot) -> None:
+    """Restore the saved values, and remove the biases that the step added."""
+    saved.restore()
+    for key in _tensors(module):
+        if key not in saved:
+            owner, _, name = key.rpartition(".")
+            module.get_submodule(owner)._parameters[name] = None

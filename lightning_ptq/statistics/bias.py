@@ -8,17 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_ptq.calibration.batches import is_divisible
+from lightning_ptq.activations.shards import DEFAULT_SHARDS
+from lightning_ptq.calibration.batch import Batch
 from lightning_ptq.calibration.calibration import Calibration
-from lightning_ptq.calibration.forward import batch_size
 from lightning_ptq.calibration.outputs import ChooseOutput, Divergence, OutputReader, divergence, float_outputs
 from lightning_ptq.errors import QConfigError
-from lightning_ptq.network.layers import FoldableBatchNorm
+from lightning_ptq.network.batch_norm import is_folded
 from lightning_ptq.runtime.gradient import Gradient
-from lightning_ptq.runtime.journal import Journal
-from lightning_ptq.runtime.progress import Progress
-from lightning_ptq.statistics.acceptance import Changes, StatisticsResult, judged
-from lightning_ptq.tuning.config import ReconstructionConfig
+from lightning_ptq.runtime.journal import NO_JOURNAL, Journal
+from lightning_ptq.runtime.optimization import minimize
+from lightning_ptq.runtime.patching import frozen
+from lightning_ptq.runtime.progress import Progress, no_progress
+from lightning_ptq.statistics.acceptance import Changes, StatisticsResult, accept_if_better
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, _BatchNorm)
 
@@ -32,118 +33,109 @@ def tune_bias(
     measure: Divergence = "kl",
     output: ChooseOutput | None = None,
     held_out: float = 0.25,
+    parts: int = DEFAULT_SHARDS,
     seed: int = 0,
-    progress: Progress = lambda done, total, text: None,
-    journal: Journal | None = None,
+    progress: Progress = no_progress,
+    journal: Journal = NO_JOURNAL,
 ) -> StatisticsResult:
     """Tune all biases of the quantized layers so that the network's output comes close to the float one's.
 
-    Adam with cosine decay over the calibration batches, as they were given, in an order drawn anew for each pass.
+    Adam with cosine decay runs over the calibration batches, in a new order in each pass. The ranks of the calibration
+    share each batch, if its samples can be told apart.
 
     Args:
         calibration: A calibrated (and possibly tuned) module, changed in place.
-        steps: Optimisation steps of one calibration batch each.
+        steps: Optimization steps, of one calibration batch each.
         lr: Adam's rate, relative to the mean magnitude of the layer's biases.
         norm_affine: Tune the affine parameters of layer, group and unfolded batch norms too.
         measure: ``"kl"`` for logits, ``"mse"`` for other outputs.
-        output: Which tensor of the network's output; see :class:`~lightning_ptq.calibration.outputs.OutputReader`.
-        held_out: Share of the samples that judge the step and are not used for it.
-        seed: Of the order of the batches and the choice of held-out samples.
-        progress: Called with steps done, steps in all, and a text.
-        journal: Where the finished step is kept, and found again.
-
-    Several ranks (``calibration.ranks``) share each batch, if its samples can be told apart.
+        output: The tensor of the network's output; see :class:`~lightning_ptq.calibration.outputs.OutputReader`.
+        held_out: Share of the samples that decide whether the step is kept, and that it does not use.
+        parts: Number of shards that each batch is split into; at most this many ranks share a step.
+        seed: Seed of the order of the batches and of the choice of held-out samples.
+        progress: Called with the steps done, the steps in total, and a text.
+        journal: Where the finished step is saved, so that an interrupted run resumes.
 
     Raises:
         StatisticsError: If there are fewer than two samples.
-        QConfigError: If an argument is out of its domain.
+        QConfigError: If an argument is outside its domain.
     """
     if steps < 1 or not 0 < lr < float("inf"):
         raise QConfigError(f"steps must be 1 or more and lr positive, got steps={steps!r}, lr={lr!r}.")
+    if not (isinstance(parts, int) and parts >= 1):
+        raise QConfigError(f"parts must be 1 or more, got {parts!r}. Write a whole number.")
     if measure not in ("kl", "mse"):
         raise QConfigError(f"bias tuning measures 'kl' or 'mse' between outputs, got {measure!r}.")
-    values = _tuned_values(calibration, norm_affine)
+    values = _tuned_parameters(calibration, norm_affine)
 
     def work(part: Calibration) -> Changes:
-        _distil(part, values, steps, lr, measure, OutputReader(part, output), seed, progress)
+        distillation = _Distillation(part, measure, OutputReader(part, output), parts, seed)
+        distillation.run(list(values.values()), steps, lr, progress)
         return Changes(list(values))
 
-    return judged(
+    return accept_if_better(
         "bias", calibration, work, held_out=held_out, measure=measure, output=output, seed=seed, journal=journal
     )
 
 
-def _tuned_values(calibration: Calibration, norm_affine: bool) -> dict[str, nn.Parameter]:
-    """The parameters to tune, by name; a parameter that several layers share comes once."""
-    found: dict[int, tuple[str, nn.Parameter]] = {}
+def _tuned_parameters(calibration: Calibration, norm_affine: bool) -> dict[str, nn.Parameter]:
+    """Return the parameters to tune, by name; a parameter that several layers share is there once."""
+    parameters: dict[int, tuple[str, nn.Parameter]] = {}
     for name, layer in calibration.layers.items():
-        if isinstance(layer.bias, nn.Parameter):
-            found.setdefault(id(layer.bias), (f"{name}.bias", layer.bias))
+        for which in layer.bias_names:
+            bias = layer._parameters.get(which)
+            if bias is not None:
+                parameters.setdefault(id(bias), (f"{name}.{which}", bias))
     for name, norm in calibration.module.named_modules() if norm_affine else ():
-        folded = isinstance(norm, FoldableBatchNorm) and norm.is_folded
-        if isinstance(norm, _NORMS) and not folded:
+        if isinstance(norm, _NORMS) and not is_folded(norm):
             for key, parameter in norm.named_parameters(recurse=False):
                 calibration.prepared.remember(parameter)
-                found.setdefault(id(parameter), (f"{name}.{key}", parameter))
-    return dict(found.values())
+                parameters.setdefault(id(parameter), (f"{name}.{key}", parameter))
+    return dict(parameters.values())
 
 
-def _distil(
-    calibration: Calibration,
-    values: dict[str, nn.Parameter],
-    steps: int,
-    lr: float,
-    measure: Divergence,
-    reader: OutputReader,
-    seed: int,
-    progress: Progress,
-) -> None:
-    if not values:
-        return
-    targets = float_outputs(calibration, reader)
-    flags = [(p, p.requires_grad) for p in calibration.module.parameters()]
-    groups = [{"params": [p], "lr": lr * max(p.detach().abs().mean().item(), 1e-8)} for p in values.values()]
-    optimizer = torch.optim.Adam(groups)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    generator = torch.Generator().manual_seed(seed)
-    gradients = Gradient(list(values.values()), calibration.ranks, ReconstructionConfig.parts)
-    order: list[int] = []
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        for parameter in values.values():
-            parameter.requires_grad_(True)
-        for step in range(steps):
-            order = order or torch.randperm(len(targets), generator=generator).tolist()
-            batch = order.pop()
-            _differentiate(calibration, batch, targets[batch], measure, reader, gradients)
-            optimizer.step()
-            schedule.step()
-            progress(step + 1, steps, "biases")
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for parameter in values.values():
-            parameter.grad = None
+class _Distillation:
+    """Gradient steps on the divergence between the outputs of the quantized and the float network.
 
+    Args:
+        calibration: The module, and the samples to tune on.
+        measure: Divergence between outputs.
+        reader: Reads the network's output.
+        shards: Number of shards that each batch is split into.
+        seed: Seed of the order of the batches.
+    """
 
-def _differentiate(
-    calibration: Calibration,
-    batch: int,
-    target: Tensor,
-    measure: Divergence,
-    reader: OutputReader,
-    gradient: Gradient,
-) -> None:
-    """The gradient of a step, on one calibration batch: in parts that ranks share, or the whole of it on rank 0."""
-    samples, ranks = len(target), calibration.ranks
-    divisible = is_divisible(calibration.batches[batch]) and batch_size(calibration.batches[batch]) == samples
-    size = -(-samples // ReconstructionConfig.parts) if divisible else samples
-    for index, start in enumerate(range(0, samples, size)):
-        if not ranks.mine(index):
-            continue
-        rows = slice(start, min(start + size, samples))
-        found, _ = reader.read(partial(calibration.run, batch, True, rows if divisible else None))
-        with torch.enable_grad():
-            gradient.add(index, divergence(found, target[rows], measure).sum() / samples)
-    gradient.reduce()
+    def __init__(
+        self, calibration: Calibration, measure: Divergence, reader: OutputReader, shards: int, seed: int
+    ) -> None:
+        self.calibration, self.measure, self.reader, self.shards = calibration, measure, reader, shards
+        self.generator = torch.Generator().manual_seed(seed)
+        self.order: list[int] = []
+        self.targets: list[Tensor] = []
+
+    def run(self, parameters: list[nn.Parameter], steps: int, lr: float, progress: Progress) -> None:
+        """Tune the parameters, each at a rate relative to its mean magnitude."""
+        if not parameters:
+            return
+        self.targets = float_outputs(self.calibration, self.reader)
+        rates = [lr * max(parameter.detach().abs().mean().item(), 1e-8) for parameter in parameters]
+        variables = list(zip(parameters, rates, strict=True))
+        with frozen(self.calibration.module, trained=parameters):
+            for step, _ in minimize(variables, steps, self.shards, self.calibration.ranks, self._differentiate):
+                progress(step + 1, steps, "biases")
+
+    def _differentiate(self, step: int, gradient: Gradient) -> None:
+        """Add the gradient on the next batch: in shards that ranks share, or the whole batch on rank 0."""
+        self.order = self.order or torch.randperm(len(self.targets), generator=self.generator).tolist()
+        index = self.order.pop()
+        target, batch = self.targets[index], self.calibration.batches[index]
+        samples = len(target)
+        divisible = Batch(batch).is_divisible and Batch(batch).samples == samples
+        size = -(-samples // self.shards) if divisible else samples
+        for shard, start in enumerate(range(0, samples, size)):
+            if not self.calibration.ranks.owns(shard):
+                continue
+            rows = slice(start, min(start + size, samples))
+            output, _ = self.reader.read(partial(self.calibration.run, index, True, rows if divisible else None))
+            with torch.enable_grad():
+                gradient.add(shard, divergence(output, target[rows], self.measure).sum() / samples)

@@ -1,6 +1,6 @@
-"""Statistics tuning: per-channel means and standard deviations brought back to what they were before quantization.
+"""Statistics tuning: restore the per-channel means and standard deviations that layers had before quantization.
 
-The integers stay as they are: a layer's output is changed by a factor and a shift per channel, which go into its scales
+The integers stay as they are. A layer's output is changed by a factor and a shift per channel, which go into its scales
 and its bias (Hubara et al., ICML 2021, sec. 5: batch-norm tuning and para-normalization).
 """
 
@@ -18,15 +18,15 @@ from lightning_ptq.activations.replay import Replay
 from lightning_ptq.activations.store import ActivationStore
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.outputs import ChooseOutput
-from lightning_ptq.network.layers import FoldableBatchNorm, QuantLayer
+from lightning_ptq.network.batch_norm import is_folded
+from lightning_ptq.network.op import QuantizedOp
 from lightning_ptq.network.trace import first_argument
 from lightning_ptq.network.units import Unit, find_units
-from lightning_ptq.numerics.fake_quantize import FakeQuantize
-from lightning_ptq.runtime.journal import Journal
+from lightning_ptq.runtime.journal import NO_JOURNAL, Journal
 from lightning_ptq.runtime.memory import DEFAULT_MEMORY_LIMIT
-from lightning_ptq.runtime.progress import Progress
-from lightning_ptq.statistics.acceptance import Changes, StatisticsResult, judged
-from lightning_ptq.statistics.channel_statistics import ChannelStatistics, channel_dim, watch_outputs
+from lightning_ptq.runtime.progress import Progress, no_progress
+from lightning_ptq.statistics.acceptance import Changes, StatisticsResult, accept_if_better
+from lightning_ptq.statistics.channel_statistics import ChannelStatistics, watch_outputs
 
 _Target = Literal["batch_norm", "others", "every"]
 
@@ -39,30 +39,30 @@ def reestimate_batch_norm(
     output: ChooseOutput | None = None,
     memory_limit: str | int = DEFAULT_MEMORY_LIMIT,
     seed: int = 0,
-    progress: Progress = lambda done, total, text: None,
-    journal: Journal | None = None,
+    progress: Progress = no_progress,
+    journal: Journal = NO_JOURNAL,
 ) -> StatisticsResult:
-    """Bring the outputs of layers whose batch norm was folded back to the norm's statistics.
+    """Give the outputs of layers whose batch norm was folded the norm's statistics again.
 
-    On the calibration set, the quantized layer's output gets mean ``beta`` and standard deviation ``|gamma|`` in every
-    channel again. Batch norms that were not folded get running statistics of the quantized network. In execution
-    order, each layer seeing corrected predecessors; every sample counts the same.
+    On the calibration set, every channel of the quantized layer's output gets mean ``beta`` and standard deviation
+    ``|gamma|``. Batch norms that were not folded get running statistics of the quantized network. The pass is in
+    execution order, so that each layer sees corrected predecessors; every sample has the same weight.
 
     Args:
         calibration: A calibrated (and possibly tuned) module, changed in place.
-        held_out: Share of the samples that judge the step and are not used for it.
-        measure: Between the outputs of the float and the quantized network: ``"kl"``, ``"mse"`` or ``"loss"``.
-        output: Which tensor of the network's output; see :class:`~lightning_ptq.calibration.outputs.OutputReader`.
-        memory_limit: For activations.
-        seed: Of the choice of held-out samples.
-        progress: Called with layers done, layers in all, and the layer's name.
-        journal: Where the finished step is kept, and found again.
+        held_out: Share of the samples that decide whether the step is kept, and that it does not use.
+        measure: Measure between the outputs of the float and the quantized network: ``"kl"``, ``"mse"`` or ``"loss"``.
+        output: The tensor of the network's output; see :class:`~lightning_ptq.calibration.outputs.OutputReader`.
+        memory_limit: Limit of the activations in memory.
+        seed: Seed of the choice of held-out samples.
+        progress: Called with the layers done, the layers in total, and the layer's name.
+        journal: Where the finished step is saved, so that an interrupted run resumes.
 
     Raises:
         StatisticsError: If there are fewer than two samples.
     """
-    judging = {"held_out": held_out, "measure": measure, "output": output, "seed": seed, "journal": journal}
-    return _normalize("batch_norm", calibration, "batch_norm", memory_limit, progress, judging)
+    acceptance = {"held_out": held_out, "measure": measure, "output": output, "seed": seed, "journal": journal}
+    return _normalize("batch_norm", calibration, "batch_norm", memory_limit, progress, acceptance)
 
 
 def para_normalize(
@@ -74,31 +74,31 @@ def para_normalize(
     output: ChooseOutput | None = None,
     memory_limit: str | int = DEFAULT_MEMORY_LIMIT,
     seed: int = 0,
-    progress: Progress = lambda done, total, text: None,
-    journal: Journal | None = None,
+    progress: Progress = no_progress,
+    journal: Journal = NO_JOURNAL,
 ) -> StatisticsResult:
-    """Bring the outputs of layers without a batch norm (transformers) back to the float layers' statistics.
+    """Give the outputs of layers without a batch norm (transformers) the float layers' statistics again.
 
-    On the calibration set, the quantized layer's output gets the mean and the standard deviation of the float layer's
-    output in every channel. In execution order, each layer seeing corrected predecessors.
+    On the calibration set, every channel of the quantized layer's output gets the mean and the standard deviation of
+    the float layer's output. The pass is in execution order, so that each layer sees corrected predecessors.
 
     Args:
-        calibration: As in :func:`reestimate_batch_norm`, as are the rest.
-        every_layer: Also the layers whose batch norm was folded, in place of the norm's statistics.
-        held_out: Share of the samples that judge the step.
-        measure: Between the networks' outputs.
-        output: Which tensor of the output.
-        memory_limit: For activations.
-        seed: Of the held-out samples.
-        progress: As above.
-        journal: As above.
+        calibration: A calibrated (and possibly tuned) module, changed in place.
+        every_layer: Include layers whose batch norm was folded, with the float layer's statistics as their target.
+        held_out: Share of the samples that decide whether the step is kept, and that it does not use.
+        measure: Measure between the outputs of the float and the quantized network: ``"kl"``, ``"mse"`` or ``"loss"``.
+        output: The tensor of the network's output; see :class:`~lightning_ptq.calibration.outputs.OutputReader`.
+        memory_limit: Limit of the activations in memory.
+        seed: Seed of the choice of held-out samples.
+        progress: Called with the layers done, the layers in total, and the layer's name.
+        journal: Where the finished step is saved, so that an interrupted run resumes.
 
     Raises:
         StatisticsError: If there are fewer than two samples.
     """
     target: _Target = "every" if every_layer else "others"
-    judging = {"held_out": held_out, "measure": measure, "output": output, "seed": seed, "journal": journal}
-    return _normalize("para_normalization", calibration, target, memory_limit, progress, judging)
+    acceptance = {"held_out": held_out, "measure": measure, "output": output, "seed": seed, "journal": journal}
+    return _normalize("para_normalization", calibration, target, memory_limit, progress, acceptance)
 
 
 def _normalize(
@@ -107,13 +107,13 @@ def _normalize(
     target: _Target,
     memory_limit: str | int,
     progress: Progress,
-    judging: dict[str, Any],
+    acceptance: dict[str, Any],
 ) -> StatisticsResult:
     def work(part: Calibration) -> Changes:
         with ActivationStore(memory_limit) as store:
             return _Normalizer(part, target, store, progress).run()
 
-    return judged(step, calibration, work, **judging)
+    return accept_if_better(step, calibration, work, **acceptance)
 
 
 class _Normalizer:
@@ -135,6 +135,7 @@ class _Normalizer:
         self.changes = Changes()
 
     def run(self) -> Changes:
+        """Correct one layer after the other; return what was changed."""
         targets = self._targets()
         for index, unit in enumerate(self.units):
             self.progress(index, len(self.units), unit.name)
@@ -150,23 +151,23 @@ class _Normalizer:
         return self.changes
 
     def _targets(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Mean and standard deviation that each wanted layer's output should have."""
-        found: dict[str, tuple[Tensor, Tensor]] = {}
+        """Return the mean and the standard deviation that each layer's output should have."""
+        targets: dict[str, tuple[Tensor, Tensor]] = {}
         for name, norm in self.norms.items():
             batch_norm = cast(_BatchNorm, self.modules[norm])
             if batch_norm.affine:
-                found[name] = batch_norm.bias.detach().double(), batch_norm.weight.detach().double().abs()
+                targets[name] = batch_norm.bias.detach().double(), batch_norm.weight.detach().double().abs()
         watched = watch_outputs(self.calibration, sorted(self.others), "float") if self.others else {}
-        found.update({n: (cast(Tensor, s.mean), s.deviation) for n, s in watched.items()})
-        return found
+        targets.update({name: (cast(Tensor, s.mean), s.deviation) for name, s in watched.items()})
+        return targets
 
     def _statistics(self, unit: Unit, calls: list[list[Call]]) -> ChannelStatistics:
-        found: ChannelStatistics | None = None
+        statistics: ChannelStatistics | None = None
         for call in (call for of_batch in calls for call in of_batch):
             output = self._run(unit, call)
-            found = found or ChannelStatistics(channel_dim(unit.layers[unit.name], output))
-            found.update(output)
-        return cast(ChannelStatistics, found)
+            statistics = statistics or ChannelStatistics(unit.layers[unit.name].channel_dim(output))
+            statistics.update(output)
+        return cast(ChannelStatistics, statistics)
 
     def _outputs(self, unit: Unit, calls: list[list[Call]]) -> list[list[Call]]:
         return [[Call.of(self._run(unit, call), self.store.put) for call in of_batch] for of_batch in calls]
@@ -176,57 +177,73 @@ class _Normalizer:
         return run_unit(unit.module, args, kwargs, "quantized")
 
     @torch.no_grad()
-    def _correct(self, name: str, layer: QuantLayer, found: ChannelStatistics, target: tuple[Tensor, Tensor]) -> None:
-        """Give the layer's output the target's statistics: ``y · f + shift`` through its scales and its bias."""
+    def _correct(
+        self, name: str, layer: QuantizedOp, statistics: ChannelStatistics, target: tuple[Tensor, Tensor]
+    ) -> None:
+        """Give the layer's output the target's statistics: ``y · factor + shift`` through its scales and its bias."""
+        if not layer.bias_names:
+            self.changes.skipped[name] = "it has no bias"
+            return
         mean, deviation = target
-        factor, note = _factor(layer, found.deviation, deviation)
+        factor, note = _factor(layer, statistics.deviation, deviation)
         if note:
             self.changes.skipped[name] = note
-        bias = mean - cast(Tensor, found.mean) * factor
-        if layer.bias is not None:
-            bias += layer.bias.double() * factor
-        scale = cast(FakeQuantize, layer.weight_fake_quant).scale
-        if not layer.tied and scale.numel() == factor.numel():
-            scale.mul_(factor.view_as(scale).to(scale.dtype))
-            layer.weight.copy_(layer.scale_channels(layer.weight, factor.to(layer.weight.dtype)))
-        if layer.bias is None:
-            layer.set_weight(layer.weight, bias.to(layer.weight.dtype), keep_weight=True)
+        which = layer.bias_names[0]
+        present = layer._parameters.get(which)
+        bias = mean - cast(Tensor, statistics.mean) * factor
+        if present is not None:
+            bias += present.double() * factor
+        weights = layer.weights
+        for weight_name, quantizer in layer.weight_quantizers.items() if not layer.tied else ():
+            per_scale, weight = quantizer.layout.of_channels(factor), weights[weight_name]
+            if per_scale is not None:  # weight and scale grow alike, so that the integers stay
+                quantizer.scale.mul_(per_scale.to(quantizer.scale.dtype))
+                weight.copy_(layer.scale_channels(weight_name, weight, factor.to(weight.dtype)))
+        if present is None:
+            layer.set_parameters({which: bias.to(next(iter(weights.values())).dtype)})
         else:
-            layer.bias.copy_(bias)
+            present.copy_(bias)
         self.changes.layers.append(name)
 
     @torch.no_grad()
     def _reestimate(self, norm: _BatchNorm, calls: list[list[Call]]) -> None:
-        """Running statistics of an unfolded batch norm from its inputs in the quantized network."""
-        found = ChannelStatistics(1)
+        """Set the running statistics of an unfolded batch norm from its inputs in the quantized network."""
+        statistics = ChannelStatistics(1)
         for call in (call for of_batch in calls for call in of_batch):
             args, kwargs = call.tree()
-            found.update(first_argument(args, kwargs))
+            statistics.update(first_argument(args, kwargs))
         mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
         for tensor in (mean, variance):
             self.calibration.prepared.remember(tensor)
-        mean.copy_(cast(Tensor, found.mean))
-        variance.copy_(found.deviation.square() * (found.count / max(found.count - 1, 1)))
+        mean.copy_(cast(Tensor, statistics.mean))
+        # As torch does it: running variances are those of the population, estimated without bias.
+        variance.copy_(statistics.deviation.square() * (statistics.count / max(statistics.count - 1, 1)))
 
 
 def _unfolded(calibration: Calibration) -> list[Unit]:
-    """Batch norms that ran and still normalize with running statistics."""
+    """Return the batch norms that ran and still normalize with running statistics, as units."""
     calls = calibration.trace.calls
     return [
         Unit(name, module, {}, calls[name])
         for name, module in calibration.module.named_modules()
         if isinstance(module, _BatchNorm) and calls.get(name) and module.running_mean is not None
-        and not (isinstance(module, FoldableBatchNorm) and module.is_folded)
+        and not is_folded(module)
     ]  # fmt: skip
 
 
-def _factor(layer: QuantLayer, found: Tensor, wanted: Tensor) -> tuple[Tensor, str]:
-    """By what each channel is to be multiplied, and why where it is not; 1 where a channel is constant."""
-    factor = wanted / found
-    usable = (found > 1e-6 * wanted) & (wanted > 0)
+def _factor(layer: QuantizedOp, deviation: Tensor, wanted: Tensor) -> tuple[Tensor, str]:
+    """Return the factor of each channel, and why it is 1 where it is: a channel is constant or cannot change alone.
+
+    Args:
+        layer: The layer.
+        deviation: Standard deviation of its output, (channels,).
+        wanted: Standard deviation that it should have, (channels,).
+    """
+    factor = wanted / deviation
+    usable = (deviation > 1e-6 * wanted) & (wanted > 0)
     if layer.tied:
         return torch.ones_like(factor), "its weight is shared: mean only"
-    if cast(FakeQuantize, layer.weight_fake_quant).scale.numel() != factor.numel():
+    if any(quantizer.layout.of_channels(factor) is None for quantizer in layer.weight_quantizers.values()):
         return torch.ones_like(factor), "its channels share one scale: mean only"
     note = "" if bool(usable.all()) else f"{int((~usable).sum())} of its channels are constant: mean only"
     return torch.where(usable, factor, torch.ones_like(factor)), note

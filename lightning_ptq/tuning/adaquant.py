@@ -10,11 +10,11 @@ from lightning_ptq.activations.store import ActivationStore
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.forward import eval_mode
 from lightning_ptq.errors import QConfigError, RolledBackWarning, warn
-from lightning_ptq.network.units import BlockRule, Granularity, find_units
+from lightning_ptq.network.units import BlockRule, UnitKind, find_units
 from lightning_ptq.numerics.qconfig import LayerQConfig
-from lightning_ptq.runtime.journal import Journal
+from lightning_ptq.runtime.journal import NO_JOURNAL, Journal
 from lightning_ptq.runtime.memory import DEFAULT_MEMORY_LIMIT, parse_bytes
-from lightning_ptq.runtime.progress import Progress
+from lightning_ptq.runtime.progress import Progress, no_progress
 from lightning_ptq.tuning.config import ReconstructionConfig
 from lightning_ptq.tuning.parallel import ParallelRun
 from lightning_ptq.tuning.run import AdaQuantResult, OnUnit
@@ -27,41 +27,38 @@ def adaquant(
     calibration: Calibration,
     *,
     mode: AdaQuantMode = "sequential",
-    granularity: Granularity = "block",
+    granularity: UnitKind = "block",
     blocks: BlockRule | None = None,
     candidates: Sequence[str] | None = None,
     config: ReconstructionConfig | None = None,
     memory_limit: str | int = DEFAULT_MEMORY_LIMIT,
     seed: int = 0,
-    progress: Progress = lambda done, total, text: None,
-    journal: Journal | None = None,
+    progress: Progress = no_progress,
+    journal: Journal = NO_JOURNAL,
     on_unit: OnUnit = lambda row: None,
-    announce: Callable[[MemoryPlan], None] | None = None,
+    announce: Callable[[MemoryPlan], None] = lambda plan: None,
 ) -> AdaQuantResult:
     """Tune every unit of a calibrated module so that its output comes close to the float one's.
 
+    The ranks of the calibration share each step in sequential mode, and the units in parallel mode.
+
     Args:
-        calibration: What :func:`~lightning_ptq.calibration.calibrator.calibrate` returned. Its module is tuned in place.
-        mode: ``"sequential"``: each unit gets the inputs it will get in the quantized model, in which the units before
-            it are tuned already. ``"parallel"``: each unit gets the float model's inputs, and is tuned at every
-            candidate.
+        calibration: A calibrated module, tuned in place.
+        mode: ``"sequential"``: each unit gets the outputs of the quantized, tuned units before it. ``"parallel"``: each
+            unit gets the float model's inputs, and is tuned at every candidate.
         granularity: ``"block"`` or ``"layer"``; see :func:`~lightning_ptq.network.units.find_units`.
-        blocks: Name patterns of the blocks, or a function of name and module, in place of the automatic search.
-        candidates: Bit widths for parallel mode, such as ``["w8a8", "w4a4"]``; by default the calibrated ones alone.
+        blocks: Name patterns of the blocks, or a function of name and module; None to search for blocks.
+        candidates: Bit widths for parallel mode, such as ``["w8a8", "w4a4"]``; None for the calibrated ones.
         config: Steps, rates and what is learned.
-        memory_limit: For activations: what goes beyond is kept in memory-mapped files, and where the disk is too small
-            for that, computed again.
-        seed: Of all random choices; the global random state is neither used nor changed.
-        progress: Called with steps done, steps in all, and the unit's name.
-        journal: Where finished units are kept, and found again by a run that was cut off.
-        on_unit: Called with each row of the result as soon as it is known here.
+        memory_limit: Limit of the activations in memory; beyond it they go to files, or are recomputed.
+        seed: Seed of all random choices; the global random state is neither used nor changed.
+        progress: Called with the steps done, the steps in total, and the unit's name.
+        journal: Where finished units are saved, so that an interrupted run resumes.
+        on_unit: Called with each result as soon as this rank knows it.
         announce: Called before the work with the plan of memory and time.
 
-    Several ranks (``calibration.ranks``) share each step in sequential mode, and the units in parallel mode; they all
-    end with the same tuned module and result.
-
     Returns:
-        A row per unit, and in parallel mode the tuned states.
+        The result of each unit, and in parallel mode the tuned states; the same on all ranks.
 
     Raises:
         QConfigError: If an argument does not fit.
@@ -89,20 +86,19 @@ def adaquant(
         run = kind(
             calibration, units, store, config or ReconstructionConfig(), seed, progress, journal, widths, on_unit
         )
-        if announce is not None:
-            announce(run.plan)
+        announce(run.plan)
         result = run.all()
         result.peak_activation_bytes = store.peak
-    _warn_of_rolled_back(result)
+    _warn_about_rejected(result)
     return result
 
 
-def _warn_of_rolled_back(result: AdaQuantResult) -> None:
-    back = [f"{row.name} ({row.bits})" for row in result.units if row.steps and not row.accepted]
-    if back:
+def _warn_about_rejected(result: AdaQuantResult) -> None:
+    rejected = [f"{row.name} ({row.bits})" for row in result.units if row.steps and not row.accepted]
+    if rejected:
         warn(
             f"tuning did not improve these units on held-out samples, so they keep their initial quantization:"
-            f" {', '.join(back)}.",
+            f" {', '.join(rejected)}.",
             RolledBackWarning,
             stacklevel=3,
         )

@@ -9,6 +9,7 @@ from typing import Literal
 
 from lightning_ptq.errors import QConfigError
 from lightning_ptq.numerics.qconfig import LayerQConfig
+from lightning_ptq.tuning.losses import LOSSES
 
 Rounding = Literal["continuous", "adaround"]
 
@@ -17,37 +18,37 @@ LEARNABLE = ("weight", "bias", "weight_scale", "activation_scale", "activation_z
 
 
 DEFAULT_STEPS = {2: 200, 3: 200, 4: 100, 5: 60, 6: 60, 7: 40, 8: 40}
-"""Steps by bit width with 1024 samples or more: the coarser the grid, the more there is to gain, and the longer it
-takes."""
+"""Steps by bit width, for 1024 samples or more. A coarser grid leaves more to gain, and takes longer to tune."""
 
 
 @dataclass(frozen=True)
 class ReconstructionConfig:
-    """How a unit is tuned.
+    """How a unit is tuned. Each field is an option of :class:`~lightning_ptq.AdaQuantLayerwise`.
 
     Args:
-        steps: Optimisation steps a unit; None to go by the least width in the unit and, below 4 bits, the number
-            of samples (:meth:`steps_for`).
-        batch_size: Samples a step.
-        learn: What is tuned; any of ``"weight"``, ``"bias"``, ``"weight_scale"``, ``"activation_scale"``,
+        steps: Optimization steps per unit; None to choose them by the least bit width in the unit and, below 4 bits,
+            the number of samples (:meth:`steps_for`).
+        batch_size: Samples per step.
+        learn: What is tuned: any of ``"weight"``, ``"bias"``, ``"weight_scale"``, ``"activation_scale"``,
             ``"activation_zero_point"``.
-        weight_lr: Adam's rate for weights, in steps of the layer's weight grid; for AdaRound, of its rounding variable.
-        bias_lr: For biases, relative to their mean magnitude in the layer.
-        scale_lr: For weight and activation scales, relative to the scale.
-        zero_point_lr: For activation zero points, in grid steps.
+        weight_lr: Adam's rate for weights, in steps of the layer's weight grid; for AdaRound, in its rounding variable.
+        bias_lr: Rate for biases, relative to their mean magnitude in the layer.
+        scale_lr: Rate for weight and activation scales, relative to the scale.
+        zero_point_lr: Rate for activation zero points, in grid steps.
         rounding: ``"continuous"``: a weight may move any number of grid steps (AdaQuant); ``"adaround"``: up or down
             only, with a penalty that drives it to either (Nagel et al., 2020).
-        drop: Probability that an activation keeps its float value in the first step (QDrop, Wei et al., 2022); it
+        drop: Probability that an activation keeps its float value in the first step (QDrop, Wei et al., 2022). It
             falls to 0 linearly, so that the last steps see the activations that the quantized unit will see.
-        held_out: Share of the samples on which tuning is judged and which it does not see.
-        parts: The calibration batches are dealt into so many parts, and each step takes samples of all of them. A
-            part is captured, held and computed by one rank: the result is the same on any number of ranks, of which
-            no more than this share a step.
-        tolerance: A unit whose held-out error is below this to begin with is not tuned; None for 2e-3 where all widths
-            are 8 bits, for there is mostly nothing to gain, and 0 below.
+        held_out: Share of the samples that decide whether the tuned state is kept, and that tuning does not see.
+        parts: Number of shards that the calibration batches are split into. Each step takes samples of all shards, and
+            each shard is captured, held and computed by one rank. The result is the same on any number of ranks; at
+            most this many share a step.
+        tolerance: A unit whose initial held-out error is below this is not tuned; None for 2e-3 where all bit widths
+            are 8, where there is mostly nothing to gain, and 0 below.
+        loss: Name of a :class:`~lightning_ptq.tuning.losses.ReconstructionLoss`.
 
     Raises:
-        QConfigError: If a value is out of its domain.
+        QConfigError: If a value is outside its domain.
     """
 
     steps: int | None = None
@@ -62,14 +63,18 @@ class ReconstructionConfig:
     held_out: float = 0.0625
     parts: int = 2
     tolerance: float | None = None
+    loss: str = "squared_error"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "learn", tuple(self.learn))
+        # Lists and null come from YAML files.
+        object.__setattr__(self, "learn", type(self).learn if self.learn is None else tuple(self.learn))
         unknown = [name for name in self.learn if name not in LEARNABLE]
         if unknown:
             raise QConfigError(f"learn holds {unknown}, which cannot be learned. Choose from {list(LEARNABLE)}.")
         if self.rounding not in ("continuous", "adaround"):
             raise QConfigError(f"rounding must be 'continuous' or 'adaround', got {self.rounding!r}.")
+        if self.loss not in LOSSES:
+            raise QConfigError(f"loss must be one of {sorted(LOSSES)}, got {self.loss!r}.")
         for name in ("steps", "batch_size", "parts"):
             value = getattr(self, name)
             if not (isinstance(value, int) and value >= 1) and (name, value) != ("steps", None):
@@ -84,10 +89,13 @@ class ReconstructionConfig:
                 raise QConfigError(f"{name} must lie in [0, 1), got {getattr(self, name)!r}.")
 
     def steps_for(self, qconfigs: Iterable[LayerQConfig], samples: int) -> int:
-        """Steps for a unit whose layers have these widths, with so many calibration samples.
+        """Return the steps for a unit whose layers have these specs.
 
-        Below 4 bits, the fewer samples there are, the sooner tuning fits them alone: half of the table's steps at a
-        quarter of its 1024 samples.
+        Below 4 bits, tuning overfits few samples sooner, so a quarter of 1024 samples gets half of the table's steps.
+
+        Args:
+            qconfigs: Specs of the unit's layers.
+            samples: Number of calibration samples.
         """
         if self.steps is not None:
             return self.steps
@@ -96,7 +104,7 @@ class ReconstructionConfig:
         return max(1, round(DEFAULT_STEPS[bits] * share))
 
     def tolerance_for(self, qconfigs: Iterable[LayerQConfig]) -> float:
-        """Tolerance for a unit whose layers have these widths."""
+        """Return the tolerance for a unit whose layers have these specs."""
         if self.tolerance is not None:
             return self.tolerance
         return 2e-3 if _least_bits(qconfigs) == 8 else 0.0

@@ -1,4 +1,4 @@
-"""Parallel mode: units are independent, so each is tuned at every candidate, and by one rank."""
+"""Parallel mode: units are independent, so each is tuned at every candidate, by one rank."""
 
 from __future__ import annotations
 
@@ -7,127 +7,121 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
-from torch import Tensor
-
-from lightning_ptq.activations.shards import Part
+from lightning_ptq.activations.shards import Shard
 from lightning_ptq.activations.unit_data import UnitData
 from lightning_ptq.calibration.layer_costs import layer_work
 from lightning_ptq.network.units import Unit, set_unit_states, unit_qconfigs, unit_states
 from lightning_ptq.numerics.qconfig import LayerQConfig
-from lightning_ptq.runtime.journal import LayerStates, Piece
-from lightning_ptq.runtime.ranks import Ranks, deal_out
+from lightning_ptq.runtime.journal import JournalEntry, LayerStates
+from lightning_ptq.runtime.ranks import Ranks, assign_to_ranks
 from lightning_ptq.tuning.reconstruct import UnitResult
 from lightning_ptq.tuning.run import AdaQuantResult, Run
 
+# Time of a step per output value, weight, and layer, in multiply-accumulates: least squares over the units of ResNet-20,
+# MobileNetV2, EfficientNet-Lite0 and a small vision transformer on a CPU.
+_OUTPUT, _WEIGHT, _LAYER = 230.0, 330.0, 24e6
+
 
 class ParallelRun(Run):
-    """Each unit gets the float model's inputs and is tuned at every candidate; each is one rank's."""
+    """Each unit gets the float model's inputs and is tuned at every candidate; each unit belongs to one rank."""
 
     def __post_init__(self) -> None:
         self.ranks = self.calibration.ranks
         self.names = self.candidates or [self.calibration.prepared.qconfig.default]
-        self.kept = self.journal.keys() if self.journal else set()
+        self.kept = self.journal.keys()
         costs = self._costs()
-        self.owners = deal_out(costs, self.ranks.gather(self.kept & set(costs)))
+        self.owners = assign_to_ranks(costs, self.ranks.gather(self.kept & set(costs)))
         self.rows: dict[str, list[dict[str, Any]]] = {}
         self.tuned: LayerStates = {}
         super().__post_init__()
 
-    def mine(self, unit: Unit) -> bool:
-        """Whether this rank tunes the unit."""
+    def owns(self, unit: Unit) -> bool:
+        """Return True if this rank tunes the unit."""
         return self.owners[unit.name] == self.ranks.rank
 
     def steps_of(self, unit: Unit) -> int:
-        """Optimisation steps of a unit, at all candidates together."""
-        return sum(self._steps(pairs) for pairs, _ in groupby(sorted(self._choices(unit), key=str)))
+        """Return the optimization steps of a unit at all candidates together; equal candidates are tuned once."""
+        return sum(self._steps(qconfigs) for qconfigs, _ in groupby(sorted(self._choices(unit), key=str)))
 
     def _costs(self) -> dict[str, float]:
-        """Estimated time of each unit, in multiply-accumulates."""
+        """Estimate the time of each unit, in multiply-accumulates."""
         if self.ranks.world == 1:
             return dict.fromkeys((unit.name for unit in self.units), 1.0)
-        steps = {unit.name: 0.0 for unit in self.units}
+        costs = {unit.name: 0.0 for unit in self.units}
         work = layer_work(self.calibration)
         for unit in self.units:
             for name, layer in unit.layers.items():
                 of_samples = self.config.batch_size * (work[name].macs + _OUTPUT * work[name].outputs)
-                steps[unit.name] += of_samples + _WEIGHT * layer.weight.numel() + _LAYER
-        return {unit.name: steps[unit.name] * self.steps_of(unit) for unit in self.units}
+                costs[unit.name] += of_samples + _WEIGHT * layer.weight_count + _LAYER
+        return {unit.name: costs[unit.name] * self.steps_of(unit) for unit in self.units}
 
     def all(self) -> AdaQuantResult:
-        """The own units, and an exchange."""
+        """Tune this rank's units, then merge the results of all ranks."""
         super().all()
-        everything = self.ranks.gather((self.rows, self.tuned, self.result.seconds_tuning))
-        rows = {name: found for of_rank, _, _ in everything for name, found in of_rank.items()}
-        tuned = {name: found for _, of_rank, _ in everything for name, found in of_rank.items()}
-        self.result.seconds_tuning = max(seconds for _, _, seconds in everything)
+        rows, tuned = self.ranks.merge(self.rows), self.ranks.merge(self.tuned)
+        self.result.seconds_tuning = max(self.ranks.gather(self.result.seconds_tuning))
         for unit in self.units:
-            found = [UnitResult.of(row) for row in rows[unit.name]]
-            self.result.units += found
-            for row in found if unit.name not in self.rows else ():
+            results = [UnitResult.of(row) for row in rows[unit.name]]
+            self.result.units += results
+            for row in results if unit.name not in self.rows else ():  # other ranks' units are reported here too
                 self.on_unit(row)
             self._put(unit, {key: state for key, state in tuned.items() if key in self._keys(unit)})
         return self.result
 
     def unit(self, index: int) -> float:
-        """Capture, and tune at each candidate or take from the journal."""
+        """Capture a unit, and tune it at each candidate or read its journal entry."""
         unit = self.work[index]
-        piece = self.journal.read(unit.name) if self.journal and unit.name in self.kept else None
-        data = self._capture(index, targets=piece is None)
+        entry = self.journal.read(unit.name) if unit.name in self.kept else None
+        data = self._capture(index, targets=entry is None)
         start = time.perf_counter()
-        if piece is None:
-            piece = self._tune_candidates(unit, data)
-            if self.journal is not None:
-                self.journal.write(unit.name, piece)
+        if entry is None:
+            entry = self._tune_candidates(unit, data)
+            self.journal.write(unit.name, entry)
         else:
             self.steps_done += self.steps_of(unit)
-            for row in piece.facts["rows"]:
+            for row in entry.facts["rows"]:
                 self.on_unit(UnitResult.of(row))
-        self.rows[unit.name] = piece.facts["rows"]
-        self.tuned.update(piece.states)
+        self.rows[unit.name] = entry.facts["rows"]
+        self.tuned.update(entry.states)
         return time.perf_counter() - start
 
-    def _tune_candidates(self, unit: Unit, data: list[tuple[Part, UnitData]]) -> Piece:
-        """Tune at each candidate, from the float weights; the calibrated widths stay in place."""
-        own, choices = unit_qconfigs(unit), self._choices(unit)
+    def _tune_candidates(self, unit: Unit, data: list[tuple[Shard, UnitData]]) -> JournalEntry:
+        """Tune at each candidate, from the float weights; the calibrated specs stay in place."""
+        calibrated, choices = unit_qconfigs(unit), self._choices(unit)
         rows: list[dict[str, Any]] = []
-        states: dict[str, dict[str, Tensor]] = {}
-        for pairs in choices:
-            key = _key(pairs)
+        states: LayerStates = {}
+        for qconfigs in choices:
+            key = _key(qconfigs)
             if all(f"{key}:{name}" in states for name in unit.layers):
-                continue  # the first and last layer, for example, are alike at several candidates
-            self._round_to_nearest(unit, pairs)
+                continue  # first and last layer, for example, have the same bit widths at several candidates
+            self._round_to_nearest(unit, qconfigs)
             rows.append(asdict(self._tune(unit, data, Ranks())))
             states |= {f"{key}:{name}": state for name, state in unit_states(unit).items()}
-        self._round_to_nearest(unit, own)
-        return Piece(states, {"rows": rows})
+        self._round_to_nearest(unit, calibrated)
+        return JournalEntry(states, {"rows": rows})
 
     def _keys(self, unit: Unit) -> set[str]:
-        return {f"{_key(pairs)}:{name}" for pairs in self._choices(unit) for name in unit.layers}
+        return {f"{_key(qconfigs)}:{name}" for qconfigs in self._choices(unit) for name in unit.layers}
 
     def _put(self, unit: Unit, states: LayerStates) -> None:
-        """Note the tuned states by candidate; those at the calibrated widths go into the layers."""
-        own, choices = unit_qconfigs(unit), self._choices(unit)
-        for candidate, pairs in zip(self.names, choices, strict=True):
-            found = {name: states[f"{_key(pairs)}:{name}"] for name in unit.layers}
-            self.result.states.setdefault(str(candidate), {}).update(found)
-            if pairs == own:
-                set_unit_states(unit, found)
+        """Keep the tuned states by candidate; those at the calibrated specs go into the layers."""
+        calibrated, choices = unit_qconfigs(unit), self._choices(unit)
+        for candidate, qconfigs in zip(self.names, choices, strict=True):
+            of_unit = {name: states[f"{_key(qconfigs)}:{name}"] for name in unit.layers}
+            self.result.states.setdefault(str(candidate), {}).update(of_unit)
+            if qconfigs == calibrated:
+                set_unit_states(unit, of_unit)
 
-    def _round_to_nearest(self, unit: Unit, pairs: list[LayerQConfig]) -> None:
-        for name, pair in zip(unit.layers, pairs, strict=True):
+    def _round_to_nearest(self, unit: Unit, qconfigs: list[LayerQConfig]) -> None:
+        for name, pair in zip(unit.layers, qconfigs, strict=True):
             self.calibration.round_to_nearest(name, pair)
 
     def _choices(self, unit: Unit) -> list[list[LayerQConfig]]:
-        """The widths of the unit's layers at each candidate; the calibrated ones if there are no candidates."""
+        """Return the specs of the unit's layers at each candidate; the calibrated ones if there are no candidates."""
         if not self.candidates:
             return [unit_qconfigs(unit)]
         return [[self.calibration.qconfig_at(name, candidate) for name in unit.layers] for candidate in self.candidates]
 
 
-# What a step takes for each value put out, each weight, and each layer, in multiply-accumulates: least squares over the
-# units of ResNet-20, MobileNetV2, EfficientNet-Lite0 and a small vision transformer on a CPU.
-_OUTPUT, _WEIGHT, _LAYER = 230.0, 330.0, 24e6
-
-
-def _key(pairs: list[LayerQConfig]) -> str:
-    return "/".join(map(str, pairs))
+def _key(qconfigs: list[LayerQConfig]) -> str:
+    return "/".join(map(str, qconfigs))

@@ -1,4 +1,4 @@
-"""AdaQuant: one unit in, the tuned unit and its errors out.
+"""AdaQuant for one unit: takes the unit and its samples, tunes it, and returns its errors.
 
 ``min over Δw, Δx, V, b of ‖ unit(X) - unit_q(X; Q_Δw(W + V), Q_Δx, b) ‖²`` (Hubara et al., ICML 2021, eq. 2), where
 the unit is a layer or a block.
@@ -10,22 +10,23 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
-from lightning_ptq.activations.shards import Part, PartSamples
-from lightning_ptq.activations.unit_data import UnitData
-from lightning_ptq.network.layers import layer_state, layer_tensors, set_layer_state
-from lightning_ptq.network.units import Unit
-from lightning_ptq.numerics.fake_quantize import FakeQuantize
-from lightning_ptq.numerics.qconfig import LayerQConfig
+from lightning_ptq.activations.calls import float_leaves
+from lightning_ptq.activations.shards import Shard, ShardSamples
+from lightning_ptq.activations.unit_data import Group, UnitData
+from lightning_ptq.network.units import Unit, set_unit_states, unit_qconfigs, unit_states
 from lightning_ptq.runtime.gradient import Gradient
 from lightning_ptq.runtime.memory import trim_heap
+from lightning_ptq.runtime.optimization import minimize
+from lightning_ptq.runtime.patching import frozen
 from lightning_ptq.runtime.ranks import Ranks
 from lightning_ptq.tuning.config import ReconstructionConfig
-from lightning_ptq.tuning.losses import _mean_power, _relative_error
+from lightning_ptq.tuning.losses import LOSSES, ReconstructionLoss
 from lightning_ptq.tuning.tuners import Tuner, make_tuner
 
 T = TypeVar("T")
@@ -33,19 +34,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class UnitResult:
-    """What became of one unit.
+    """The outcome of tuning one unit.
 
     Attributes:
         name: Qualified name.
-        bits: The layers' widths, for example ``"w4a4"``; several where they differ.
+        bits: Bit widths of the layers, for example ``"w4a4"``; several where they differ.
         error_before: Held-out error of the initial quantization: the squared error of the unit's output over the
             squared float output.
         error_after: The same after tuning.
-        accepted: True if the tuned state was kept; False if tuning did not lower the error, or was not needed, and
+        accepted: True if the tuned state was kept. False if tuning did not lower the error, or was not needed, so that
             the unit keeps its initial quantization.
-        steps: Optimisation steps; 0 if the error was below the tolerance to begin with.
-        seconds: Time of the tuning.
-        curve: (step, training loss) at some fifty steps.
+        steps: Optimization steps; 0 if the initial error was below the tolerance.
+        seconds: Duration of the tuning.
+        curve: (step, training loss) at about fifty steps.
     """
 
     name: str
@@ -59,14 +60,14 @@ class UnitResult:
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> UnitResult:
-        """From what ``dataclasses.asdict`` made of one, also if it has gone through JSON."""
+        """Return the result that ``dataclasses.asdict`` made these fields of, also if they went through JSON."""
         curve = tuple((int(step), float(loss)) for step, loss in fields["curve"])
         return cls(**{**fields, "curve": curve})
 
 
 def reconstruct_unit(
     unit: Unit,
-    data: Sequence[tuple[Part, UnitData]],
+    data: Sequence[tuple[Shard, UnitData]],
     config: ReconstructionConfig,
     steps: int,
     seed: int,
@@ -76,121 +77,123 @@ def reconstruct_unit(
 ) -> UnitResult:
     """Tune the quantized layers of ``unit`` so that its outputs come close to the targets in ``data``.
 
-    The tuned state is kept only if it lowers the error on held-out samples; the weights kept lie on their grid.
+    The tuned state is kept only if it lowers the error on held-out samples. Weights end on their grids.
 
     Args:
         unit: A unit of a calibrated module in eval mode.
-        data: The parts of its calibration samples that this rank has, with targets set.
-        config: How.
-        steps: Optimisation steps; see :meth:`ReconstructionConfig.steps_for`.
-        seed: Of all random choices; the same on all ranks.
+        data: The shards of its calibration samples that this rank holds, with targets set.
+        config: What is tuned, and how.
+        steps: Optimization steps; see :meth:`ReconstructionConfig.steps_for`.
+        seed: Seed of all random choices; the same on all ranks.
         on_step: Called with the number of steps done.
-        ranks: The processes that share each step; all of them have the unit, and each part is one's.
-        restart: Puts in place what tuning starts from, where that is not the state which it has to beat.
+        ranks: Processes that share each step. All of them have the unit, and each shard belongs to one of them.
+        restart: Puts the state in place that tuning starts from, if that is not the state which it has to beat.
 
     Returns:
         The errors before and after, and whether the tuned state was kept.
     """
     start, ranks = time.perf_counter(), ranks or Ranks()
-    samples = [PartSamples(part, of_part, config.held_out, seed * config.parts + part.index) for part, of_part in data]
+    samples = [
+        ShardSamples(shard, of_shard, config.held_out, seed * config.parts + shard.index) for shard, of_shard in data
+    ]
+    loss = LOSSES[config.loss]
 
-    def judge() -> float:
-        trim_heap()  # forwards of other sizes than the steps': neither fits into what the other leaves in the heap
-        found = _of_all_parts(ranks, {own.part.index: own.held_out_error(unit.module) for own in samples})
+    def held_out_error() -> float:
+        trim_heap()  # these forwards have other sizes than the steps; neither fits into the heap that the other leaves
+        sums = _over_shards(ranks, {own.shard.index: loss.held_out(own.held_out(unit.module)) for own in samples})
         trim_heap()
-        return sum(error for error, _ in found) / max(sum(power for _, power in found), 1e-30)
+        return sum(error for error, _ in sums) / max(sum(magnitude for _, magnitude in sums), 1e-30)
 
-    before = judge()
-    widths = [cast(LayerQConfig, layer.qconfig) for layer in unit.layers.values()]
+    before = held_out_error()
+    widths = unit_qconfigs(unit)
     bits = "/".join(sorted(set(map(str, widths))))
     if before < config.tolerance_for(widths):
         return UnitResult(unit.name, bits, before, before, False, 0, time.perf_counter() - start)
-    saved = [layer_state(layer) for layer in unit.layers.values()]
+    saved = unit_states(unit)
     restart()
     tuners = [make_tuner(unit, name, layer, config) for name, layer in unit.layers.items()]
     with _tuning(unit, config):
-        curve = _optimise(unit, tuners, samples, steps, config, ranks, on_step)
+        curve = _optimize(unit, tuners, samples, steps, config, ranks, on_step)
     for tuner in tuners:
         tuner.write()
-    ranks.spread(tensor for layer in unit.layers.values() for tensor in layer_tensors(layer).values())
-    after = judge()
+    # All ranks stepped alike; the broadcast makes sure that they end with the same bytes.
+    ranks.broadcast(tensor for layer in unit.layers.values() for tensor in layer.tensors().values())
+    after = held_out_error()
     accepted = after < before
     if not accepted:
-        for layer, state in zip(unit.layers.values(), saved, strict=True):
-            set_layer_state(layer, state)
+        set_unit_states(unit, saved)
     return UnitResult(unit.name, bits, before, after, accepted, steps, time.perf_counter() - start, tuple(curve))
 
 
-def _of_all_parts(ranks: Ranks, found: dict[int, T]) -> list[T]:
-    """What was found for each part, in the order of the parts, whichever rank has them."""
-    merged = {index: value for of_rank in ranks.gather(found) for index, value in of_rank.items()}
+def _over_shards(ranks: Ranks, values: dict[int, T]) -> list[T]:
+    """Return the values of all shards in the order of the shards, so that sums do not depend on who computed them."""
+    merged = ranks.merge(values)
     return [merged[index] for index in sorted(merged)]
 
 
-def _optimise(
+def _optimize(
     unit: Unit,
     tuners: list[Tuner],
-    samples: list[PartSamples],
+    samples: list[ShardSamples],
     steps: int,
     config: ReconstructionConfig,
     ranks: Ranks,
     on_step: Callable[[int], None],
 ) -> list[tuple[int, float]]:
-    by_rate: dict[float, list[Tensor]] = {}
-    for variable, rate in (found for tuner in tuners for found in tuner.variables.values()):
-        by_rate.setdefault(rate, []).append(variable)
-    if not by_rate:
+    """Run the optimization steps; return (step, training loss) at about fifty of them."""
+    variables = [variable for tuner in tuners for variable in tuner.variables.values()]
+    if not variables:
         return []
-    # A group for each rate, stepped as a whole: one by one, its tensors would take a tenth of a step. The same bytes.
-    groups = [{"params": variables, "lr": rate} for rate, variables in by_rate.items()]
-    optimizer = torch.optim.Adam(groups, foreach=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    facts = _of_all_parts(ranks, {own.part.index: (own.data.separable, own.power()) for own in samples})
-    mixed, power = all(separable for separable, _ in facts), _mean_power([power for _, power in facts])
-    gradient = Gradient([variable for variables in by_rate.values() for variable in variables], ranks, len(facts))
-    quantizers = [q for layer in unit.layers.values() if (q := layer.input_fake_quant) is not None]
+    kind = LOSSES[config.loss]
+    shards = _over_shards(
+        ranks, {own.shard.index: (own.data.separable, kind.magnitudes(own.targets())) for own in samples}
+    )
+    separable, loss = all(separable for separable, _ in shards), kind([magnitudes for _, magnitudes in shards])
+    quantizers = [q for layer in unit.layers.values() for q in layer.input_quantizers.values()]
     drops = [ActivationDrop(own.generator) for own in samples]
-    curve: list[tuple[int, float]] = []
-    for step in range(steps):
+
+    def differentiate(step: int, gradient: Gradient) -> None:
         for own, drop in zip(samples, drops, strict=True):
-            # Where rows cannot be told apart, a step takes a whole call, of one part after the other.
-            weight = own.part.weight if mixed else float(step % len(facts) == own.part.index)
+            # Where rows cannot be told apart, a step takes one whole call, of one shard after the other.
+            weight = own.shard.weight if separable else float(step % len(shards) == own.shard.index)
             if not weight:
                 continue
             drop.probability = config.drop * (1 - step / steps)
             for quantizer in quantizers:
                 quantizer.drop = drop
             for group, rows, share in own.draw():
-                error = weight * share * _relative_error(unit.module, tuners, group, rows, power)
+                error = weight * share * _loss(unit, tuners, loss, group, rows)
                 penalty = weight * share * torch.stack([tuner.penalty(step / steps) for tuner in tuners]).sum()
-                gradient.add(own.part.index, error + penalty, error)
-        total = gradient.reduce()
+                gradient.add(own.shard.index, error + penalty, error)
+
+    curve: list[tuple[int, float]] = []
+    for step, total in minimize(variables, steps, len(shards), ranks, differentiate):
         if step % max(1, steps // 50) == 0:
             curve.append((step, float(total)))
-        optimizer.step()
-        schedule.step()
         on_step(step + 1)
     return curve
 
 
+def _loss(unit: Unit, tuners: list[Tuner], loss: ReconstructionLoss, group: Group, rows: Tensor | slice) -> Tensor:
+    """Return the loss of some rows, differentiable in the tuners' variables."""
+    state = {name: tensor for tuner in tuners for name, tensor in tuner.tensors().items()}
+    args, kwargs = group.arguments(rows)
+    return loss.training(float_leaves(functional_call(unit.module, state, args, kwargs)), group.wanted(rows))
+
+
 @contextmanager
 def _tuning(unit: Unit, config: ReconstructionConfig) -> Iterator[None]:
-    """Gradients for the variables only; AdaRound's weights are on the grid already. Ends the dropping."""
-    frozen = [p for p in unit.module.parameters() if p.requires_grad]
-    quantizers = [q for layer in unit.layers.values() if (q := layer.input_fake_quant) is not None]
-    weights = [cast(FakeQuantize, layer.weight_fake_quant) for layer in unit.layers.values() if not layer.tied]
-    soft = config.rounding == "adaround" and "weight" in config.learn
+    """Record gradients for the tuners' variables only, inside the ``with`` block; afterwards nothing is dropped."""
+    inputs = [q for layer in unit.layers.values() for q in layer.input_quantizers.values()]
+    weights = [q for layer in unit.layers.values() if not layer.tied for q in layer.weight_quantizers.values()]
+    on_grid = config.rounding == "adaround" and "weight" in config.learn  # such weights need no rounding
     try:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
         for quantizer in weights:
-            quantizer.enabled = not soft
-        with torch.enable_grad():
+            quantizer.enabled = not on_grid
+        with frozen(unit.module), torch.enable_grad():
             yield
     finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        for quantizer in quantizers:
+        for quantizer in inputs:
             quantizer.drop = None
         for quantizer in weights:
             quantizer.enabled = True
@@ -203,7 +206,7 @@ class ActivationDrop:
         generator: Source of the random numbers.
 
     Attributes:
-        probability: That a value is dropped.
+        probability: Probability that a value is dropped.
     """
 
     def __init__(self, generator: torch.Generator) -> None:
@@ -211,10 +214,10 @@ class ActivationDrop:
         self.probability = 0.0
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """``y`` with some of its values replaced by those of ``x``."""
+        """Return ``y`` with some of its values replaced by those of ``x``."""
         if not self.probability:
             return y
-        # Random bytes cost an eighth of random floats, and dropping is on the path of every tuning step.
+        # Random bytes cost an eighth of random floats, and every tuning step draws them.
         words = torch.randint(
             -(2**63), 2**63 - 1, (x.numel() // 8 + 1,), generator=self.generator, dtype=torch.int64, device=x.device
         )

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from lightning_ptq.activations.memory_plan import agreed_to_keep, plan_memory
+from lightning_ptq.activations.memory_plan import agree_to_keep, plan_memory
 from lightning_ptq.activations.replay import Replay, Stream
-from lightning_ptq.activations.shards import Part, deal_parts
+from lightning_ptq.activations.shards import Shard, make_shards
 from lightning_ptq.activations.store import ActivationStore
 from lightning_ptq.activations.unit_data import UnitData
+from lightning_ptq.calibration.batch import Batch
 from lightning_ptq.calibration.calibration import Calibration
-from lightning_ptq.calibration.forward import batch_size
 from lightning_ptq.network.units import Unit, unit_qconfigs
 from lightning_ptq.numerics.qconfig import LayerQConfig
 from lightning_ptq.runtime.journal import Journal, LayerStates
@@ -24,16 +24,17 @@ from lightning_ptq.tuning.config import ReconstructionConfig
 from lightning_ptq.tuning.reconstruct import UnitResult, reconstruct_unit
 
 OnUnit = Callable[[UnitResult], None]
+"""Function that is called with the result of each unit."""
 
 
 @dataclass
 class AdaQuantResult:
-    """What :func:`adaquant` did.
+    """What :func:`~lightning_ptq.tuning.adaquant.adaquant` returns.
 
     Attributes:
-        units: A row per unit (and candidate), in the order of the work.
+        units: A result per unit (and candidate), in the order of the work.
         states: For each candidate, the tuned state of every layer; parallel mode only.
-        seconds_tuning: Time spent in optimisation steps and held-out checks.
+        seconds_tuning: Time spent in optimization steps and on held-out errors.
         seconds_capture: Time spent on inputs and targets.
         peak_activation_bytes: Most bytes of activations held in memory at a time.
     """
@@ -46,12 +47,12 @@ class AdaQuantResult:
 
 
 @dataclass
-class Run:
-    """What both modes share.
+class Run(ABC):
+    """A pass over the units, in either mode.
 
     Attributes:
-        work: The units that this rank has to do with.
-        parts: The parts of the calibration set that this rank captures.
+        work: The units that this rank tunes.
+        shards: The shards of the calibration set that this rank captures.
     """
 
     calibration: Calibration
@@ -60,7 +61,7 @@ class Run:
     config: ReconstructionConfig
     seed: int
     progress: Progress
-    journal: Journal | None
+    journal: Journal
     candidates: list[LayerQConfig]
     on_unit: OnUnit
     result: AdaQuantResult = field(default_factory=AdaQuantResult)
@@ -69,58 +70,59 @@ class Run:
     def __post_init__(self) -> None:
         self.ranks = self.calibration.ranks
         self.steps_done = 0
-        samples = [batch_size(batch) for batch in self.calibration.batches]
-        parts = deal_parts(samples, self.config.parts, self.config.batch_size)
-        self.parts = [part for part in parts if not self.sequential or self.ranks.mine(part.index)]
-        self.work = [unit for unit in self.units if self.mine(unit)]
+        samples = [Batch(batch).samples for batch in self.calibration.batches]
+        shards = make_shards(samples, self.config.parts, self.config.batch_size)
+        # Sequential mode shares the steps of each unit, so a rank holds its own shards; parallel mode shares the units.
+        self.shards = [shard for shard in shards if not self.sequential or self.ranks.owns(shard.index)]
+        self.work = [unit for unit in self.units if self.owns(unit)]
         counts = [self.steps_of(unit) for unit in self.work]
         self.steps = sum(counts)
         self.plan = plan_memory(
-            self.calibration, self.work, self.store.limit, counts, self.config.batch_size, self.sequential, self.parts
+            self.calibration, self.work, self.store.limit, counts, self.config.batch_size, self.sequential, self.shards
         )
-        self.keep = agreed_to_keep(self.ranks, self.plan.where)
+        self.keep = agree_to_keep(self.ranks, self.plan.where)
         self.float_streams = self._streams("float")
         self.quantized_streams = self._streams("quantized") if self.sequential else []
 
     def _streams(self, stream: Stream) -> list[Replay]:
         return [
-            Replay(self.calibration, self.work, self.store, stream, keep=self.keep, batches=part.batches)
-            for part in self.parts
+            Replay(self.calibration, self.work, self.store, stream, keep=self.keep, batches=shard.batches)
+            for shard in self.shards
         ]
 
-    def mine(self, unit: Unit) -> bool:
-        """Whether this rank has to do with the unit."""
+    def owns(self, unit: Unit) -> bool:
+        """Return True if this rank tunes the unit."""
         return True
 
     def steps_of(self, unit: Unit) -> int:
-        """Optimisation steps of a unit of this rank's."""
+        """Return the optimization steps of a unit of this rank."""
         return self._steps(unit_qconfigs(unit))
 
     def all(self) -> AdaQuantResult:
-        """Every unit, one after the other."""
+        """Tune every unit, one after the other."""
         for index, unit in enumerate(self.work):
             start = time.perf_counter()
             self.progress(self.steps_done, self.steps, unit.name)
             seconds = self.unit(index)
             self.result.seconds_tuning += seconds
             self.result.seconds_capture += time.perf_counter() - start - seconds
-            self.progress(self.steps_done, self.steps, unit.name)  # also where there was nothing to tune
+            self.progress(self.steps_done, self.steps, unit.name)  # again, for a unit that needed no steps
         return self.result
 
     @abstractmethod
     def unit(self, index: int) -> float:
-        """Capture and tune; returns the seconds of the tuning."""
+        """Capture and tune a unit; return the seconds of the tuning."""
 
-    def _capture(self, index: int, targets: bool) -> list[tuple[Part, UnitData]]:
-        """The unit's samples of each part, with targets if wanted; the float outputs go on to later units."""
-        return [(part, self._capture_part(index, place, targets)) for place, part in enumerate(self.parts)]
+    def _capture(self, index: int, targets: bool) -> list[tuple[Shard, UnitData]]:
+        """Return the unit's samples of each shard, with targets if wanted; later units get the float outputs."""
+        return [(shard, self._capture_shard(index, place, targets)) for place, shard in enumerate(self.shards)]
 
-    def _capture_part(self, index: int, place: int, targets: bool) -> UnitData:
+    def _capture_shard(self, index: int, place: int, targets: bool) -> UnitData:
         module, stream = self.work[index].module, self.float_streams[place]
         data = UnitData(stream.inputs(index), self.store)
         outputs = data.outputs(module, len(stream.batches), "float")
         if self.sequential and self.quantized_streams[place].needs_others(index):
-            del data  # before as much again is captured
+            del data  # freed before the quantized inputs, which take as much, are captured
             data = UnitData(self.quantized_streams[place].inputs(index, stream.proof), self.store)
         if targets:
             data.set_targets(outputs, module)
@@ -130,7 +132,7 @@ class Run:
     def _tune(
         self,
         unit: Unit,
-        data: list[tuple[Part, UnitData]],
+        data: list[tuple[Shard, UnitData]],
         ranks: Ranks,
         restart: Callable[[], None] = lambda: None,
     ) -> UnitResult:
@@ -144,5 +146,5 @@ class Run:
         self.on_unit(row)
         return row
 
-    def _steps(self, widths: list[LayerQConfig]) -> int:
-        return self.config.steps_for(widths, self.calibration.samples)
+    def _steps(self, qconfigs: list[LayerQConfig]) -> int:
+        return self.config.steps_for(qconfigs, self.calibration.samples)

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
 import functools
-import inspect
 
+import jsonargparse
 import pytest
 from helpers import IMAGES, Snapshot, classifier, loader, same_state, state, trainer
 
@@ -70,9 +71,42 @@ CONFIGS = {
 def test_every_entry_of_the_configuration_arrives(tmp_path, options):
     callback = AdaQuantLayerwise(**SHORT, **options)
     assert callback.config == ReconstructionConfig(**SHORT, **options)
-    for name, parameter in inspect.signature(ReconstructionConfig).parameters.items():
-        default = inspect.signature(AdaQuantLayerwise).parameters[name].default
-        assert default == (None if name == "learn" else parameter.default)
+    assert callback.config != AdaQuantLayerwise(**SHORT).config
+
+
+def parser():
+    built = jsonargparse.ArgumentParser(exit_on_error=False)
+    built.add_class_arguments(AdaQuantLayerwise, "callback", fail_untyped=True)
+    return built
+
+
+def test_the_command_line_offers_every_entry_of_the_configuration_with_its_default():
+    offered = parser().parse_args([]).callback
+    for field in dataclasses.fields(ReconstructionConfig):
+        assert offered[field.name] == field.default
+    given = parser().parse_object({"callback": {"learn": ["bias"], "steps": 7, "tolerance": None}}).callback
+    assert AdaQuantLayerwise(**given.as_dict()).config == ReconstructionConfig(learn=("bias",), steps=7)
+
+
+@pytest.mark.parametrize("given", [{"steps": "many"}, {"learn": 3}, {"rounding": "up"}, {"step": 3}], ids=str)
+def test_the_command_line_checks_the_types_of_the_configuration(given):
+    with pytest.raises(jsonargparse.ArgumentError, match=next(iter(given))):
+        parser().parse_object({"callback": given})
+
+
+def test_what_is_learned_is_given_as_a_list_a_tuple_or_not_at_all():
+    for learn in (["weight", "bias"], ("weight", "bias")):
+        assert AdaQuantLayerwise(learn=learn).config.learn == ("weight", "bias")
+    assert AdaQuantLayerwise(learn=None).config == AdaQuantLayerwise().config == ReconstructionConfig()
+
+
+@pytest.mark.parametrize(
+    ("option", "closest"), [("step", "steps"), ("granularty", "granularity"), ("learning_rate", "learn")]
+)
+def test_an_unknown_option_is_refused_with_the_closest_one(option, closest):
+    message = f"no option '{option}'; the closest one is '{closest}'. Choose from mode, .*seed, steps, .*tolerance"
+    with pytest.raises(TypeError, match=message):
+        AdaQuantLayerwise(steps=3, **{option: 3})
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from lightning_ptq import (
     AdaQuantLayerwise,
     BitAllocator,
     CalibrationCapture,
-    Choices,
+    Candidates,
+    PTQReport,
     ReconstructionConfig,
     adaquant,
     apply_allocation,
@@ -29,7 +30,7 @@ SHORT = {"steps": 6, "batch_size": 8}
 
 
 def costs(calibration):
-    choices = Choices(calibration, CANDIDATES)
+    choices = Candidates(calibration, CANDIDATES)
     return [size_cost(calibration, choices), bops_cost(calibration, choices)]
 
 
@@ -99,6 +100,12 @@ def test_other_budgets_ties_and_pins(pl, tmp_path):
     assert found.choice[names[1]] == "w4a4"
     assert found.costs["table"] <= 2.0 * len(names)
     assert found.costs["bops"] <= found.limits["bops"]
+    report = PTQReport("net")
+    allocator.record(report)
+    assert report.frontier.cost == "bops"
+    assert len(report.frontier.points) > 1
+    assert all(point.allocation.costs["table"] <= 2.0 * len(names) for point in report.frontier.points)
+    assert all(point.allocation.choice[names[1]] == "w4a4" for point in report.frontier.points)
 
 
 @pytest.mark.parametrize(("options", "error", "message"), [

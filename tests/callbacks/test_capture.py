@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import pytest
+import pytorch_lightning
 import torch
 import torch.nn.functional as F
 from helpers import (
@@ -19,7 +20,9 @@ from helpers import (
 from torch.utils.data import DataLoader
 from torchmetrics import CatMetric, MeanMetric, MetricCollection
 
+import lightning_ptq
 from lightning_ptq import CalibrationCapture, QConfig, calibrate
+from lightning_ptq.callbacks.trainer.resuming import fingerprint
 from lightning_ptq.errors import CalibrationError, FewSamplesWarning, QConfigError, UnreachedLayerWarning
 
 pytestmark = [
@@ -375,6 +378,21 @@ def test_fit_calls_the_hooks_in_this_order(pl, tmp_path, monkeypatch):
     run = trainer(pl, tmp_path, capture, num_sanity_val_steps=1, limit_val_batches=1, limit_train_batches=2)
     run.fit(classifier(pl), loader(), loader())
     assert called == HOOKS
+
+
+def test_a_run_creates_no_attribute(pl, tmp_path):
+    capture = CalibrationCapture("w4a4")
+    before = set(vars(capture))
+    trainer(pl, tmp_path, capture).fit(classifier(pl), loader())
+    assert set(vars(capture)) - {"log", "log_dict"} == before  # the Trainer adds these two
+
+
+def test_progress_is_that_of_this_version_of_the_library(monkeypatch):
+    calibration = calibrate(classifier(pytorch_lightning), XS, "w4a4")
+    before = fingerprint(calibration)
+    assert fingerprint(calibration) == before
+    monkeypatch.setattr(lightning_ptq, "__version__", "0.0.0")
+    assert fingerprint(calibration) != before
 
 
 def test_a_derived_callback_is_one_too(pl, tmp_path):

@@ -116,11 +116,11 @@ def wandb_run(pl, tmp_path, monkeypatch):
 def test_an_offline_wandb_run_holds_every_table_picture_and_figure(wandb_run):
     run, callbacks = wandb_run
     report = callbacks[0].report
-    for sheet in report.sheets():
-        if sheet.key in TABLES:
-            table = run.table(sheet.key)
-            assert table["columns"] == list(sheet.columns)
-            assert len(table["data"]) == len(sheet.rows)
+    for table in report.tables():
+        if table.key in TABLES:
+            logged = run.table(table.key)
+            assert logged["columns"] == list(table.columns)
+            assert len(logged["data"]) == len(table.rows)
     assert {key.split("/")[1] for key, found in run.history.items() if _is_a(found, "table-file")} == TABLES
     pictures = {key.split("/")[1] for key, found in run.history.items() if _is_a(found, "images/separated")}
     assert pictures == {f"{key}_plot" for key in PICTURES}
@@ -184,7 +184,7 @@ def test_loggers_change_nothing_and_none_is_fine(pl, tmp_path):
     logged, _ = fit(pl, tmp_path / "a", [pl.loggers.CSVLogger(tmp_path), pl.loggers.TensorBoardLogger(tmp_path)])
     plain, callbacks = fit(pl, tmp_path / "b", False)
     assert same_state(state(logged), state(plain))
-    assert {sheet.key for sheet in callbacks[0].report.sheets()} == TABLES | {"settings"}
+    assert {table.key for table in callbacks[0].report.tables()} == TABLES | {"settings"}
 
 
 def test_units_are_logged_as_they_come(pl, tmp_path):
@@ -206,7 +206,7 @@ def test_a_folder_that_cannot_be_made_is_found_out_before_the_work(pl, tmp_path)
     (tmp_path / "file").touch()
     module = classifier(pl)
     before = Snapshot(module)
-    with pytest.raises(CallbackError, match=r"report_dir='.*file/deep' cannot be made"):
+    with pytest.raises(CallbackError, match=r"report_dir='.*file/deep' cannot be created"):
         trainer(pl, tmp_path, CalibrationCapture("w8a8", report_dir=str(tmp_path / "file" / "deep"))).fit(
             module, loader()
         )

@@ -9,7 +9,7 @@ import torch
 from helpers import IMAGES, LABELS, SmallNet, Snapshot, build, classifier, loader, rng_state, same_state, state, trainer
 
 import lightning_ptq
-from lightning_ptq import AdaQuantLayerwise, BitAllocator, CalibrationCapture, QConfig
+from lightning_ptq import AdaQuantLayerwise, BitAllocator, CalibrationCapture, QConfig, StatsTuning
 from lightning_ptq.errors import CalibrationError, PTQError
 from lightning_ptq.report.inspect_module import inspect_module
 
@@ -222,6 +222,24 @@ def test_more_processes_than_parts(pl, tmp_path):
     assert hazard.remedy == "Write AdaQuantLayerwise(parts=2)."
 
 
+@pytest.mark.parametrize(
+    ("stages", "remedies"),
+    [
+        (lambda: [StatsTuning()], ["StatsTuning"]),
+        (lambda: [StatsTuning(bias=False)], []),
+        (lambda: [StatsTuning(parts=4)], []),
+        (lambda: [AdaQuantLayerwise(), StatsTuning()], ["AdaQuantLayerwise"]),
+        (lambda: [AdaQuantLayerwise(), StatsTuning(parts=2)], ["AdaQuantLayerwise", "StatsTuning"]),
+        (lambda: [AdaQuantLayerwise(parts=4), StatsTuning()], []),
+    ],
+)
+def test_more_processes_than_parts_of_bias_tuning(pl, tmp_path, stages, remedies):
+    here = usual(pl, tmp_path, CalibrationCapture(), *stages(), devices=4, strategy="ddp")
+    hazards = lightning_ptq.inspect(classifier(pl), BATCH, trainer=here).hazards
+    assert [hazard.category for hazard in hazards] == ["devices"] * len(remedies)
+    assert [hazard.remedy for hazard in hazards] == [f"Write {name}(parts=4)." for name in remedies]
+
+
 def test_mixed_precision_and_synchronised_norms(pl, tmp_path):
     here = usual(pl, tmp_path, precision="bf16-mixed", devices=2, strategy="ddp", sync_batchnorm=True)
     found = lightning_ptq.inspect(classifier(pl), BATCH, trainer=here)
@@ -250,7 +268,7 @@ def test_a_trainer_that_would_train(pl, tmp_path):
     module, here = classifier(pl), trainer(pl, tmp_path, limit_train_batches=2)
     found = lightning_ptq.inspect(module, BATCH, trainer=here)
     assert [(hazard.category, hazard.message) for hazard in found.hazards if hazard.category == "callbacks"] == [
-        ("callbacks", "the Trainer has no callback of PTQ, so fit trains the module.")
+        ("callbacks", "the Trainer has no PTQ callback, so fit trains the module.")
     ]
     before = state(module)
     here.fit(module, loader())

@@ -6,7 +6,7 @@ import pytest
 from helpers import classifier, loader, trainer
 
 from lightning_ptq import AdaQuantLayerwise, CalibrationCapture
-from lightning_ptq.callbacks import progress
+from lightning_ptq.callbacks.trainer import progress
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),

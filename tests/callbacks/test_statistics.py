@@ -80,7 +80,46 @@ def test_it_comes_last(pl, tmp_path):
         trainer(pl, tmp_path, CalibrationCapture(), StatsTuning(), AdaQuantLayerwise()).fit(classifier(pl), loader())
 
 
+@pytest.mark.parametrize(
+    ("parts", "before", "expected"),
+    [
+        (None, [], 2),
+        (None, [{"parts": 3}], 3),
+        (None, [{"mode": "parallel", "parts": 3}, {"parts": 5}], 5),
+        (4, [{"parts": 3}], 4),
+        (1, [], 1),
+    ],
+)
+def test_bias_tuning_has_the_parts_of_the_tuning_before_it(pl, tmp_path, monkeypatch, parts, before, expected):
+    given = []
+
+    def watched(*args, parts, **options):
+        given.append(parts)
+        return tune_bias(*args, parts=parts, **options)
+
+    monkeypatch.setattr("lightning_ptq.callbacks.statistics.tune_bias", watched)
+    tuning = [AdaQuantLayerwise(**{**SHORT, "steps": 1}, **options) for options in before]
+    stages = [CalibrationCapture("w4a4"), *tuning, StatsTuning(target=None, steps=1, parts=parts)]
+    trainer(pl, tmp_path, *stages).fit(classifier(pl), loader())
+    assert given == [expected]
+
+
+def test_the_parts_of_bias_tuning_arrive(pl, tmp_path):
+    states = []
+    for parts in (1, 3):
+        module = classifier(pl)
+        stages = [CalibrationCapture("w2a4"), StatsTuning(target=None, steps=8, parts=parts)]
+        trainer(pl, tmp_path / str(parts), *stages).fit(module, loader())
+        net = classifier(pl)
+        tune_bias(calibrate(net, IMAGES.split(8), "w2a4"), steps=8, parts=parts)
+        assert stages[1].result[0].accepted
+        assert same_state(state(module), state(net))
+        states.append(state(module))
+    assert not same_state(*states)
+
+
 @pytest.mark.parametrize(("options", "message"), [
+    ({"parts": 0}, "parts must be 1 or more, or None, got 0"),
     ({"target": "mean"}, "target must be 'auto', 'batch_norm', 'float' or None, got 'mean'"),
     ({"measure": "top1"}, "measure must be 'kl' or 'mse', got 'top1'"),
 ])  # fmt: skip

@@ -88,20 +88,20 @@ def exchanges() -> Any:
     ranks = current_ranks()
     assert isinstance(ranks, ProcessRanks)
     tensor = torch.full((2,), float(ranks.rank), device=device)
-    ranks.spread([tensor])
+    ranks.broadcast([tensor])
     shared = torch.full((2, 3), float(ranks.rank + 1), device=device)
-    ranks.share(list(shared))
-    found = [ranks.gather(ranks.rank), ranks.first(lambda: f"of {ranks.rank}"), tensor.tolist(), shared.tolist()]
+    ranks.broadcast_each(list(shared))
+    found = [ranks.gather(ranks.rank), ranks.on_rank_zero(lambda: f"of {ranks.rank}"), tensor.tolist(), shared.tolist()]
     ranks.check_same({"same": tensor})
     for pause in (1.5, 0.98, 0.99, 1.0, 1.01, 1.02):  # longer than a rank waits before it looks around, or just as long
         time.sleep(pause * ranks.rank)
         assert ranks.gather(pause) == [pause, pause]
         time.sleep(pause * ranks.rank)
         shared = torch.full((2,), pause * ranks.rank, device=device)
-        ranks.share([shared[:1], shared[1:]])
+        ranks.broadcast_each([shared[:1], shared[1:]])
         assert shared.tolist() == pytest.approx([0, pause])
     try:
-        ranks.first(lambda: 1 / 0)
+        ranks.on_rank_zero(lambda: 1 / 0)
     except ZeroDivisionError as error:
         found.append(str(error))
     try:

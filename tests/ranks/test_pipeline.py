@@ -105,7 +105,7 @@ def test_batches_stay_in_memory_where_the_disk_has_no_room(monkeypatch):
     monkeypatch.setattr("lightning_ptq.calibration.batches.disk_room", lambda: 100)
     batches, large = Batches(), torch.zeros(100)
     for batch in ({"ids": [1, 2]}, large):
-        batches.put_away(batch)
+        batches.append_to_disk(batch)
     assert [path.name for path in batches.files()] == ["0.pickle"]
     assert pickle.loads(batches.files()[0].read_bytes()) == batches[0] == {"ids": [1, 2]}
     assert batches[1] is large

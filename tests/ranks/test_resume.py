@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_ptq import AdaQuantLayerwise, BitAllocator, CalibrationCapture, StatsTuning
 from lightning_ptq.callbacks.trainer.resuming import settings
 from lightning_ptq.errors import ProgressWarning
-from lightning_ptq.runtime.journal import Journal, Piece
+from lightning_ptq.runtime.journal import Journal, JournalEntry
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning_ptq.errors.RolledBackWarning"),
@@ -134,7 +134,7 @@ def test_a_piece_comes_back_as_it_was(tmp_path):
     states = {"a.b": {"scale": torch.rand(3, 1), "zero_point": torch.tensor(3, dtype=torch.int32)}, "": {}}
     assert journal.read("unit") is None
     assert journal.keys() == set()
-    journal.write("unit", Piece(states, {"row": [1, 2.5, None]}))
+    journal.write("unit", JournalEntry(states, {"row": [1, 2.5, None]}))
     found = journal.read("unit")
     assert found.facts == {"row": [1, 2.5, None]}
     assert {n: {k: v.tolist() for k, v in s.items()} for n, s in found.states.items()} == {

@@ -23,7 +23,7 @@ from lightning_ptq import (
     tune_bias,
 )  # fmt: skip
 from lightning_ptq.allocation.frontier import sweep
-from lightning_ptq.calibration.candidates import Choices
+from lightning_ptq.calibration.candidates import Candidates
 from lightning_ptq.errors import (  # fmt: skip
     PTQWarning,
     ReportWarning,
@@ -46,7 +46,7 @@ def whole_run(report: PTQReport) -> Calibration:
             calibration = calibrate(build(ResNet), seeded(1, 64, 2, 6, 6).split(16), "w4a4")
         report.calibrated(calibration)
         with report.stage("Bit allocation"):
-            cost = size_cost(calibration, Choices(calibration, candidates))
+            cost = size_cost(calibration, Candidates(calibration, candidates))
             report.allocation = search_allocation(calibration, candidates, cost, {"size": 0.2})
             apply_allocation(calibration, report.allocation.allocation)
         report.frontier = sweep(report.allocation.sensitivity, [cost], "size")

@@ -1,1 +1,1 @@
-"""What the callbacks do to a Trainer."""
+"""Adaptations of the Trainer to a PTQ run: data loading, progress, logging, signals, and training disabled."""

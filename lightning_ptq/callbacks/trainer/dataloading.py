@@ -1,10 +1,10 @@
-"""How the Trainer deals the calibration samples out to the ranks, and what must not hold them up in the pass."""
+"""Data loading of the calibration pass: how samples are distributed over ranks, and passes without synchronization."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DistributedSampler, SequentialSampler
 
@@ -12,55 +12,65 @@ from lightning_ptq.errors import CalibrationError
 from lightning_ptq.runtime.patching import attributes
 from lightning_ptq.runtime.ranks import Ranks
 
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
+
 
 @contextmanager
-def unshuffled(trainer: Any) -> Iterator[None]:
-    """Under DDP Lightning shuffles whatever is trained on; here a loader that does not shuffle keeps its order."""
+def unshuffled(trainer: Trainer) -> Iterator[None]:
+    """Keep the order of a training loader that does not shuffle; under DDP Lightning would shuffle it."""
     connector = trainer._data_connector
-    own = connector._prepare_dataloader
+    original = connector._prepare_dataloader
 
     def prepare_dataloader(dataloader: Any, shuffle: bool, mode: Any = None) -> Any:
         batch_sampler = getattr(dataloader, "batch_sampler", None)
         sampler = getattr(batch_sampler, "sampler", getattr(dataloader, "sampler", None))
-        return own(dataloader, shuffle=shuffle and not isinstance(sampler, SequentialSampler), mode=mode)
+        return original(dataloader, shuffle=shuffle and not isinstance(sampler, SequentialSampler), mode=mode)
 
     with attributes(connector, {"_prepare_dataloader": prepare_dataloader}):
         yield
 
 
 @contextmanager
-def no_waiting(trainer: Any) -> Iterator[None]:
-    """No rank waits for another in the calibration pass, so that one that fails holds up nobody.
+def no_waiting(trainer: Trainer) -> Iterator[None]:
+    """Prevent ranks from waiting for each other in the calibration pass, so that a rank that fails blocks no other.
 
-    DDP would send buffers round at each batch, and Lightning whether SIGTERM has come.
+    Without it, DDP broadcasts buffers at every batch, and Lightning broadcasts whether SIGTERM was received.
     """
     loop = trainer.fit_loop.epoch_loop
-    muted = {"_broadcast_sigterm_tensor": lambda: None} if hasattr(loop, "_broadcast_sigterm_tensor") else {}
-    model = trainer.strategy.model
-    synced = getattr(model, "broadcast_buffers", None)
-    with attributes(loop, muted):
+    # Older versions of Lightning have no such method.
+    silenced = {"_broadcast_sigterm_tensor": lambda: None} if hasattr(loop, "_broadcast_sigterm_tensor") else {}
+    model: Any = trainer.strategy.model  # DistributedDataParallel, or the module itself on one process
+    broadcasts = getattr(model, "broadcast_buffers", None)
+    with attributes(loop, silenced):
         try:
-            if synced is not None:
+            if broadcasts is not None:
                 model.broadcast_buffers = False
             yield
         finally:
-            if synced is not None:
-                model.broadcast_buffers = synced
+            if broadcasts is not None:
+                model.broadcast_buffers = broadcasts
 
 
-def check_same_length(trainer: Any, ranks: Ranks) -> None:
-    """Raise unless every rank has as many batches: Lightning's loop would wait for ever."""
+def check_same_length(trainer: Trainer, ranks: Ranks) -> None:
+    """Check that all ranks have the same number of batches; otherwise Lightning's loop would wait forever.
+
+    Raises:
+        CalibrationError: If the numbers differ.
+    """
     lengths = ranks.gather(trainer.num_training_batches)
     if len(set(lengths)) > 1:
         raise CalibrationError(
-            f"the ranks have {lengths} calibration batches, which would leave some waiting for others. Use a"
-            " DistributedSampler (Lightning does by default), or a sampler that gives every rank as many."
+            f"the ranks have {lengths} calibration batches, so some ranks would wait forever for others. Use a"
+            " DistributedSampler (Lightning does by default), or a sampler that gives all ranks the same number."
         )
 
 
-def population(trainer: Any) -> int | None:
-    """Samples in the set, where a distributed sampler fills the ranks' shares up with repeats; None elsewhere."""
-    loader = trainer.train_dataloader
+def dataset_size(trainer: Trainer) -> int | None:
+    """Return the size of the dataset where a DistributedSampler repeats samples as padding; otherwise None."""
+    loader: Any = trainer.train_dataloader
     samplers = (getattr(getattr(loader, "batch_sampler", None), "sampler", None), getattr(loader, "sampler", None))
-    found = next((sampler for sampler in samplers if isinstance(sampler, DistributedSampler)), None)
-    return None if found is None or found.drop_last else len(found.dataset)  # type: ignore[arg-type]  # a Dataset need not be Sized
+    sampler = next((sampler for sampler in samplers if isinstance(sampler, DistributedSampler)), None)
+    if sampler is None or sampler.drop_last:
+        return None
+    return len(sampler.dataset)  # type: ignore[arg-type]  # a Dataset need not be Sized, but this one is

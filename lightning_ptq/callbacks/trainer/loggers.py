@@ -1,98 +1,104 @@
-"""The run in Lightning's loggers: scalars in all of them, tables and drawings in those that can show them."""
+"""Logging to Lightning's loggers: scalars to all, tables and plots to those that can show them."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_ptq.report import PTQReport, Sheet
+from lightning_ptq.report import PTQReport, ReportTable
 from lightning_ptq.report.record import Histogram
 from lightning_ptq.report.table import shown
 from lightning_ptq.tuning.reconstruct import UnitResult
 
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
 
-def log_settings(trainer: Any, report: PTQReport) -> None:
-    """The settings of all callbacks, as hyperparameters under ``ptq``."""
+_POINTS = 20  # most points of a unit's curve; each is a call of every logger
+
+
+def log_settings(trainer: Trainer, report: PTQReport) -> None:
+    """Log the settings of all callbacks as hyperparameters under ``ptq``."""
     for logger in trainer.loggers:
         logger.log_hyperparams({"ptq": report.settings})
 
 
-def log_scalars(trainer: Any, values: Mapping[str, float], step: int | None = None) -> None:
-    """Numbers, to every logger."""
+def log_scalars(trainer: Trainer, values: Mapping[str, float], step: int | None = None) -> None:
+    """Log numbers to every logger."""
     for logger in trainer.loggers:
         logger.log_metrics(dict(values), step=step)
 
 
-_POINTS = 20  # of a unit's curve; each is a call of every logger
-
-
 class UnitScalars:
-    """Errors and tuning curve of one unit after the other, as they come.
+    """Logs the errors and the tuning curve of each unit as soon as the unit is tuned.
 
     Args:
-        trainer: Its loggers are written to.
-        key: Of the stage: scalars are ``ptq/KEY/error_before``, ``error_after`` and ``accepted`` by unit, and
-            ``ptq/KEY/loss`` by optimisation step, counted over all units.
+        trainer: Trainer whose loggers are used.
+        key: Key of the stage. The scalars are ``ptq/KEY/error_before``, ``error_after`` and ``accepted`` by unit, and
+            ``ptq/KEY/loss`` by optimization step, counted over all units.
     """
 
-    def __init__(self, trainer: Any, key: str) -> None:
+    def __init__(self, trainer: Trainer, key: str) -> None:
         self.trainer, self.key = trainer, key
         self.units = self.steps = 0
 
     def log(self, row: UnitResult) -> None:
         """Log a unit."""
-        for step, loss in row.curve[:: -(-len(row.curve) // _POINTS)] if row.curve else ():
+        stride = -(-len(row.curve) // _POINTS)  # rounded up
+        for step, loss in row.curve[::stride] if row.curve else ():
             log_scalars(self.trainer, {f"ptq/{self.key}/loss": loss}, self.steps + step)
         values = {"error_before": row.error_before, "error_after": row.error_after, "accepted": float(row.accepted)}
         log_scalars(self.trainer, {f"ptq/{self.key}/{name}": value for name, value in values.items()}, self.units)
         self.units, self.steps = self.units + 1, self.steps + row.steps
 
 
-def log_ranges(trainer: Any, report: PTQReport) -> None:
-    """A histogram of each layer's weights and inputs."""
-    found = {
+def log_ranges(trainer: Trainer, report: PTQReport) -> None:
+    """Log a histogram of each layer's weights and inputs."""
+    histograms = {
         f"ptq/range/{row.name}/{kind}": histogram
         for row in report.layers
         for kind, histogram in (("weights", row.weights), ("inputs", row.inputs))
         if histogram is not None
     }
     for logger in _rank_zero(trainer):
-        _log_histograms(logger, found)
+        _log_histograms(logger, histograms)
 
 
-def log_sheets(trainer: Any, sheets: Iterable[Sheet]) -> None:
-    """Tables, to the loggers that show them."""
+def log_tables(trainer: Trainer, tables: Iterable[ReportTable]) -> None:
+    """Log tables to the loggers that can show them."""
     for logger in _rank_zero(trainer):
-        for sheet in sheets:
-            _log_sheet(logger, sheet)
+        for table in tables:
+            _log_table(logger, table)
 
 
-def shows_pictures(trainer: Any) -> bool:
-    """Whether any of the loggers shows drawings."""
+def shows_pictures(trainer: Trainer) -> bool:
+    """True if any logger can show plots."""
     return any(_shows_pictures(logger) for logger in _rank_zero(trainer))
 
 
-def log_end(trainer: Any, report: PTQReport, pictures: Mapping[str, bytes]) -> None:
-    """What stands at the end only: the figures of the summary, the remaining tables, all drawings."""
+def log_end(trainer: Trainer, report: PTQReport, pictures: Mapping[str, bytes]) -> None:
+    """Log what is complete only at the end: the figures of the summary, the remaining tables, and all plots."""
     summary = {f"ptq/run/{name}": value for name, value in report.summary().items() if not isinstance(value, str)}
     log_scalars(trainer, summary)
-    log_sheets(
-        trainer, [sheet for sheet in report.sheets() if sheet.key in ("summary", "stages", "warnings", "layers")]
+    log_tables(
+        trainer, [table for table in report.tables() if table.key in ("summary", "stages", "warnings", "layers")]
     )
     for logger in _rank_zero(trainer):
         for key, picture in pictures.items() if _shows_pictures(logger) else ():
             _log_picture(logger, f"ptq/{key}_plot", picture)
 
 
-def _rank_zero(trainer: Any) -> list[Any]:
+def _rank_zero(trainer: Trainer) -> list[Any]:
     return list(trainer.loggers) if trainer.is_global_zero else []
 
 
 def _is(logger: Any, name: str) -> bool:
-    """By name, for each of Lightning's two packages has classes of its own, and both import theirs lazily."""
+    """True if a class of the logger has this name.
+
+    Each of Lightning's two packages has its own logger classes, and importing them would import their dependencies.
+    """
     return any(cls.__name__ == name for cls in type(logger).__mro__)
 
 
@@ -100,19 +106,20 @@ def _shows_pictures(logger: Any) -> bool:
     return hasattr(logger, "log_image") or _is(logger, "TensorBoardLogger")
 
 
-def _log_sheet(logger: Any, sheet: Sheet) -> None:
+def _log_table(logger: Any, table: ReportTable) -> None:
     if hasattr(logger, "log_table"):
-        numeric = sheet.numeric()
-        rows = [[v if n else shown(v) for v, n in zip(row, numeric, strict=True)] for row in sheet.rows]
-        logger.log_table(f"ptq/{sheet.key}", columns=list(sheet.columns), data=rows)
+        numeric = table.numeric()
+        rows = [[v if n else shown(v) for v, n in zip(row, numeric, strict=True)] for row in table.rows]
+        logger.log_table(f"ptq/{table.key}", columns=list(table.columns), data=rows)
     elif _is(logger, "TensorBoardLogger"):
-        lines = [sheet.columns, ["---"] * len(sheet.columns), *sheet.cells()]
+        # A bar inside a cell would end the cell of the Markdown table.
+        lines = [table.headings(), ["---"] * len(table.columns), *table.cells()]
         text = "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
-        logger.experiment.add_text(f"ptq/{sheet.key}", f"{text}\n\n{sheet.note}")
+        logger.experiment.add_text(f"ptq/{table.key}", f"{text}\n\n{table.note}")
 
 
 def _log_picture(logger: Any, key: str, picture: bytes) -> None:
-    from PIL import Image  # matplotlib, which drew the picture, brings it
+    from PIL import Image  # a dependency of matplotlib, which drew the picture
 
     image = Image.open(io.BytesIO(picture)).convert("RGB")
     if hasattr(logger, "log_image"):
@@ -122,7 +129,7 @@ def _log_picture(logger: Any, key: str, picture: bytes) -> None:
 
 
 def _log_histograms(logger: Any, histograms: Mapping[str, Histogram]) -> None:
-    arrays = {key: (np.asarray(found.counts), np.asarray(found.edges)) for key, found in histograms.items()}
+    arrays = {key: (np.asarray(each.counts), np.asarray(each.edges)) for key, each in histograms.items()}
     if _is(logger, "WandbLogger"):
         import wandb
 

@@ -1,4 +1,4 @@
-"""Making a LightningModule run its calibration forward, and nothing of its training, inside ``trainer.fit``."""
+"""Training disabled: ``trainer.fit`` runs a LightningModule's calibration forward and nothing of its training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -17,11 +17,15 @@ from lightning_ptq.calibration.forward import Forward, default_forward
 from lightning_ptq.errors import CalibrationError
 from lightning_ptq.runtime.patching import attributes
 
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule
+
 Step = Literal["training", "predict"] | Callable[[Any, Any], Any]
+"""A calibration forward, as users give it: the name of a step, or a function of module and batch."""
 
 _MANUAL = (
-    "training_step runs its own optimization (it called {found}), which calibration must not. Tell CalibrationCapture"
-    " what to run instead: step='predict', or step=function of module and batch."
+    "training_step runs its own optimization (it called {call}), which calibration must not do. Give CalibrationCapture"
+    " another forward: step='predict', or step=function of module and batch."
 )
 _TRAINING_HOOKS = (
     "on_train_start", "on_train_end", "on_train_epoch_start", "on_train_epoch_end", "on_train_batch_end",
@@ -29,15 +33,15 @@ _TRAINING_HOOKS = (
 )  # fmt: skip
 
 
-def calibration_forward(module: Any, step: Step) -> Forward:
-    """The calibration forward of a LightningModule.
+def calibration_forward(module: LightningModule, step: Step) -> Forward:
+    """Return the calibration forward of a LightningModule.
 
     Args:
-        module: The module; its methods are taken as they are now.
+        module: The module; its methods are taken now, so later replacements have no effect.
         step: ``"training"``, ``"predict"``, or a function of module and batch.
 
     Raises:
-        CalibrationError: If ``step`` is none of these, or the step takes an iterator in place of a batch.
+        CalibrationError: If ``step`` is none of these, or the step takes an iterator instead of a batch.
     """
     if callable(step):
         run = step
@@ -50,18 +54,19 @@ def calibration_forward(module: Any, step: Step) -> Forward:
         raise CalibrationError(f"step must be 'training', 'predict' or a function of module and batch, got {step!r}.")
 
     def forward(root: Any, batch: Any) -> Any:
-        with _nothing_trained(root):
+        with _optimization_refused(root):
             return run(root, batch)
 
     return forward
 
 
 def lightning_base(cls: type) -> Any:
-    """The LightningModule class that ``cls`` derives from, of whichever package."""
+    """Return the LightningModule class that ``cls`` derives from, from either package."""
     return next(base for base in cls.__mro__ if base.__name__ == "LightningModule")
 
 
 def _with_indices(method: Callable[..., Any]) -> Forward:
+    """Return a step as a function of module and batch, with 0 for each index that the step requires."""
     parameters = inspect.signature(method).parameters
     if "dataloader_iter" in parameters:
         raise CalibrationError(
@@ -69,19 +74,20 @@ def _with_indices(method: Callable[..., Any]) -> Forward:
             " Pass step=function of module and batch to CalibrationCapture."
         )
     positional = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    indices = [0 for p in positional[1:] if p.default is p.empty]  # batch_idx, dataloader_idx, whatever their names
+    # The first parameter is the batch; the others are batch_idx and dataloader_idx, which may have any name.
+    indices = [0 for p in positional[1:] if p.default is p.empty]
     if not indices and any(p.kind is p.VAR_POSITIONAL for p in parameters.values()):
-        indices = [0]  # *args, of a wrapper: Lightning passes batch_idx then
+        indices = [0]  # a wrapper with *args: Lightning passes it batch_idx
     return lambda module, batch: method(batch, *indices)
 
 
 @contextmanager
-def _nothing_trained(module: Any) -> Iterator[None]:
-    """Logging is silent, and whoever reaches for an optimizer gets an error that says what to do."""
+def _optimization_refused(module: nn.Module) -> Iterator[None]:
+    """Discard what the step logs, and raise an error with a remedy if it uses an optimizer."""
 
     def refuse(name: str) -> Callable[..., NoReturn]:
         def refused(*args: Any, **kwargs: Any) -> NoReturn:
-            raise CalibrationError(_MANUAL.format(found=name))
+            raise CalibrationError(_MANUAL.format(call=name))
 
         return refused
 
@@ -95,24 +101,27 @@ def _nothing_trained(module: Any) -> Iterator[None]:
         with attributes(module, replaced):
             yield
     except RuntimeError as error:
+        # Calibration runs without gradients, so a direct loss.backward() fails with this message of torch.
         if "does not require grad" in str(error):
-            raise CalibrationError(_MANUAL.format(found="backward()")) from error
+            raise CalibrationError(_MANUAL.format(call="backward()")) from error
         raise
     finally:
         handle.remove()
 
 
 @contextmanager
-def muted(module: Any, on_batch: Callable[[Any], None], done: Callable[[], bool]) -> Iterator[None]:
-    """Inside the block the module's ``training_step`` is ``on_batch`` and no part of its training runs.
+def training_disabled(
+    module: LightningModule, on_batch: Callable[[Any], None], done: Callable[[], bool]
+) -> Iterator[None]:
+    """Replace the module's ``training_step`` by ``on_batch`` inside the ``with`` block; no part of its training runs.
 
-    Optimizers, schedulers, training hooks and gradient steps are out of the way; metrics that the steps update get
-    their states back in the end.
+    Optimizers, schedulers, training hooks and gradient steps are disabled. Afterwards the metrics that the steps
+    updated get their previous states back.
 
     Args:
         module: A LightningModule.
         on_batch: Called with each batch.
-        done: True if no more batches are wanted.
+        done: Returns True if no more batches are wanted.
     """
     original = module.training_step
 
@@ -136,7 +145,7 @@ def muted(module: Any, on_batch: Callable[[Any], None], done: Callable[[], bool]
             stack.callback(
                 _restore_metric, metric, {name: copy.deepcopy(metric.__dict__[name]) for name in _states(metric)}
             )
-        if "forward" not in vars(module):  # under DDP Lightning leaves one of its own on the instance
+        if "forward" not in vars(module):  # under DDP, Lightning leaves a forward of its own on the instance
             stack.callback(vars(module).pop, "forward", None)
         stack.enter_context(attributes(module, replaced))
         yield

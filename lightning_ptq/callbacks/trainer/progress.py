@@ -1,39 +1,42 @@
-"""A task for each stage: on the Trainer's rich or tqdm bar, or as lines where the output is no terminal."""
+"""Progress of the stages: tasks on the Trainer's rich or tqdm bar, or lines where the output is not a terminal."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
 
-from lightning_ptq.callbacks.base import capture_of
 from lightning_ptq.callbacks.trainer.lightning import rank_zero_info
-from lightning_ptq.runtime.progress import Progress
+from lightning_ptq.runtime.progress import Progress, no_progress
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
 
 _PAUSE = 10.0  # seconds between two lines
 
 
 @contextmanager
-def progress_task(trainer: Any, title: str) -> Iterator[Progress]:
-    """A task of this title; nothing is shown if the Trainer's progress bar is disabled.
+def progress_task(trainer: Trainer, title: str, check_stop: Callable[[], None]) -> Iterator[Progress]:
+    """Show the progress of a stage; nothing is shown if the Trainer's progress bar is disabled.
 
-    Each report of progress is also where the run notices that it is to stop.
+    Args:
+        trainer: Trainer of the run.
+        title: Title of the task.
+        check_stop: Called at each report of progress; raises if the run is to stop.
     """
-    capture = capture_of(trainer)
     with _task(trainer.progress_bar_callback, title) as show:
 
         def report(done: int, total: int, text: str) -> None:
             show(done, total, text)
-            if capture is not None:
-                capture.check_stop(trainer)
+            check_stop()
 
         yield report
 
 
-def _task(bar: Any, title: str) -> Any:
-    """By kind of bar."""
+def _task(bar: Any, title: str) -> AbstractContextManager[Progress]:
+    """Return a task that suits the kind of progress bar and the output."""
     rich = getattr(bar, "progress", None)
     if bar is None or not getattr(bar, "is_enabled", False):
         return _silence()
@@ -46,7 +49,7 @@ def _task(bar: Any, title: str) -> Any:
 
 @contextmanager
 def _silence() -> Iterator[Progress]:
-    yield lambda done, total, text: None
+    yield no_progress
 
 
 @contextmanager
@@ -58,11 +61,11 @@ def _rich_task(rich: Any, title: str) -> Iterator[Progress]:
         nonlocal count
         count = total
         rich.update(task, completed=done, total=total, description=f"[white]{title} {text}")
-        if done % 10 == 0:
+        if done % 10 == 0:  # Lightning's bar has no automatic refresh
             rich.refresh()
 
     yield update
-    rich.update(task, completed=count, total=count, description=f"[white]{title}")  # what is done stays in sight
+    rich.update(task, completed=count, total=count, description=f"[white]{title}")  # finished tasks stay visible
     rich.refresh()
 
 
@@ -85,7 +88,7 @@ def _tqdm_task(tqdm: Any, title: str) -> Iterator[Progress]:
 
 @contextmanager
 def _lines(title: str) -> Iterator[Progress]:
-    """A line every ten seconds or so, for a log file."""
+    """Print a line about every ten seconds, for a log file."""
     start = shown = time.monotonic()
 
     def update(done: int, total: int, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Ending a run in good order when the system asks for it."""
+"""Signals: an orderly end of the run on SIGTERM or an interrupt."""
 
 from __future__ import annotations
 
@@ -7,22 +7,30 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
 
 
 class StopRequest:
-    """Whether SIGTERM or an interrupt (Ctrl-C) has come.
+    """A record of whether SIGTERM or an interrupt (Ctrl-C) was received.
 
-    An interrupt ends the run at once, and at the next step where code that ran meanwhile has swallowed it. Lightning
-    looks for SIGTERM between batches only, and its handler, under DDP, waits for ranks that may be busy for minutes.
-    The library looks at each step of its work.
+    An interrupt ends the run immediately, or at the next step if other code swallowed the exception. Lightning checks
+    for SIGTERM only between batches, and under DDP its handler waits for ranks that may be busy for minutes. The
+    library therefore checks at every step of its work.
     """
 
     def __init__(self) -> None:
         self.received = self.interrupted = False
 
-    def check(self, trainer: Any) -> None:
-        """Raise Lightning's ``SIGTERMException`` if SIGTERM has come, ``KeyboardInterrupt`` if an interrupt has."""
+    def check(self, trainer: Trainer) -> None:
+        """Raise the exception of a signal that was received.
+
+        Raises:
+            SIGTERMException: After SIGTERM; the class is that of the Trainer's package.
+            KeyboardInterrupt: After an interrupt.
+        """
         if self.interrupted:
             raise KeyboardInterrupt
         if self.received:
@@ -31,30 +39,36 @@ class StopRequest:
 
     @contextmanager
     def watching(self, world: int) -> Iterator[None]:
-        """Take SIGTERM inside the ``with`` block; a handler that is there is called too, on a single process.
+        """Record SIGTERM and interrupts inside the ``with`` block.
 
-        Interrupts are noted where Python's own handler is in place, which is called then.
+        On a single process the previous handler of SIGTERM is called too. Interrupts are recorded only where Python's
+        default handler is installed, which is then called.
+
+        Args:
+            world: Number of processes.
         """
+        # Python allows the main thread alone to set handlers.
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before, ours = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        previous = signal.getsignal(signal.SIGTERM)
+        is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
         def handle(signum: int, frame: Any) -> None:
             self.received = True
-            if world == 1 and callable(before):
-                before(signum, frame)
+            if world == 1 and callable(previous):
+                previous(signum, frame)
 
         def interrupt(signum: int, frame: Any) -> None:
             self.interrupted = True
             signal.default_int_handler(signum, frame)
 
         signal.signal(signal.SIGTERM, handle)
-        if ours:  # another one may mean something else by it
+        if is_default:  # a handler of the user may give interrupts another meaning
             signal.signal(signal.SIGINT, interrupt)
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
-            if ours:
+            signal.signal(signal.SIGTERM, previous)
+            if is_default:
                 signal.signal(signal.SIGINT, signal.default_int_handler)

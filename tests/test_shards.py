@@ -9,18 +9,20 @@ from torch import nn
 
 from lightning_ptq import QConfig, ReconstructionConfig, calibrate
 from lightning_ptq.activations.replay import Replay
-from lightning_ptq.activations.shards import PartSamples, deal_parts
+from lightning_ptq.activations.shards import ShardSamples, make_shards
 from lightning_ptq.activations.store import ActivationStore
 from lightning_ptq.activations.unit_data import UnitData
 from lightning_ptq.network.units import find_units
+from lightning_ptq.tuning.losses import SquaredError
+from lightning_ptq.tuning.reconstruct import ActivationDrop
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=20), st.integers(1, 5), st.integers(1, 64))
-def test_each_batch_is_in_one_part_and_each_sample_weighs_the_same(
+def test_each_batch_is_in_one_shard_and_each_sample_weighs_the_same(
     samples: list[int], parts: int, batch_size: int
 ) -> None:
-    dealt = deal_parts(samples, parts, batch_size)
+    dealt = make_shards(samples, parts, batch_size)
     assert [part.index for part in dealt] == list(range(min(parts, len(samples))))
     assert sorted(batch for part in dealt for batch in part.batches) == list(range(len(samples)))
     for part in dealt:
@@ -32,21 +34,21 @@ def test_each_batch_is_in_one_part_and_each_sample_weighs_the_same(
 BATCHES = [seeded(i, rows, 6) for i, rows in enumerate((8, 5, 8))]
 
 
-def samples_of(parts: int, index: int, seed: int = 0, **options: float) -> PartSamples:
-    """Of the only layer of a net, in one of the parts."""
+def samples_of(parts: int, index: int, seed: int = 0, **options: float) -> ShardSamples:
+    """Return the samples of the only layer of a net in one of the shards."""
     net = build(lambda: nn.Sequential(nn.Linear(6, 4))).eval()
     calibration = calibrate(net, BATCHES, QConfig.parse("w3a4", first_last_bits=None))
     (unit,) = find_units(net, calibration.trace, "layer")
     config = ReconstructionConfig(parts=parts, batch_size=8, **{"held_out": 0.25, **options})
-    part, store = deal_parts([len(x) for x in BATCHES], parts, config.batch_size)[index], ActivationStore("1MB")
+    part, store = make_shards([len(x) for x in BATCHES], parts, config.batch_size)[index], ActivationStore("1MB")
     replay = Replay(calibration, [unit], store, "float", batches=part.batches)
     data = UnitData(replay.inputs(0), store)
     data.set_targets(data.outputs(unit.module, len(part.batches), "float"), unit.module)
-    return PartSamples(part, data, config, seed)
+    return ShardSamples(part, data, config.held_out, seed * parts + index)
 
 
 @pytest.mark.parametrize(("parts", "index", "batches"), [(1, 0, (0, 1, 2)), (2, 0, (0, 2)), (2, 1, (1,)), (3, 1, (1,))])
-def test_a_part_has_the_samples_of_its_batches_and_draws_each_once_an_epoch(parts, index, batches):
+def test_a_shard_has_the_samples_of_its_batches_and_draws_each_once_an_epoch(parts, index, batches):
     own = samples_of(parts, index)
     whole = torch.cat([BATCHES[batch] for batch in batches])
     (group,) = own.data.groups
@@ -65,10 +67,11 @@ def test_a_part_has_the_samples_of_its_batches_and_draws_each_once_an_epoch(part
     assert epochs[0] != epochs[1]
 
 
-def test_what_is_drawn_differs_by_part_and_seed_and_not_by_what_else_is_drawn():
-    def draws(own: PartSamples) -> list[int]:
-        own.drop.probability = 0.5
-        return [*own.draw()[0][1].tolist(), *own.drop(torch.zeros(40), torch.ones(40)).tolist()]
+def test_what_is_drawn_differs_by_shard_and_seed_and_not_by_what_else_is_drawn():
+    def draws(own: ShardSamples) -> list[int]:
+        drop = ActivationDrop(own.generator)
+        drop.probability = 0.5
+        return [*own.draw()[0][1].tolist(), *drop(torch.zeros(40), torch.ones(40)).tolist()]
 
     known = draws(samples_of(3, 0))
     other = samples_of(3, 2)
@@ -80,6 +83,6 @@ def test_what_is_drawn_differs_by_part_and_seed_and_not_by_what_else_is_drawn():
 def test_the_power_of_the_targets_is_summed_over_all_samples():
     own = samples_of(2, 0)
     targets = torch.cat([target.whole for group in own.data.groups for target in group.targets])
-    ((squares, count),) = own.power()
+    ((squares, count),) = SquaredError.magnitudes(own.targets())
     assert count == targets.numel()
     assert squares == pytest.approx(targets.double().square().sum().item(), rel=1e-5)

@@ -1,0 +1,207 @@
+"""The one abstraction of what is quantized: :class:`QuantizedOp`.
+
+Calibration, units, tuning, sensitivities, costs, statistics, packing and preflight iterate over operations and know no
+kind. An operation says which tensors it takes and holds, where a weight's output channels lie, and what a call costs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import prod
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ptq.numerics.fake_quantize import FakeQuantize
+from lightning_ptq.numerics.granularity import ChannelLayout, Granularity, ScaleLayout
+from lightning_ptq.numerics.qconfig import LayerQConfig
+from lightning_ptq.numerics.spec import QuantSpec
+from lightning_ptq.numerics.weight_scales import weight_qparams
+
+Mode = Literal["float", "quantized"]
+
+State = dict[str, Tensor]
+"""Tensors of one operation by name: its parameters, scales and zero points."""
+
+
+class QuantizedOp(nn.Module):
+    """An operation that can be quantized: a layer, or anything else with inputs, weights and multiply-accumulates.
+
+    A kind of operation is a subclass that names its tensors. Each named tensor has a quantizer of its own,
+    ``{name}_fake_quant``, once the operation is quantized.
+
+    Attributes:
+        input_names: Inputs that are quantized, any number.
+        weight_names: Parameters that are quantized, any number, possibly none.
+        bias_names: Parameters that are tuned with the weights and stay float.
+        qconfig: Specs of weights and inputs; None as long as the operation is float.
+        mode: ``"quantized"``, or ``"float"`` to compute what the float operation computes.
+        reference: Weights and biases of the float operation during a run, which ``"float"`` mode computes with; None
+            outside a run.
+        tied: True if another operation shares a weight; such weights are not tuned.
+    """
+
+    input_names: ClassVar[tuple[str, ...]] = ()
+    weight_names: ClassVar[tuple[str, ...]] = ()
+    bias_names: ClassVar[tuple[str, ...]] = ()
+
+    qconfig: LayerQConfig | None
+    mode: Mode
+    reference: dict[str, Tensor | None] | None
+    tied: bool
+
+    def init_op(self) -> None:
+        """Start as a float operation."""
+        self.qconfig = None
+        self.mode = "quantized"
+        self.reference = None
+        self.tied = False
+
+    # What a kind of operation defines.
+
+    def channels(self, name: str) -> ChannelLayout:
+        """Return where the output channels of weight ``name`` lie."""
+        return ChannelLayout()
+
+    def channel_dim(self, output: Tensor) -> int:
+        """Return the dimension of an output that holds its channels."""
+        return output.dim() - 1
+
+    def input_tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the inputs that are quantized, by name, of a call with these arguments."""
+        return {name: kwargs[name] for name in self.input_names if name in kwargs}
+
+    def macs(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> float:
+        """Return the multiply-accumulates of a call with these arguments and this output."""
+        return 0.0
+
+    # What follows from it.
+
+    @property
+    def is_quantized(self) -> bool:
+        """False as long as the operation is float."""
+        return self.qconfig is not None
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The weights by name."""
+        return {name: cast(Tensor, self._parameters[name]) for name in self.weight_names}
+
+    @property
+    def weight_count(self) -> int:
+        """Number of weights, over all weight tensors."""
+        return sum(weight.numel() for weight in self.weights.values())
+
+    @property
+    def input_quantizers(self) -> dict[str, FakeQuantize]:
+        """The quantizers of the inputs by name; empty where inputs stay float."""
+        return self._quantizers(self.input_names)
+
+    @property
+    def weight_quantizers(self) -> dict[str, FakeQuantize]:
+        """The quantizers of the weights by name; empty as long as the operation is float."""
+        return self._quantizers(self.weight_names)
+
+    def _quantizers(self, names: tuple[str, ...]) -> dict[str, FakeQuantize]:
+        modules = {name: self._modules.get(f"{name}_fake_quant") for name in names}
+        return {name: module for name, module in modules.items() if isinstance(module, FakeQuantize)}
+
+    def layout(self, name: str, granularity: Granularity) -> ScaleLayout:
+        """Return the layout of the scales of weight ``name``."""
+        return granularity.layout(self.weights[name].shape, self.channels(name))
+
+    def scale_channels(self, name: str, tensor: Tensor, factors: Tensor) -> Tensor:
+        """Return ``tensor``, of the shape of weight ``name``, with output channel ``i`` multiplied by ``factors[i]``."""
+        return self.layout(name, Granularity(per_channel=True)).scaled(tensor, factors)
+
+    def packed_bytes(self, spec: QuantSpec) -> int:
+        """Return the bytes that the weights take in a packed file at ``spec``: integers, scales and zero points."""
+        total = 0
+        for name, weight in self.weights.items():
+            scales = prod(self.layout(name, spec.granularity).shape)
+            total += -(-weight.numel() * spec.bits // 8) + scales * (4 if spec.symmetric else 8)
+        return total
+
+    def attach(self, qconfig: LayerQConfig) -> None:
+        """Become a quantized operation: add quantizers in place of existing ones, with scales still to be chosen.
+
+        The specs are kept in the buffer ``qconfig_json``, so that a state dict tells the structure it was saved from.
+        """
+        for name, weight in self.weights.items():
+            quantizer = FakeQuantize(qconfig.weight, self.layout(name, qconfig.weight.granularity))
+            setattr(self, f"{name}_fake_quant", quantizer.to(weight.device))
+        device = next((weight.device for weight in self.weights.values()), torch.device("cpu"))
+        for name in self.input_names:
+            activation = qconfig.activation and FakeQuantize(qconfig.activation).to(device)
+            setattr(self, f"{name}_fake_quant", activation)
+        self.qconfig = qconfig
+        record = torch.frombuffer(bytearray(json.dumps(qconfig.to_dict()).encode()), dtype=torch.uint8)
+        self.register_buffer("qconfig_json", record.clone().to(device))
+
+    def choose_weight_scales(self) -> None:
+        """Set scale and zero point of every weight quantizer from the weight."""
+        for name, quantizer in self.weight_quantizers.items():
+            scale, zero_point = weight_qparams(quantizer.rows(self.weights[name]), quantizer.spec)
+            quantizer.scale.copy_(scale.view_as(quantizer.scale))
+            quantizer.zero_point.copy_(zero_point.view_as(quantizer.zero_point))
+
+    def set_parameters(self, values: Mapping[str, Tensor | None]) -> None:
+        """Give the operation parameters of its own; those it shared with the float operation stay as they are."""
+        for name, value in values.items():
+            old = self._parameters.get(name)
+            new = None if value is None else nn.Parameter(value.detach().clone(), old is None or old.requires_grad)
+            self._parameters[name] = new
+
+    def keep_reference(self) -> None:
+        """Remember weights and biases as those of the float operation."""
+        self.reference = {name: weight.detach() for name, weight in self.weights.items()}
+        for name in self.bias_names:
+            bias = self._parameters.get(name)
+            # Weights are replaced before they are changed, but a bias may be written to in place.
+            self.reference[name] = None if bias is None else bias.detach().clone()
+
+    def restore_reference(self) -> None:
+        """Take back the float weights and biases; tied weights stay the parameter that others share."""
+        kept = self.weight_names if self.tied else ()
+        self.set_parameters({name: value for name, value in (self.reference or {}).items() if name not in kept})
+
+    def tensors(self) -> State:
+        """Return what tuning changes, by name: parameters, scales and zero points."""
+        parameters = dict(self.named_parameters(remove_duplicate=False))
+        buffers = {name: buffer for name, buffer in self.named_buffers() if "fake_quant" in name}
+        return {**parameters, **buffers}
+
+    def state(self) -> State:
+        """Return a copy of :meth:`tensors`."""
+        return {name: tensor.detach().clone() for name, tensor in self.tensors().items()}
+
+    @torch.no_grad()
+    def load_state(self, state: State) -> None:
+        """Restore what :meth:`state` returned; the specs must be the same."""
+        for name in self.bias_names:
+            if (self._parameters.get(name) is None) != (name not in state):  # statistics tuning adds biases
+                self.set_parameters({name: state.get(name)})
+        for name, tensor in self.tensors().items():
+            tensor.copy_(state[name])
+
+
+def quantized_ops(module: nn.Module) -> dict[str, QuantizedOp]:
+    """Return the operations below ``module`` that can be quantized, by qualified name, in registration order."""
+    return {name: child for name, child in module.named_modules() if isinstance(child, QuantizedOp)}
+
+
+@contextmanager
+def ops_in_mode(module: nn.Module, mode: Mode) -> Iterator[None]:
+    """All operations below ``module`` compute in ``mode`` inside the ``with`` block."""
+    ops = [op for op in module.modules() if isinstance(op, QuantizedOp)]
+    before = [op.mode for op in ops]
+    for op in ops:
+        op.mode = mode
+    try:
+        yield
+    finally:
+        for op, old in zip(ops, before, strict=True):
+            op.mode = old

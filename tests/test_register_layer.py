@@ -1,0 +1,158 @@
+"""Layer kinds of a user's own: registered from outside, quantized like those of torch."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from helpers import relative_error, seeded
+from torch import Tensor, nn
+
+from lightning_ptq import (
+    Candidates,
+    QConfig,
+    QuantLayer,
+    ReconstructionConfig,
+    adaquant,
+    bops_cost,
+    calibrate,
+    load_packed,
+    para_normalize,
+    register_layer,
+    save_packed,
+)
+from lightning_ptq.errors import QConfigError, SurgeryError
+from lightning_ptq.network import swapping
+
+Conv1D: Any = pytest.importorskip("transformers.pytorch_utils").Conv1D
+
+
+@pytest.fixture(autouse=True)
+def _registry_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swapping, "_REGISTRY", dict(swapping._REGISTRY))
+
+
+class FeedForward(nn.Module):
+    """That of GPT-2: two layers with weights of shape (inputs, outputs)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = Conv1D(64, 16), Conv1D(16, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(nn.functional.gelu(self.up(x)))
+
+
+def feed_forward() -> FeedForward:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = FeedForward().eval()
+        for parameter in net.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        return net
+
+
+def as_linear(net: FeedForward) -> nn.Module:
+    """The same computation with layers that torch has."""
+    linear = copy.deepcopy(net)
+    for name, layer in net.named_children():
+        twin = nn.Linear(*layer.weight.shape)
+        twin.weight = nn.Parameter(layer.weight.detach().T.contiguous())
+        twin.bias = nn.Parameter(layer.bias.detach().clone())
+        setattr(linear, name, twin)
+    return linear
+
+
+SAMPLES = [seeded(i, 32, 5, 16) for i in range(4)]
+
+
+def test_without_a_registration_there_is_nothing_to_quantize() -> None:
+    with pytest.raises(SurgeryError, match="nothing to quantize"):
+        calibrate(feed_forward(), SAMPLES, "w4a8")
+
+
+@pytest.mark.filterwarnings("ignore::lightning_ptq.errors.RolledBackWarning")
+@pytest.mark.parametrize("qconfig", ["w4a8", "w3g16a8"])
+def test_a_registered_layer_is_quantized_as_the_linear_layer_that_it_is(qconfig: str, tmp_path: Any) -> None:
+    register_layer(Conv1D, channel_dim=1)
+    net = feed_forward()
+    twin = as_linear(net)
+    config = QConfig.parse(qconfig, first_last_bits=None)
+    results = []
+    for module in (net, twin):
+        calibration = calibrate(module, SAMPLES, config)
+        nearest = module(SAMPLES[0]).detach()
+        adaquant(calibration, config=ReconstructionConfig(steps=20, batch_size=32))
+        tuned = module(SAMPLES[0]).detach()
+        para_normalize(calibration, measure="mse", held_out=0.0)
+        macs = bops_cost(calibration, Candidates(calibration, [qconfig])).values
+        results.append((nearest, tuned, module(SAMPLES[0]).detach(), macs))
+    assert results[0][3] == results[1][3]  # the same multiply-accumulates
+    for ours, linear in zip(results[0][:3], results[1][:3], strict=True):
+        assert relative_error(ours, linear) < 1e-4  # but for the order of additions
+    assert relative_error(results[0][1], results[0][0]) > 1e-6
+    save_packed(net, tmp_path / "net.safetensors")
+    save_packed(twin, tmp_path / "twin.safetensors")
+    loaded = load_packed(feed_forward(), tmp_path / "net.safetensors")
+    assert torch.equal(loaded(SAMPLES[0]), net(SAMPLES[0]))
+    sizes = [(tmp_path / name).stat().st_size for name in ("net.safetensors", "twin.safetensors")]
+    assert abs(sizes[0] - sizes[1]) < 64  # the names of the classes differ
+
+
+def test_a_registered_layer_keeps_its_class_through_copies_and_pickles() -> None:
+    register_layer(Conv1D, channel_dim=1)
+    net = feed_forward()
+    calibrate(net, SAMPLES, "w4a8")
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert type(twin.up).__name__ == "QuantConv1D"
+        assert isinstance(twin.up, Conv1D)
+        assert torch.equal(twin(SAMPLES[0]), net(SAMPLES[0]))
+
+
+class Gain(nn.Module):
+    """A weight of another name, and a scale that is used once per sample."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(inputs, outputs))
+        self.offset = nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.kernel + self.offset
+
+
+def test_a_class_may_name_its_tensors_and_count_its_work() -> None:
+    @register_layer(Gain)
+    class QuantGain(QuantLayer, Gain):
+        weight_names = ("kernel",)
+        bias_names = ("offset",)
+        output_channel_dim = 1
+
+        def macs(self, args: Any, kwargs: Any, output: Any) -> float:
+            return 7.0 * len(output)
+
+    class Derived(Gain):
+        """Derived classes are swapped too."""
+
+    net = nn.Sequential(Derived(6, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    x = seeded(0, 256, 3) @ seeded(1, 3, 6)
+    expected = net(x).detach()
+    calibration = calibrate(net, [x], QConfig.parse("w2a8", first_last_bits=None))
+    assert isinstance(net[0], QuantGain)
+    assert net[0].kernel_fake_quant.scale.shape == (1, 4)
+    assert bops_cost(calibration, Candidates(calibration, ["w2a8"])).values["0"] == {"w2a8": 7.0 * 2 * 8}
+    nearest = relative_error(net(x), expected)
+    adaquant(calibration, granularity="layer", config=ReconstructionConfig(steps=100, batch_size=32))
+    assert relative_error(net(x), expected) < nearest
+    calibration.prepared.undo()
+    assert type(net[0]) is Derived
+    assert torch.equal(net(x), expected)
+
+
+@pytest.mark.parametrize("what", [nn.Linear(2, 2), "Conv1D", int])
+def test_what_is_no_module_class_is_refused(what: Any) -> None:
+    with pytest.raises(QConfigError, match="takes a module class"):
+        register_layer(what)
