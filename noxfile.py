@@ -1,4 +1,4 @@
-"""What can be done here: ``nox --list``. Every session sets itself up; uv is used where it is installed."""
+"""Sessions for development, listed by ``nox --list``. Each sets up its own environment, with uv if it is installed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import nox
 nox.needs_version = ">=2024.4.15"
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.reuse_venv = "yes"
-nox.options.sessions = ["lint", "types", "tests"]
+nox.options.sessions = ["lint", "types", "tests", "integrations"]
 
 CODE = ["lightning_ptq", "recipes", "tests", "noxfile.py"]
 
@@ -21,15 +21,23 @@ def quickstart(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Unit tests, doctests and two-process tests: nox -s tests [-- pytest arguments]"""
+    """Run unit tests, doctests and tests with several processes: nox -s tests [-- pytest arguments]"""
     session.install("-e", ".[tests]")
     at_once = ["--numprocesses=auto", "--maxprocesses=4"]
     session.run("pytest", *at_once, *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session
+def integrations(session: nox.Session) -> None:
+    """Tests with libraries that are slow to import, and so are left out of the other tests."""
+    session.install("-e", ".[tests,integrations]")
+    files = session.posargs or ["tests/test_register_layer.py"]
+    session.run("pytest", *files, env={"OMP_NUM_THREADS": "1", "PTQ_TEST_INTEGRATIONS": "1"})
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
-    """Style, format, and the order of the imports between the rooms."""
+    """Check style, format, and the order of imports between folders."""
     session.install("ruff==0.17.6", "import-linter>=2.1", "-e", ".")
     session.run("ruff", "check", *CODE)
     session.run("ruff", "format", "--check", *CODE)
@@ -38,7 +46,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def format(session: nox.Session) -> None:
-    """Put the code into the house format."""
+    """Format the code."""
     session.install("ruff==0.17.6")
     session.run("ruff", "check", "--fix", *CODE)
     session.run("ruff", "format", *CODE)
@@ -46,21 +54,21 @@ def format(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Static types, strictly."""
+    """Check static types with mypy in strict mode."""
     session.install("mypy>=1.14", "nox", "-e", ".[plots]")
     session.run("mypy")
 
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """The API reference, in build/docs; a warning fails it."""
+    """Build the API reference in build/docs; a warning is an error."""
     session.install("pdoc>=15", "-e", ".[plots]")
     session.run("python", "-W", "error", ".ci/docs.py", "build/docs")
 
 
 @nox.session(reuse_venv=False)
 def bare(session: nox.Session) -> None:
-    """A run with nothing installed but the library and what it depends on."""
+    """Run all callbacks with only the library and its dependencies installed."""
     session.install(".")
     session.run("python", "tests/bare.py", session.create_tmp())
 

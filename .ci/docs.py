@@ -14,20 +14,20 @@ from lightning_ptq import callbacks
 
 
 def readable(docstring: str) -> str:
-    """Without what pdoc would show as it stands: the ``~`` in cross-references, and the second colon of Example."""
+    """Return a docstring without markup that pdoc shows literally: ``~`` in cross-references, ``::`` after Example."""
     return re.sub(
         r"^( *)Example::$", r"\1**Example**", docstring.replace("`~lightning_ptq.", "`lightning_ptq."), flags=re.M
     )
 
 
 def main(folder: Path) -> None:
-    """One page for the public names, and one for each module."""
-    for name in callbacks.__all__:  # which the package imports only when asked for
+    """Write one page for the public names, and one for each module."""
+    for name in callbacks.__all__:  # the package imports these names only on access
         setattr(lightning_ptq, name, getattr(callbacks, name))
     specs = ["lightning_ptq"]
-    for found in pkgutil.walk_packages(lightning_ptq.__path__, "lightning_ptq."):
-        if found.name not in pdoc.extract.walk_specs(specs):
-            specs.append(found.name)
+    for module in pkgutil.walk_packages(lightning_ptq.__path__, "lightning_ptq."):
+        if module.name not in pdoc.extract.walk_specs(specs):
+            specs.append(module.name)
     convert = pdoc.docstrings.convert
     pdoc.docstrings.convert = lambda docstring, *rest: convert(readable(docstring), *rest)
     pdoc.render.configure(docformat="google", show_source=False)

@@ -81,11 +81,11 @@ class UnreachedLayerWarning(PTQWarning):
 class UnfoldedBatchNormWarning(PTQWarning):
     """A batch norm that could not be folded: it stays a float layer of its own."""
 
-    remedy = "Nothing is wrong, but it costs a float operation. A batch norm is folded if it directly follows a single layer."
+    remedy = "Nothing is wrong, but it costs a float operation. A batch norm right after a single layer is folded."
 
 
 class FunctionalOpWarning(PTQWarning):
-    """A matrix product or convolution outside all quantized layers (``F.linear``, attention): it stays float."""
+    """A product computed outside all quantized layers (``F.linear``, attention): it stays float."""
 
     remedy = "To quantize it, compute it in a layer of its own (nn.Linear, nn.Conv2d)."
 
@@ -161,8 +161,7 @@ def noted_warnings(notes: list[PTQWarning], first: bool = True) -> Iterator[None
 
     Args:
         notes: List to append to.
-        first: True on rank 0. Other ranks issue only warnings that may differ by rank, so that each of the others
-            appears once.
+        first: True on rank 0. Other ranks issue only warnings that may differ by rank, so that all others appear once.
     """
     token = _notes.set((*_notes.get(), (notes, first)))
     try:

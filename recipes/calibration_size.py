@@ -1,4 +1,7 @@
-"""Does it overfit? python recipes/calibration_size.py --data FILE.npz --weights FILE.th --out FOLDER"""
+"""Accuracy and overfitting by the number of calibration images.
+
+python recipes/calibration_size.py --data FILE.npz --weights FILE.th --out FOLDER
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,13 @@ from lightning_ptq import AdaQuantLayerwise, CalibrationCapture, StatsTuning
 
 
 def fine_tune(module: Classifier, images: TensorDataset, steps: int, lr: float, seed: int) -> None:
-    """Train all weights of a quantized module on the labelled calibration images, straight through the rounding."""
+    """Train all weights of a quantized module on the labelled calibration images, by straight-through gradients."""
     generator = torch.Generator().manual_seed(seed)
     loader = DataLoader(images, min(32, len(images)), shuffle=True, generator=generator, drop_last=True)
     weights = [parameter for parameter in module.net.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(weights, lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    module.eval()
+    module.eval()  # batch norms keep their statistics
     done = 0
     while done < steps:
         for x, y in loader:
@@ -49,17 +52,17 @@ def main(
     lr: float = 1e-4,
     seed: int = 0,
 ) -> None:
-    """Quantize with ever more calibration images, by AdaQuant with statistics tuning and by plain fine-tuning.
+    """Quantize with increasing numbers of calibration images, and compare AdaQuant with fine-tuning.
 
     Args:
-        data: An .npz file with calib_images, calib_labels, test_images, test_labels (uint8, n x 3 x 32 x 32).
-        weights: A ResNet-20 checkpoint.
-        out: A folder for calibration_size.json and calibration_size.png.
+        data: File (.npz) with calib_images, calib_labels, test_images, test_labels (uint8, n x 3 x 32 x 32).
+        weights: ResNet-20 checkpoint.
+        out: Folder for calibration_size.json and calibration_size.png.
         qconfig: Bit widths.
         sizes: Numbers of calibration images.
-        steps: Of the fine-tuning, in batches of 32.
-        lr: Adam's rate in the fine-tuning.
-        seed: Of all random choices.
+        steps: Fine-tuning steps, in batches of 32.
+        lr: Learning rate of Adam in fine-tuning.
+        seed: Seed of all random choices.
     """
     quiet()
     pl.seed_everything(seed, verbose=False)

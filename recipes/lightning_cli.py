@@ -1,6 +1,6 @@
 """PTQ from a YAML file: python recipes/lightning_cli.py fit --config recipes/configs/lightning_cli.yaml
 
-It takes any LightningModule, LightningDataModule and list of callbacks, each by its class_path and init_args.
+The LightningModule, the LightningDataModule and the callbacks are given by class_path and init_args.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from lightning_ptq import save_packed
 
 
 class PTQCLI(LightningCLI):
-    """Lightning's CLI with two more options: the weights to start from, and the packed file to write."""
+    """LightningCLI with two more options: the weights to start from, and the packed file to write."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        weights = "Trained weights: a checkpoint of the model, or its state dict. None if the model loads its own."
+        weights = "Trained weights: a checkpoint of the model, or its state dict. Null if the model loads its own."
         parser.add_argument("--weights", type=Path | None, default=None, help=weights)
-        parser.add_argument(
-            "--packed", type=Path | None, default=None, help="File of the packed weights, written after fit."
-        )
+        packed = "File for the packed weights, written after fit."
+        parser.add_argument("--packed", type=Path | None, default=None, help=packed)
 
     def before_fit(self) -> None:
         file = self.config.fit.weights
@@ -44,7 +43,7 @@ class PTQCLI(LightningCLI):
             console.print(f"{file}: {save_packed(self.model, file)} bytes")
 
     def score(self, when: str) -> None:
-        """Print what validation_step logs, if the model has one and the data module has data for it."""
+        """Print the values that validation_step logs, if the model has one and the data module has data for it."""
         if is_overridden("validation_step", self.model) and is_overridden("val_dataloader", self.datamodule):
             (logged, *_) = self.trainer.validate(self.model, self.datamodule, verbose=False)
             if self.trainer.is_global_zero:
@@ -55,7 +54,7 @@ def main(args: list[str] | None = None) -> PTQCLI:
     """Run a subcommand of the CLI.
 
     Args:
-        args: Arguments; by default those of the command line.
+        args: Command-line arguments; those of the process by default.
     """
     return PTQCLI(save_config_callback=None, auto_configure_optimizers=False, args=args)
 

@@ -1,4 +1,4 @@
-"""What logging and the report cost: python recipes/logging_cost.py --data FILE.npz --weights FILE.th --out FOLDER"""
+"""Time of logging and report in a run: python recipes/logging_cost.py --data FILE.npz --weights FILE.th --out FOLDER"""
 
 from __future__ import annotations
 
@@ -13,24 +13,33 @@ from jsonargparse import auto_cli
 from measuring import budget_for, console, quiet, trainer
 from rich.table import Table
 
-from lightning_ptq.callbacks import BitAllocator, adaquant, allocator, base, capture, pipelines, statistics
+from lightning_ptq.callbacks import allocator, base, capture, pipelines, statistics
+from lightning_ptq.callbacks.trainer import loggers as ptq_loggers
+from lightning_ptq.callbacks.trainer import reporting
 from lightning_ptq.report import PTQReport
 
-TOLD = {
-    adaquant.UnitScalars: ("log",), allocator: ("log_scalars",), BitAllocator: ("_sweep",), base: ("log_tables",),
-    capture: ("log_end", "log_ranges", "log_settings"), statistics: ("log_scalars",),
+# A function is replaced in the module that calls it, because that module has imported it by name.
+WATCHED: dict[Any, tuple[str, ...]] = {
+    ptq_loggers.UnitScalars: ("log",),
+    allocator: ("log_scalars", "frontier_around"),
+    base: ("log_tables",),
+    capture: ("log_ranges", "log_settings"),
+    reporting: ("log_end",),
+    statistics: ("log_scalars",),
     PTQReport: ("calibrated", "finish", "pictures", "save", "tables"),
-}  # fmt: skip
+}
 
 
 class Clock:
-    """Seconds inside the functions it watches, each counted by the outermost one."""
+    """Measures the seconds inside the functions it watches; nested calls count for the outermost one."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.inside = False
 
     def watch(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``call``, timed under ``name``."""
+
         @functools.wraps(call)
         def timed(*args: Any, **kwargs: Any) -> Any:
             if self.inside:
@@ -56,12 +65,12 @@ def main(
     """Run the advanced pipeline with a logger and a report on disk, and add up the time of both.
 
     Args:
-        data: An .npz file with calib_images, calib_labels, test_images, test_labels (uint8, n x 3 x 32 x 32).
-        weights: A ResNet-20 checkpoint.
-        out: A folder for logs and report.
-        logger: Which of Lightning's; W&B offline.
+        data: File (.npz) with calib_images, calib_labels, test_images, test_labels (uint8, n x 3 x 32 x 32).
+        weights: ResNet-20 checkpoint.
+        out: Folder for logs and report.
+        logger: Lightning logger; W&B runs offline.
         calibration: Number of calibration images.
-        seed: Of all random choices.
+        seed: Seed of the choice of calibration images.
     """
     quiet()
     import pytorch_lightning.loggers as loggers
@@ -71,7 +80,7 @@ def main(
     made = getattr(loggers, logger)(save_dir=out, **offline)
     module, calib, _ = load(data, weights, calibration, seed)
     clock = Clock()
-    for owner, names in TOLD.items():
+    for owner, names in WATCHED.items():
         for name in names:
             setattr(owner, name, clock.watch(name, getattr(owner, name)))
     callbacks = pipelines.advanced(budget_for(module, calib, "w4a4"), capture={"report_dir": str(out / "report")})

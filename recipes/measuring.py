@@ -1,4 +1,4 @@
-"""What the recipes share: a classifier as a user would write it, and the measurement of one PTQ run."""
+"""Shared code of the recipes: a classifier as a user would write it, and the measurement of one PTQ run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ console = Console()
 
 
 class Classifier(pl.LightningModule):
-    """An ordinary classifier; it knows nothing of quantization."""
+    """An ordinary classifier, without any code for quantization."""
 
     def __init__(self, net: nn.Module, classes: int, lr: float = 0.1, epochs: int = 1) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Classifier(pl.LightningModule):
 
 
 def quiet() -> None:
-    """Leave Lightning's advice out of the recipes' output; the library's own warnings stay."""
+    """Silence Lightning's advice in the output of the recipes, but not the warnings of lightning_ptq."""
     for name in ("pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
@@ -75,7 +75,7 @@ def quiet() -> None:
 
 
 def trainer(callbacks: list[Any] | None = None, **options: Any) -> pl.Trainer:
-    """A Trainer that writes nothing."""
+    """Return a Trainer that writes no files."""
     settings: dict[str, Any] = {
         "max_epochs": 1, "accelerator": "auto", "devices": 1, "logger": False, "enable_checkpointing": False,
         "enable_model_summary": False, "enable_progress_bar": sys.stderr.isatty(), "callbacks": callbacks,
@@ -84,17 +84,17 @@ def trainer(callbacks: list[Any] | None = None, **options: Any) -> pl.Trainer:
 
 
 def top1(module: Classifier, loader: DataLoader) -> float:
-    """Accuracy in percent."""
+    """Return the top-1 accuracy in percent."""
     return 100 * trainer().validate(module, loader, verbose=False)[0]["top1"]
 
 
 def seconds_per_pass(module: Classifier, loader: DataLoader, batch_size: int = 32) -> float:
-    """Seconds of a forward and backward pass of the float model over the set, where the Trainer computes."""
+    """Return the seconds of one forward and backward pass over the dataset, on the Trainer's device."""
     device = trainer().strategy.root_device
     module = copy.deepcopy(module).train().to(device)
     images = [image for image, _ in DataLoader(loader.dataset, batch_size=batch_size)]
     start = 0.0
-    for batch in [images[0], *images]:  # once to warm up
+    for batch in [images[0], *images]:  # the first batch warms up, before the clock starts
         module.zero_grad()
         module(batch.to(device)).square().mean().backward()
         if not start:
@@ -103,30 +103,30 @@ def seconds_per_pass(module: Classifier, loader: DataLoader, batch_size: int = 3
 
 
 def _now(device: torch.device) -> float:
-    """The time when all work on the device is done."""
+    """Return the time after all work queued on the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def peak_rss_mb() -> float:
-    """Most memory the process has held so far, in MB."""
+    """Return the peak resident memory of the process so far, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def packed_size(module: nn.Module) -> int:
-    """Bytes of the module's packed file."""
+    """Return the bytes of the module's packed file."""
     with tempfile.TemporaryDirectory() as folder:
         return save_packed(module, Path(folder) / "packed.safetensors")
 
 
 def budget_for(module: Classifier, calibration: DataLoader, budget: str) -> float:
-    """A budget for the size: a number as it is, or the size at uniform widths such as w4a4."""
+    """Return a size budget: the number in ``budget``, or the size in bytes at uniform widths such as w4a4."""
     try:
         return float(budget)
     except ValueError:
         images, _ = next(iter(calibration))
-        calibrated = calibrate(copy.deepcopy(module), [images[:1]], budget)
+        calibrated = calibrate(copy.deepcopy(module), [images[:1]], budget)  # sizes do not depend on the image
         choices = Candidates(calibrated, [budget])
         return size_cost(calibrated, choices).total(choices.uniform(budget))
 
@@ -138,22 +138,22 @@ def callbacks_for(
     pipeline: Pipeline, qconfig: str, size: float | None, candidates: list[str] | None, statistics: bool, seed: int,
     tuning: dict[str, Any], first_last_bits: int | None = 8,
 ) -> list[Any]:  # fmt: skip
-    """The callbacks of a pipeline."""
+    """Return the callbacks of a pipeline."""
     widths: dict[str, Any] = {} if candidates is None else {"candidates": candidates}
     edges = {"first_last_bits": first_last_bits}
     if pipeline in ("light", "advanced"):
         if size is None:
-            raise SystemExit(f"the {pipeline} pipeline allocates widths, so it needs a budget. Add --budget w4a4.")
+            raise SystemExit(f"the {pipeline} pipeline allocates bit widths and needs a budget. Add --budget w4a4.")
         if pipeline == "light":
             return pipelines.light(size, seed=seed, capture=edges, **widths)
-        del tuning["mode"]  # both, one after the other
+        del tuning["mode"]  # the pipeline tunes in both modes
         return pipelines.advanced(size, seed=seed, sequential=tuning, capture=edges, **widths)
-    found: list[Any] = [CalibrationCapture(qconfig, **edges)]
+    callbacks: list[Any] = [CalibrationCapture(qconfig, **edges)]
     if size is not None:
-        found.append(BitAllocator(size, **widths))
+        callbacks.append(BitAllocator(size, **widths))
     if pipeline == "adaquant":
-        found.append(AdaQuantLayerwise(**tuning))
-    return [*found, StatsTuning(seed=seed)] if statistics else found
+        callbacks.append(AdaQuantLayerwise(**tuning))
+    return [*callbacks, StatsTuning(seed=seed)] if statistics else callbacks
 
 
 def run(
@@ -175,9 +175,10 @@ def run(
     first_last_bits: int | None = 8,
     **options: Any,
 ) -> dict[str, Any]:
-    """Quantize a copy of the module through ``trainer.fit`` and measure it; print tables and write the JSON.
+    """Quantize a copy of the module by ``trainer.fit``, measure it, print tables, and write the record as JSON.
 
-    With a budget, the widths are allocated before the tuning; ``qconfig`` then is what round-to-nearest is measured at.
+    With a budget, bit widths are allocated before the tuning, and ``qconfig`` only sets the widths of the comparison
+    with rounding to the nearest.
     """
     record: dict[str, Any] = {
         "model": model, "qconfig": qconfig, "mode": mode, "granularity": granularity, "steps": steps, "seed": seed,
@@ -216,7 +217,7 @@ def run(
 
 
 def _take(record: dict[str, Any], callback: Any) -> None:
-    """Add what a callback has done to the record."""
+    """Add the result of a callback to the record."""
     if isinstance(callback, AdaQuantLayerwise) and callback.result is not None:
         for key in ("seconds_tuning", "seconds_capture"):
             record[key] = record.get(key, 0.0) + getattr(callback.result, key)
@@ -224,7 +225,7 @@ def _take(record: dict[str, Any], callback: Any) -> None:
         record["units"] = [{name: getattr(unit, name) for name in fields} for unit in callback.result.units]
     elif isinstance(callback, BitAllocator) and callback.result is not None:
         record["allocation"] = callback.result.allocation.to_dict()
-        record["allocation"]["rounds"] = [asdict(found) for found in callback.result.rounds]
+        record["allocation"]["rounds"] = [asdict(each) for each in callback.result.rounds]
         console.print(allocation_table(callback.result).to_rich())
     elif isinstance(callback, StatsTuning):
         record["statistics_steps"] = [asdict(row) for row in callback.result or []]
@@ -248,7 +249,7 @@ def _print(record: dict[str, Any]) -> None:
     table.add_row(f"top-1 rounded to nearest at {record['qconfig']}", f"{record['top1_rtn']:.2f}")
     table.add_row("top-1 quantized", f"{record['top1_quantized']:.2f}, a drop of {drop:.2f}")
     passes = record["seconds"] / record["seconds_per_pass"]
-    table.add_row("seconds", f"{record['seconds']:.1f}, as {passes:.1f} passes forward and backward")
+    table.add_row("seconds", f"{record['seconds']:.1f}, or {passes:.1f} passes forward and backward")
     gpu = f", and {record['peak_gpu_mb']:.0f} on the GPU" if "peak_gpu_mb" in record else ""
     table.add_row("peak memory, MB", f"{record['peak_rss_mb']:.0f}{gpu}")
     times = record["size_bytes_float"] / record["size_bytes"]

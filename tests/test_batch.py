@@ -214,6 +214,11 @@ KINDS: dict[str, tuple[Any, int, Any]] = {
     "too few targets": ((PHOTOS, TARGETS[:1]), 2, None),
     "stacked photos and targets": ((tensor(2, 3, 9, 9), TARGETS), 2, (tensor(2, 3, 9, 9)[1:], TARGETS[1:])),
     "two targets of two boxes": ((tensor(2, 5), [target(2)] * 2), 2, (tensor(2, 5)[1:], [target(2)])),
+    "dicts of two rows": (
+        (tensor(2, 5), [{"a": tensor(2, 4)}, {"a": tensor(2, 3)}]),
+        2,
+        (tensor(2, 5)[1:], [{"a": tensor(2, 4)[1:]}, {"a": tensor(2, 3)[1:]}]),
+    ),
     "targets in named tuples": (
         (tensor(2, 5), [Target(tensor(2, 4)), Target(tensor(1, 4))]),
         2,

@@ -86,7 +86,7 @@ def test_tables_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(AllocationError, match="One must be 'layer'"):
         table_cost("latency", tmp_path / "a.csv", choices)
     (tmp_path / "b.csv").write_text("layer,w8a8\nstem,fast\n")
-    with pytest.raises(AllocationError, match=r"no number.*fast"):
+    with pytest.raises(AllocationError, match=r"not a number.*fast"):
         table_cost("latency", tmp_path / "b.csv", choices)
     with pytest.raises(FileNotFoundError):
         table_cost("latency", tmp_path / "none.csv", choices)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -96,11 +97,14 @@ def test_a_gpu_ends_near_the_cpu(name):
         torch.testing.assert_close(
             on_gpu.layers[layer].input_fake_quant.scale.cpu(), quantized.input_fake_quant.scale, rtol=1e-3, atol=0
         )
-    # Random numbers are others, and so are the samples held out: the errors are alike, not the same.
-    left, right = (adaquant(calibration, config=CONFIG).units for calibration in (on_cpu, on_gpu))
+    # Random numbers differ between devices. With nothing held out, all samples decide on both, so the errors of a
+    # unit's initial quantization agree; in parallel mode they do not depend on the tuned units before it either.
+    config = replace(CONFIG, held_out=0.0)
+    left, right = (adaquant(calibration, mode="parallel", config=config).units for calibration in (on_cpu, on_gpu))
     assert [row.name for row in right] == [row.name for row in left]
-    assert [row.error_before for row in right] == pytest.approx([row.error_before for row in left], rel=0.6)
-    assert [row.error_after for row in right] == pytest.approx([row.error_after for row in left], rel=0.6)
+    assert [row.error_before for row in right] == pytest.approx([row.error_before for row in left], rel=0.02)
+    for row in (*left, *right):
+        assert row.accepted == (row.error_after < row.error_before)
 
 
 class Sorted(nn.Module):

@@ -28,7 +28,8 @@ def test_the_plan_is_what_is_held_at_most(name, mode, granularity):
     plans = []
     result = adaquant(calibration_of(name), mode=mode, granularity=granularity, config=CONFIG, announce=plans.append)
     assert plans[0].where == "memory"
-    assert 0.5 * plans[0].most <= result.peak_activation_bytes <= 1.5 * plans[0].most
+    # An upper bound, and no more than a quarter above what is held.
+    assert 0.8 * plans[0].most <= result.peak_activation_bytes <= plans[0].most
     assert "all in memory" in str(plans[0])
     assert plans[0].unit in str(plans[0])
 

@@ -33,15 +33,15 @@ def test_every_config_is_tested():
 
 @pytest.mark.parametrize("recipe", FILES)
 @pytest.mark.parametrize("name", SHARED)
-def test_a_config_is_taken_by_every_recipe_and_flags_go_before_it(recipe, name):
-    found = parser(recipe).parse_args([f"--config={CONFIGS / name}.yaml", "--calibration=7", *FILES[recipe]])
+def test_every_recipe_reads_a_config_and_flags_override_it(recipe, name):
+    settings = parser(recipe).parse_args([f"--config={CONFIGS / name}.yaml", "--calibration=7", *FILES[recipe]])
     given = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-    assert {key: found[key] for key in given} == given
+    assert {key: settings[key] for key in given} == given
     assert given["pipeline"] == ("adaquant" if name.startswith("w") else name)
-    assert found.calibration == 7
+    assert settings.calibration == 7
 
 
-def test_an_unknown_key_is_refused(tmp_path):
+def test_an_unknown_key_is_an_error(tmp_path):
     (tmp_path / "wrong.yaml").write_text("qconfg: w4a4\n")
     with pytest.raises(SystemExit):
         parser("quickstart").parse_args([f"--config={tmp_path / 'wrong.yaml'}"])
@@ -70,9 +70,9 @@ ARGUMENTS: list[tuple[Any, dict[str, Any]]] = [
 def test_every_callback_is_built_from_plain_types(cls, arguments):
     built = jsonargparse.ArgumentParser(exit_on_error=False)
     built.add_class_arguments(cls, "callback", fail_untyped=True)
-    found = built.parse_object({"callback": arguments}).callback
-    assert {key: list(v) if isinstance(v := found[key], tuple) else v for key in arguments} == arguments
-    assert cls(**found.as_dict()).role == cls.__name__
+    parsed = built.parse_object({"callback": arguments}).callback
+    assert {key: list(v) if isinstance(v := parsed[key], tuple) else v for key in arguments} == arguments
+    assert cls(**parsed.as_dict()).role == cls.__name__
 
 
 @pytest.mark.parametrize(
@@ -87,23 +87,23 @@ def test_a_function_is_given_by_its_import_path(cls, given, read):
     built = jsonargparse.ArgumentParser(exit_on_error=False)
     built.add_class_arguments(cls, "callback")
     ((key, function),) = given.items()
-    found = built.parse_args([f"--callback.{key}={__name__}.{function.__name__}"]).callback
-    assert read(cls(**found.as_dict())) is function
+    parsed = built.parse_args([f"--callback.{key}={__name__}.{function.__name__}"]).callback
+    assert read(cls(**parsed.as_dict())) is function
 
 
 class Small(classifier_class(pytorch_lightning)):
-    """A module as a user would name it."""
+    """A module of the user, given by its import path."""
 
 
 class Images(pytorch_lightning.LightningDataModule):
-    """Its data."""
+    """Data module of the user."""
 
     def train_dataloader(self) -> Any:
         return loader()
 
 
 def small_run(folder: Path) -> dict[str, Any]:
-    """The example's YAML with another module and fewer steps."""
+    """Return the settings of the example's YAML file, with another module and fewer steps."""
     given = yaml.safe_load((CONFIGS / "lightning_cli.yaml").read_text())
     given |= {"weights": str(folder / "trained.ckpt"), "packed": str(folder / "new" / "packed.safetensors")}
     given |= {"model": {"class_path": f"{__name__}.Small"}, "data": {"class_path": f"{__name__}.Images"}}
@@ -131,7 +131,7 @@ def test_the_lightning_cli_loads_weights_runs_the_callbacks_and_packs(tmp_path):
     assert torch.equal(loaded.eval()(images), module.eval()(images))
 
 
-def test_the_lightning_cli_names_weights_that_are_not_there(tmp_path):
+def test_the_lightning_cli_names_weights_that_do_not_exist(tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(small_run(tmp_path)))
     with pytest.raises(SystemExit, match=r"no weights in .*trained\.ckpt"):
         lightning_cli(["fit", f"--config={tmp_path / 'run.yaml'}"])

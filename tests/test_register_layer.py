@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 from typing import Any
 
@@ -27,7 +28,21 @@ from lightning_ptq import (
 from lightning_ptq.errors import QConfigError, SurgeryError
 from lightning_ptq.network import swapping
 
-Conv1D: Any = pytest.importorskip("transformers.pytorch_utils").Conv1D
+if os.environ.get("PTQ_TEST_INTEGRATIONS"):
+    from transformers.pytorch_utils import Conv1D
+else:  # with transformers installed, torchmetrics imports it, which takes every process of the tests seconds
+
+    class Conv1D(nn.Module):
+        """The layer of GPT-2 as transformers has it: a linear layer with a weight of shape (inputs, outputs)."""
+
+        def __init__(self, nf: int, nx: int) -> None:
+            super().__init__()
+            self.nf = nf
+            self.weight, self.bias = nn.Parameter(torch.empty(nx, nf)), nn.Parameter(torch.zeros(nf))
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight)
+            return rows.view(*x.size()[:-1], self.nf)
 
 
 @pytest.fixture(autouse=True)

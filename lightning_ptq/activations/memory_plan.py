@@ -90,9 +90,10 @@ def plan_memory(
         worst = units[alone.index(max(alone))].name
         raise CalibrationError(
             f"the inputs and outputs of unit {worst!r} take {format_bytes(max(alone))}, but memory_limit and the free"
-            f" disk space make {format_bytes(room)}. Calibrate with fewer samples, raise memory_limit, point TMPDIR to a"
-            " larger disk, or choose smaller units."
+            f" disk space make {format_bytes(room)}. Calibrate with fewer samples, raise memory_limit, point TMPDIR to"
+            " a larger disk, or choose smaller units."
         )
+    # Each stream runs about twice through the network, or half of it for each unit if nothing is kept.
     per_sample = {name: value / Batch(calibration.batches[0]).samples for name, value in seconds.items()}
     runs = streams * (len(units) / 2 if where == "recomputed" else 2)
     forwards = sum(per_sample.values()) * calibration.samples * runs
@@ -141,7 +142,7 @@ def _held(
     alone, kept = [], []
 
     def crossing(index: int, first: int) -> float:
-        """Return the bytes of outputs of units before ``index`` that unit ``first`` or a later one needs, per stream."""
+        """Return the bytes of outputs of units before ``index`` that unit ``first`` or a later one needs."""
         later = set().union(*(needed[other.name] for other in units[first:]), needed[RESULT] if whole else ())
         return float(scale * sum(sizes[other.name][1] for other in units[:index] if other.name in later))
 
@@ -149,7 +150,7 @@ def _held(
         inputs, outputs = (scale * size for size in sizes[unit.name])
         before, after = crossing(index, index), crossing(index, index + 1)
         # One shard is captured after the other: the present one peaks either with all outputs that cross the boundary
-        # before the unit, or with its own outputs added; the other shards wait before (`before`) or after (`held`) that.
+        # before the unit, or with its own outputs added; the other shards wait before (`before`) or after (`held`).
         held = streams * after + inputs + outputs
         capture = max(streams * before + inputs, (streams - 1) * before + after + inputs + outputs) / shards
         capture += max(inputs, outputs) / shards  # calls and their concatenation exist together for a moment

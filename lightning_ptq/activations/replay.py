@@ -88,6 +88,7 @@ class Replay:
         for batch, trace in enumerate(self.traces):
             captured = self._capture(unit, batch, replace=self.proof.get(id(trace), True))
             if id(trace) not in self.proof:
+                # One full run per trace proves that stored outputs can replace units on all batches of that trace.
                 full = self._capture(unit, batch, replace=False) if self.done else captured
                 self.proof[id(trace)] = self._equal(captured, full)
                 captured = full
@@ -127,7 +128,7 @@ class Replay:
         def record(*args: Any, **kwargs: Any) -> Any:
             calls.append(Call.of((args, kwargs), self.store.put))
             if len(calls) == unit.calls:
-                raise _Reached
+                raise _Reached  # nothing after the last call is needed
             return own(*args, **kwargs)
 
         with attributes(unit.module, {"forward": record}), suppress(_Reached):
@@ -135,9 +136,9 @@ class Replay:
         if len(calls) == unit.calls:
             return calls
         raise CalibrationError(
-            f"unit {unit.name!r} was called {unit.calls} times in the first forward and {len(calls)} times on calibration"
-            f" batch {self.batches[batch]}. Choose granularity='layer' or other blocks, so that each unit runs on every"
-            " batch."
+            f"unit {unit.name!r} was called {unit.calls} times in the first forward and {len(calls)} times on"
+            f" calibration batch {self.batches[batch]}. Choose granularity='layer' or other blocks, so that each unit"
+            " runs on every batch."
         )
 
     @contextmanager
@@ -151,7 +152,7 @@ class Replay:
 
     @staticmethod
     def _stored_forward(calls: list[Call]) -> Any:
-        remaining = iter(calls)
+        remaining = iter(calls)  # consumed call by call, in the order in which the unit was traced
 
         return lambda *args, **kwargs: next(remaining).tree()
 

@@ -99,7 +99,7 @@ class UnitData:
         for batch, of_batch in enumerate(calls):
             for index, call in enumerate(of_batch):
                 gathered.setdefault(_signature(call), []).append(((batch, index), call))
-            of_batch.clear()
+            of_batch.clear()  # the groups own the calls now
         for key in list(gathered):
             self.groups.append(self._stack(gathered.pop(key)))
 
@@ -113,7 +113,7 @@ class UnitData:
                 parts: list[Any] = []
                 for _, call in members:
                     parts.append(call.leaves[i])
-                    call.leaves[i] = None
+                    call.leaves[i] = None  # so that calls are freed as they are concatenated
                 leaves.append(self.store.stack(parts, cast(torch.device, first.devices[i])))
             else:
                 leaves.append(first.leaves[i])
@@ -161,11 +161,13 @@ class UnitData:
         for group in self.groups:
             rows = next(group.slices())
             size = rows.stop - rows.start
+            # Rows of outputs must correspond to rows of inputs, or a mini-batch has no targets.
             whole = [target.whole for target in group.targets or []]
             if not whole or any(tensor is None or len(tensor) != group.rows for tensor in whole):
                 return False
             if size < 2:
                 continue
+            # The second half alone must give what it gives in the whole call; the first would hide position effects.
             part = slice(rows.start + size // 2, rows.stop)
             with _largest_output(unit) as largest:
                 outputs = float_leaves(run_unit(unit, *group.arguments(rows), mode="float"))
@@ -193,8 +195,8 @@ class UnitData:
             samples[i] for i in torch.randperm(len(samples), generator=generator, device=generator.device).tolist()
         ]
         cut = max(1, round(len(samples) * held_out)) if held_out and len(samples) > 1 else 0
-        cut = min(cut, len(samples) - 1)
-        return order[cut:], order[:cut] or order
+        cut = min(cut, len(samples) - 1)  # one sample at least is left to tune on
+        return order[cut:], order[:cut] or order  # with nothing held out, all samples decide
 
     def chunks(self, rows: Tensor | slice) -> list[tuple[Tensor | slice, float]]:
         """Split a mini-batch into chunks, each with its share of the rows, to keep activations small.
@@ -257,7 +259,7 @@ def _largest_output(module: nn.Module) -> Iterator[list[int]]:
 
 
 def _rows(call: Call) -> int:
-    """Return the rows of the first floating-point tensor; integer inputs, such as an order, may be shared by samples."""
+    """Return the rows of the first floating-point tensor; samples may share integer inputs, such as an order."""
     leaves = [leaf for leaf in call.leaves if isinstance(leaf, Tensor) and leaf.dim()]
     return next((leaf.shape[0] for leaf in leaves if leaf.is_floating_point()), leaves[0].shape[0] if leaves else 1)
 
@@ -275,6 +277,7 @@ def _signature(call: Call) -> Any:
         if is_wise:
             parts.append(("rows", tuple(leaf.shape[1:]), leaf.dtype, device))
         elif isinstance(leaf, Tensor):
+            # Shared by all rows, so calls with other values must not be concatenated.
             data = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
             parts.append(("tensor", tuple(leaf.shape), leaf.dtype, hashlib.sha1(data).hexdigest()))
         else:

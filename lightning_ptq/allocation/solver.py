@@ -171,14 +171,14 @@ class _Problem:
                 where = "below the least cost" if limit < least else "above the greatest cost"
                 ranges = "; ".join(self._range(n, *reach[n]) for n in limits)
                 raise AllocationError(
-                    f"the budget of {limit:.6g} for {name} is {where} of the candidates. Choose one within {ranges}."
+                    f"the budget of {limit:.6g} for {name} is {where} of the candidates. Reachable: {ranges}."
                 )
 
     def _range(self, name: str, least: float, most: float) -> str:
         cost = next(c for c in self.costs if c.name == name)
         share = f" ({least / cost.of_float:.4f} to {most / cost.of_float:.4f} of float)" if cost.of_float else ""
         fixed = f", including {cost.fixed:.6g} for what stays float" if cost.fixed > least / 2 else ""
-        return f"{name}: from {least:.6g} to {most:.6g} {cost.unit}".rstrip() + share + fixed
+        return f"{name} from {least:.6g} to {most:.6g} {cost.unit}".rstrip() + share + fixed
 
     def check_degradation(self, limit: float) -> None:
         """Raise if no choice has a rise within the limit."""

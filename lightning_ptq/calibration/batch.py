@@ -99,7 +99,8 @@ class Batch:
             CalibrationError: If the batch is not divisible.
         """
         if not self.is_divisible:
-            raise CalibrationError("cannot divide a batch. Return nothing but tensors with one row per sample.")
+            kind = type(self.data).__name__
+            raise CalibrationError(f"cannot divide a {kind}. Return only tensors with one row per sample in a batch.")
         return self.with_columns([column[rows] for column in self.columns()])
 
     def to(self, device: torch.device) -> Any:
@@ -111,11 +112,7 @@ class Batch:
         return _map(self.data, lambda leaf: leaf.clone() if _is_dense(leaf) else leaf)
 
     def leaves(self) -> Iterator[Any]:
-        """Yield all tensors and plain values, in a stable order.
-
-        Sparse tensors and other objects yield the values that pickle would store: their text may contain an address,
-        or leave values out.
-        """
+        """Yield all tensors and plain values in a stable order; objects yield what pickle would store of them."""
         visited: dict[int, Any] = {}
         for leaf in _leaves(self.data):
             yield from _stored(leaf, visited)
@@ -145,9 +142,11 @@ class Batch:
 
     @cached_property
     def _list_columns(self) -> set[int]:
-        """Identities of the lists that are columns: also lists of records, if their number is that of the samples."""
-        lists = (part for part in _parts(self.data) if _is_list(part) and len(part) == self._count)
-        return self._lists | {id(part) for part in lists if all(map(_is_record, part))}
+        """Identities of the lists that are columns: also records, one per sample, that are not collated."""
+        lists = [part for part in _parts(self.data) if _is_list(part) and len(part) == self._count]
+        records = [part for part in lists if all(map(_is_record, part))]
+        collated = {id(p) for p in records if all(_has_rows(x) and len(x) == self._count for x in _leaves(p))}
+        return self._lists | ({id(part) for part in records} - collated)
 
 
 def _map(data: Any, fn: Callable[[Any], Any], whole: Collection[int] = ()) -> Any:
@@ -231,7 +230,7 @@ def _own_count(data: Any) -> int | None:
     return None
 
 
-def _are_samples(entries: Sequence[Any]) -> bool:
+def _are_samples(entries: Any) -> bool:
     texts = len(entries) > 0 and all(isinstance(entry, _TEXT) for entry in entries)
     return texts or isinstance(entries, SampleList) or _are_images(entries)
 
@@ -286,7 +285,7 @@ def _moved(leaf: Any, device: torch.device) -> Any:
 
 
 def _stored(leaf: Any, visited: dict[int, Any]) -> Iterator[Any]:
-    """Yield what pickle would store of a leaf, down to tensors and plain values; each object once."""
+    """Yield what pickle would store of a leaf, each object once; the text of an object may contain an address."""
     if _is_dense(leaf) or leaf is None or isinstance(leaf, (*_TEXT, Number)):
         yield leaf
     elif id(leaf) not in visited:

@@ -70,7 +70,8 @@ class Calibrator:
         if self._first_size and self.num_samples is not None:  # a single process would have stopped after a whole batch
             size = self._first_size
             whole = math.ceil(self.num_samples / size) * size
-        return own_share(rank, self.ranks.world, min(whole, math.inf if self.dataset_size is None else self.dataset_size))
+        size = math.inf if self.dataset_size is None else self.dataset_size
+        return own_share(rank, self.ranks.world, min(whole, size))
 
     def observe(self, batch: Any) -> Any:
         """Run one batch, observe the inputs of all layers, and keep the batch.
@@ -81,6 +82,8 @@ class Calibrator:
         Raises:
             CalibrationError: If a layer's input holds NaN or an infinity.
         """
+        # Every rank counts all samples that it is given, so that all are done after the same batch. Beyond its share it
+        # counts without observing, since a single process would not have seen these samples.
         self._first_size = self._first_size or Batch(batch).samples
         self._seen += Batch(batch).samples
         if self.ranks.world > 1:

@@ -21,8 +21,8 @@ from lightning_ptq.runtime.patching import hooked
 def count_macs(module: nn.Module, run: Callable[[], Any]) -> dict[str, float]:
     """Count the multiply-accumulates of one ``run()``, functional matrix products and attention included.
 
-    Torch counts the operators that it knows a formula for: convolutions, matrix products, attention. An operator without
-    a formula, such as a fused recurrent layer, counts as nothing.
+    Torch counts the operators that it knows a formula for: convolutions, matrix products, attention. An operator
+    without a formula, such as a fused recurrent layer, counts as nothing.
 
     Args:
         module: The root; qualified names are relative to it.

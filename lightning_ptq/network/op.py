@@ -114,7 +114,7 @@ class QuantizedOp(nn.Module):
         return granularity.layout(self.weights[name].shape, self.channels(name))
 
     def scale_channels(self, name: str, tensor: Tensor, factors: Tensor) -> Tensor:
-        """Return ``tensor``, of the shape of weight ``name``, with output channel ``i`` multiplied by ``factors[i]``."""
+        """Return ``tensor``, of weight ``name``'s shape, with output channel ``i`` multiplied by ``factors[i]``."""
         return self.layout(name, Granularity(per_channel=True)).scaled(tensor, factors)
 
     def packed_bytes(self, spec: QuantSpec) -> int:

@@ -89,6 +89,7 @@ class Trace:
 
     def _course(self) -> list[tuple[str, str]]:
         layers = set(self.layer_order)
+        # Operators inside a quantizable operation depend on its quantizers and on observers, not on the course.
         return [(e.kind, e.name) for e in self.events if e.kind != "op" or layers.isdisjoint(e.scope)]
 
     def needed_outputs(self, units: Iterable[str]) -> dict[str, set[str]]:
@@ -97,12 +98,12 @@ class Trace:
         :data:`RESULT` stands for what the forward returned.
         """
         names, layers = set(units), set(self.layer_order)
-        sources: dict[int, set[str]] = {}
+        sources: dict[int, set[str]] = {}  # by storage: the units whose outputs its values were computed from
         decisive: set[str] = set()  # units whose values Python has read, and may have branched on
         needed: dict[str, set[str]] = {name: set() for name in (*names, RESULT)}
         for event in self.events:
             unit = next((name for name in event.scope if name in names), None)
-            if event.kind == "op" and unit is None:
+            if event.kind == "op" and unit is None:  # what a unit computes inside is replaced by its stored output
                 union = set().union(*(sources.get(key, set()) for key in event.reads))
                 if event.name in _READ_BY_PYTHON and layers.isdisjoint(event.scope):  # else an observer read them
                     decisive |= union
@@ -114,7 +115,7 @@ class Trace:
             elif event.kind == "exit" and not event.scope:  # the output of an outermost module may be compared
                 needed[RESULT].update(*(sources.get(key, set()) for key in event.writes))
         needed[RESULT].update(decisive, *(sources.get(key, set()) for key in self.result))
-        for name in names:
+        for name in names:  # a unit that runs several times may feed itself; it is captured as a whole
             needed[name].discard(name)
         return needed
 
@@ -148,7 +149,7 @@ class _Recorder(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = func._schema.name
         self._record("op", name, storages((args, kwargs)), storages(result))
-        full_name = f"{name}.{func._schema.overload_name}"
+        full_name = f"{name}.{func._schema.overload_name}"  # add.Scalar, for example, is no residual connection
         if full_name in _ADDS and self.stack and _same_shape(*args[:2]):
             self.trace.residual.add(self.stack[-1])
         if name in _PRODUCTS and self.ops.keys().isdisjoint(self.stack):
@@ -165,6 +166,7 @@ class _Recorder(TorchDispatchMode):
         if isinstance(module, QuantizedOp) and name not in self.trace.layer_order:
             self.trace.layer_order.append(name)
         if isinstance(module, _BatchNorm):
+            # Identity, not equality: a norm folds into a layer only if nothing else reads or changes the output.
             x = first_argument(args, kwargs)
             self.followed.update((name, layer) for layer, output in self.outputs.items() if output is x)
 

@@ -71,7 +71,8 @@ def find_units(
         chosen = [name for name in modules if any(fnmatchcase(name, pattern) for pattern in blocks)]
     units = []
     taken: set[str] = set()
-    for name in [*sorted(chosen, key=len), *layers]:  # outer blocks before what lies inside them
+    # A shorter name is that of an outer block, so outer blocks take their layers before inner ones and single layers.
+    for name in [*sorted(chosen, key=len), *layers]:
         inside = {n: layer for n, layer in layers.items() if n not in taken and (n == name or _below(n, name))}
         if inside and trace.calls.get(name):
             taken.update(inside)
@@ -128,9 +129,10 @@ class _Search:
         if self._holds_blocks(name):
             return False
         if count == len(self.layers) > 1 and name not in self.elements:
-            return False  # the whole network
+            return False  # a wrapper around the whole network
         if name in self.elements or name in self.trace.residual:
             return True
+        # Nothing marks a block here: take a small module without residual connections inside as one.
         return count <= _MOST_LAYERS and not any(_below(other, name) for other in self.trace.residual)
 
 

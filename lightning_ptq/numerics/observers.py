@@ -1,10 +1,10 @@
 """Range observers: :class:`torchmetrics.Metric` objects whose states declare how ranks merge them.
 
-Activations are watched by :class:`MinMaxObserver`, :class:`PercentileObserver` or :class:`MSEObserver`. The last two
+Activations are observed by :class:`MinMaxObserver`, :class:`PercentileObserver` or :class:`MSEObserver`. The last two
 count values in a histogram over *fixed* bins (the upper 16 bits of the float32 representation: sign, exponent and
-seven bits of mantissa, so a bin is under 0.8 % wide). Fixed bins need no prior range, and integer counts add up to
-the same histogram in whatever order, and on however many ranks, the batches come. Weights are at hand as a whole and
-take the function :func:`weight_qparams`.
+seven bits of mantissa, so a bin is under 0.8 % wide). Fixed bins need no prior range, and integer counts add up to the
+same histogram for any order of the batches and any number of ranks. Weights are known as a whole and need no observer:
+see :func:`~lightning_ptq.numerics.weight_scales.weight_qparams`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from lightning_ptq.numerics.quantize import choose_qparams, fake_quantize
 from lightning_ptq.numerics.spec import QuantSpec
 
 _BINS = 2**16
-_SHRINKS = 100  # candidate ranges of an MSE search: 1/100 ... 100/100 of the observed one
+MSE_RANGES = 100
+"""Number of candidate ranges of an MSE search: 1/100, ..., 100/100 of the observed range."""
 
 
 class MinMaxObserver(Metric):
-    """The least and the greatest value seen; ranks merge by minimum and maximum.
+    """Records the least and the greatest value; ranks merge by minimum and maximum.
 
     Args:
         spec: The grid that the range is for.
@@ -44,10 +45,10 @@ class MinMaxObserver(Metric):
         self.add_state("maximum", torch.tensor(float("-inf")), dist_reduce_fx="max")
 
     def update(self, x: Tensor) -> None:
-        """Watch a tensor of any shape.
+        """Observe a tensor of any shape.
 
         Raises:
-            ValueError: If it holds NaN or an infinity; the state is then unchanged.
+            ValueError: If it contains NaN or an infinity; the state is then unchanged.
         """
         if x.numel() == 0:
             return
@@ -58,21 +59,21 @@ class MinMaxObserver(Metric):
         self.maximum = torch.maximum(self.maximum, high)
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """The range to quantize at the observer's own spec: scalar tensors (minimum, maximum)."""
+        """Return the range to quantize at the observer's own spec: scalar tensors (minimum, maximum)."""
         return self.range_for(self.spec)
 
     def range_for(self, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-        """The range to quantize at ``spec``; unlike :meth:`compute` it is worked out anew each time."""
+        """Return the range to quantize at ``spec``; unlike :meth:`compute`, the result is not cached."""
         return self.minimum, self.maximum
 
     def qparams(self, spec: QuantSpec | None = None) -> tuple[Tensor, Tensor]:
-        """Scale and zero point for the range, at the observer's own spec or another."""
+        """Return scale and zero point for the range, at the observer's own spec or another."""
         spec = spec or self.spec
         return choose_qparams(*self.range_for(spec), spec)
 
 
 class HistogramObserver(MinMaxObserver):
-    """Adds a histogram over fixed bins to the extremes; ranks merge by sum."""
+    """Records a histogram over fixed bins in addition to the extremes; ranks merge by sum."""
 
     counts: Tensor
 
@@ -81,26 +82,28 @@ class HistogramObserver(MinMaxObserver):
         self.add_state("counts", torch.zeros(_BINS, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, x: Tensor) -> None:
-        """Watch a tensor of any shape; see :meth:`MinMaxObserver.update`."""
+        """Observe a tensor of any shape; see :meth:`MinMaxObserver.update`."""
         super().update(x)
-        bits = x.detach().float().reshape(-1).contiguous().view(torch.int16)[1::2]  # the upper halves, little-endian
+        bits = (
+            x.detach().float().reshape(-1).contiguous().view(torch.int16)[1::2]
+        )  # the upper halves, as numbers are little-endian
         self.counts += torch.bincount(bits.int() + _BINS // 2, minlength=_BINS)
 
     def histogram(self) -> tuple[Tensor, Tensor]:
-        """Bin centres (ascending, float64) and their counts (int64), for the bins that are not empty."""
+        """Return bin centres (ascending, float64) and their counts (int64), for the bins that are not empty."""
         used = self.counts.nonzero().flatten()
         upper = (used - _BINS // 2).to(torch.int32) << 16
         centres = (upper + 2**15).view(torch.float32).double()
-        centres[upper == 0] = 0.0  # zeros, exact and by far the commonest value behind a ReLU
+        centres[upper == 0] = 0.0  # exact zeros are by far the most frequent value after a ReLU
         order = centres.argsort()
         return centres[order], self.counts[used][order]
 
 
 class PercentileObserver(HistogramObserver):
-    """The range that leaves the outermost values out, ``100 - percentile`` per cent of them on each side."""
+    """Chooses the range that leaves out ``100 - percentile`` percent of the values on each side."""
 
     def range_for(self, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-        """The range to quantize: scalar tensors (minimum, maximum)."""
+        """Return the range to quantize: scalar tensors (minimum, maximum)."""
         centres, counts = self.histogram()
         if centres.numel() == 0:
             return self.minimum, self.maximum
@@ -112,19 +115,19 @@ class PercentileObserver(HistogramObserver):
 
 
 class MSEObserver(HistogramObserver):
-    """The range with the least mean squared quantization error, searched over the histogram.
+    """Chooses the range with the least mean squared quantization error over the histogram.
 
-    Both ends shrink together first, then each alone around the best found, which matters for lopsided activations.
+    Both ends shrink together first, then each alone around the best, which matters for skewed activations.
     """
 
     def range_for(self, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-        """The range to quantize: scalar tensors (minimum, maximum)."""
+        """Return the range to quantize: scalar tensors (minimum, maximum)."""
         centres, counts = self.histogram()
         if centres.numel() == 0:
             return self.minimum, self.maximum
         weight = counts.double() / counts.sum()
         low, high = self.minimum.double().clamp(max=0), self.maximum.double().clamp(min=0)
-        shrink = torch.linspace(1 / _SHRINKS, 1, _SHRINKS, dtype=torch.float64, device=centres.device)
+        shrink = torch.linspace(1 / MSE_RANGES, 1, MSE_RANGES, dtype=torch.float64, device=centres.device)
         low, high = self._best(low * shrink, high * shrink, centres, weight, spec)
         around = torch.linspace(0.6, 1.4, 41, dtype=torch.float64, device=centres.device)
         for _ in range(2):
@@ -136,7 +139,9 @@ class MSEObserver(HistogramObserver):
     def _best(lows: Tensor, highs: Tensor, centres: Tensor, weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         scales, zero_points = choose_qparams(lows, highs, spec)
         errors = []
-        for scale, zero_point in zip(scales.double(), zero_points, strict=True):  # one by one: the bins are many
+        for scale, zero_point in zip(
+            scales.double(), zero_points, strict=True
+        ):  # one by one, to hold one array of bins at a time
             grid = fake_quantize(centres, scale, zero_point, spec.quant_min, spec.quant_max)
             errors.append(grid.sub_(centres).square_().mul_(weight).sum())
         best = int(torch.stack(errors).argmin())
@@ -151,5 +156,5 @@ _BY_NAME: dict[str, type[MinMaxObserver]] = {
 
 
 def make_observer(spec: QuantSpec) -> MinMaxObserver:
-    """The observer that the spec asks for."""
+    """Return the observer that the spec names."""
     return _BY_NAME[spec.observer](spec)

@@ -1,4 +1,4 @@
-"""The rounding arithmetic: the only place of the project where a value is put on an integer grid.
+"""The rounding arithmetic: the only module that rounds a value to an integer grid.
 
 ``q = clamp(round(x / s) + z, quant_min, quant_max)``, ``x̂ = (q - z) · s``, rounding half to even.
 """
@@ -11,26 +11,26 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_ptq.numerics.spec import QuantSpec
+from lightning_ptq.numerics.spec import Grid
 
 _MIN_SCALE = float(torch.finfo(torch.float32).tiny) * 2**10
 
 
-def choose_qparams(minimum: Tensor, maximum: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of the grid that covers a range.
+def choose_qparams(minimum: Tensor, maximum: Tensor, spec: Grid) -> tuple[Tensor, Tensor]:
+    """Return scale and zero point of the grid that covers a range.
 
-    The range is first widened to hold 0, which must be exact on the grid (zero padding, ReLU).
+    The range is first widened to contain 0, which must be exact on the grid (zero padding, ReLU).
 
     Args:
-        minimum: Least values, any shape (one entry per scale).
-        maximum: Greatest values, same shape.
-        spec: The grid.
+        minimum: Least values, of any shape (one entry per scale).
+        maximum: Greatest values, of the same shape.
+        spec: The grid; a :class:`~lightning_ptq.numerics.spec.QuantSpec` is one.
 
     Returns:
         The scale (float32, > 0) and the zero point (int32, within the grid; 0 for a symmetric spec), of that shape.
 
     Example:
-        >>> scale, zero_point = choose_qparams(torch.tensor(-1.0), torch.tensor(2.0), QuantSpec(8, symmetric=False))
+        >>> scale, zero_point = choose_qparams(torch.tensor(-1.0), torch.tensor(2.0), Grid(8, symmetric=False))
         >>> round(scale.item() * 255, 4), zero_point.item()
         (3.0, 85)
     """
@@ -44,9 +44,9 @@ def choose_qparams(minimum: Tensor, maximum: Tensor, spec: QuantSpec) -> tuple[T
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
-    """The integers of ``x`` on the grid, as floats of its dtype; scale and zero point broadcast against ``x``.
+    """Return the integers of ``x`` on the grid, as floats of its dtype; scale and zero point broadcast against ``x``.
 
-    As in torch's own kernels, ``x`` is multiplied by the reciprocal of the scale, so that both agree bit for bit.
+    As in torch's kernels, ``x`` is multiplied by the reciprocal of the scale, so both agree bit for bit.
 
     Example:
         >>> quantize(torch.tensor([-9.0, 0.26, 9.0]), torch.tensor(0.5), torch.tensor(0), -8, 7)
@@ -56,20 +56,20 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant
 
 
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """The values ``(q - z) · s`` of integers ``q``, in the scale's dtype."""
+    """Return the values ``(q - z) · s`` of integers ``q``, in the dtype of the scale."""
     return (q.to(scale.dtype) - zero_point.round()).mul_(scale)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
     """Quantize and dequantize ``x``, with gradients for ``x``, ``scale`` and ``zero_point``.
 
-    The gradient passes straight through inside the clamp and is 0 outside it; for the scale it is that of LSQ (Esser
-    et al., 2020, eq. 3) and for the zero point that of LSQ+ (Bhalgat et al., 2020, eq. 6), both unscaled.
+    The gradient for ``x`` is straight-through inside the clamp and 0 outside it. For the scale it is that of LSQ (Esser
+    et al., 2020, eq. 3), and for the zero point that of LSQ+ (Bhalgat et al., 2020, eq. 6), both without their factor.
 
     Args:
-        x: Any shape, floating point. Half precision is computed in float32 and cast back.
-        scale: Not 0, broadcastable to ``x``; negative to turn the grid round.
-        zero_point: Broadcastable to ``x``; integers, or floats that are rounded here and may carry a gradient.
+        x: Tensor of any shape, floating point. Half precision is computed in float32 and cast back.
+        scale: Scale, not 0, broadcastable to ``x``; a negative scale mirrors the grid.
+        zero_point: Zero point, broadcastable to ``x``; integers, or floats that are rounded and may carry a gradient.
         quant_min: Least integer of the grid.
         quant_max: Greatest integer of the grid.
 
@@ -91,7 +91,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, 
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Forward and the LSQ+ backward in a few in-place passes, which is what a tuning step spends its time on."""
+    """Forward and LSQ+ backward in few in-place passes, because a tuning step spends most of its time here."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
@@ -107,7 +107,9 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, zero_point, q, result = ctx.saved_tensors
         (grad,) = grads
-        grad_x = torch.ops.aten.hardtanh_backward(grad, q, *ctx.bounds)  # one pass: the gradient where q is in bounds
+        grad_x = torch.ops.aten.hardtanh_backward(
+            grad, q, *ctx.bounds
+        )  # the gradient where q is in bounds, in one pass
         grad_scale = grad_zero_point = None
         if ctx.needs_input_grad[1]:  # d x̂ / d s is q - z - x / s inside the clamp and q - z outside
             if scale.numel() == 1:

@@ -38,7 +38,7 @@ class Grid:
             raise QConfigError(f"bits must be a whole number from 2 to 8, got {self.bits!r}. Write for example 'w4a8'.")
         if self.group_size is not None and not (isinstance(self.group_size, int) and self.group_size >= 2):
             raise QConfigError(
-                f"group_size must be a whole number of 2 or more, or None, got {self.group_size!r}. Write for example 64."
+                f"group_size must be a whole number of 2 or more, or None, got {self.group_size!r}. Write 64, say."
             )
 
     @property

@@ -7,24 +7,24 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from lightning_ptq.numerics.observers import _SHRINKS
+from lightning_ptq.numerics.observers import MSE_RANGES
 from lightning_ptq.numerics.quantize import choose_qparams, fake_quantize
 from lightning_ptq.numerics.spec import QuantSpec
 
 
 def weight_qparams(rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of a weight, one each per row.
+    """Return scale and zero point of a weight, one each per row.
 
-    A symmetric grid of b bits has the levels ``-2**(b - 1) ... 2**(b - 1) - 1``: one more below 0 than above, of two
-    at 2 bits. Where the row's greatest values are positive, a negative scale puts it above, so that each row gets the
-    sign with the lesser squared error. At 8 bits, where one level more is of no use, scales are always positive.
+    A symmetric grid of b bits has the levels ``-2**(b - 1) ... 2**(b - 1) - 1``: one more below 0 than above, which is
+    two against one at 2 bits. A negative scale moves the additional level above 0, so each row gets the sign with the
+    smaller squared error. At 8 bits, where one more level does not matter, scales are always positive.
 
     Args:
-        rows: The weight as (channels, values per channel); a single row for a per-tensor scale.
-        spec: The grid; by ``observer`` how the range is chosen, by ``signed_scale`` whether scales may be negative.
+        rows: The weight as (scales, values per scale).
+        spec: The grid, how its range is chosen, and whether scales may be negative.
 
     Returns:
-        Scale and zero point, each of shape (channels,).
+        Scale and zero point, each of shape (scales,).
 
     Example:
         >>> weight_qparams(torch.tensor([[-2.0, 0.0, 1.0], [2.0, 0.0, -1.0]]), QuantSpec(2))[0]
@@ -40,25 +40,25 @@ def weight_qparams(rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 
 
 def _row_errors(rows: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
-    """Squared quantization error of each row."""
+    """Return the squared quantization error of each row."""
     grid = fake_quantize(rows, scale[:, None], zero_point[:, None], spec.quant_min, spec.quant_max)
     return (grid - rows).square_().sum(1)
 
 
 def _unsigned_qparams(rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Positive scales, and zero points, of the rows."""
+    """Return positive scales, and zero points, of the rows."""
     if spec.observer == "percentile":
         tail = (100 - spec.percentile) / 100
         return choose_qparams(rows.quantile(tail, dim=1), rows.quantile(1 - tail, dim=1), spec)
     if spec.observer == "minmax":
         return choose_qparams(*rows.aminmax(dim=1), spec)
     low, high = rows.aminmax(dim=1)
-    best = choose_qparams(low, high, spec)  # so that no row is worse off than with the full range
+    best = choose_qparams(low, high, spec)  # the full range is a candidate too
     best_error = torch.full_like(low, float("inf"))
     if spec.symmetric:
         high = torch.maximum(-low, high)
         low = -high
-    shrinks = [*torch.linspace(0.02, 0.18, 17).tolist(), *torch.linspace(0.2, 1.2, _SHRINKS).tolist()]
+    shrinks = [*torch.linspace(0.02, 0.18, 17).tolist(), *torch.linspace(0.2, 1.2, MSE_RANGES).tolist()]
     ranges = ((low * shrink, high * shrink) for shrink in shrinks)
     for scale, zero_point in chain([best], (choose_qparams(*ends, spec) for ends in ranges)):
         error = _row_errors(rows, scale, zero_point, spec)

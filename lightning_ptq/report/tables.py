@@ -76,13 +76,10 @@ def layer_table(record: RunRecord) -> ReportTable:
         (row.name, row.kind, row.widths, row.parameters, row.macs, row.bops, row.size, row.low, row.high)
         for row in record.layers
     ]
-    columns = (
-        "layer", "type", "bit widths", "weights", "MACs", "BOPs", "packed weights, bytes", "least input",
-        "greatest input",
-    )  # fmt: skip
+    columns = ("layer", "type", "bit widths", "weights", "MACs", "BOPs", "size, bytes", "input min", "input max")
     note = (
-        "MACs are multiply-accumulates and BOPs bit operations, both for one sample. Least and greatest input are the"
-        " ends of the grid; values beyond them are clamped."
+        "MACs are multiply-accumulates and BOPs bit operations, both for one sample. The size is that of the packed"
+        " weights with their scales. Input min and max are the ends of the grid; values beyond them are clamped."
     )
     return ReportTable("layers", "Layers", columns, rows, note)
 

@@ -80,7 +80,7 @@ class Journal:
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # on disk before the rename, or a power cut could leave an empty file
         os.replace(temporary, path)
 
     def read(self, key: str) -> JournalEntry | None:

@@ -126,7 +126,7 @@ class ProcessRanks(Ranks):
         with suppress(Exception):  # no failure here may hide the error that ends this rank
             if not self._store.check([self._key]):
                 self._store.set(self._key, f"Rank {self.rank} says: {type(error).__name__}: {error}")
-            self._store.add(f"{self._key} known", 1)
+            self._store.add(f"{self._key} known", 1)  # counts the ranks that are leaving
             deadline = time.monotonic() + _FAREWELL
             while self._store.add(f"{self._key} known", 0) < self.world and time.monotonic() < deadline:
                 time.sleep(0.02)
@@ -193,7 +193,7 @@ class ProcessRanks(Ranks):
     def broadcast_each(self, tensors: Sequence[Tensor]) -> None:
         """See :class:`Ranks`."""
         group = self._group(tensors[0])
-        # All broadcasts run at once. An all-reduce would take two rounds, and its order of additions depends on the world.
+        # All broadcasts run at once. An all-reduce takes two rounds, and its order of additions depends on the world.
         sent = [dist.broadcast(tensor, src=r, group=group, async_op=True) for r, tensor in enumerate(tensors)]
         for tensor, work in zip(tensors, sent, strict=True):
             self._wait(work, tensor.is_cuda)

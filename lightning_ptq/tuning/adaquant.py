@@ -40,15 +40,13 @@ def adaquant(
 ) -> AdaQuantResult:
     """Tune every unit of a calibrated module so that its output comes close to the float one's.
 
-    The ranks of the calibration share each step in sequential mode, and the units in parallel mode.
-
     Args:
         calibration: A calibrated module, tuned in place.
-        mode: ``"sequential"``: each unit gets the outputs of the quantized, tuned units before it. ``"parallel"``: each
-            unit gets the float model's inputs, and is tuned at every candidate.
+        mode: ``"sequential"``: units get the outputs of tuned units, and ranks share each step. ``"parallel"``: units
+            get the float model's inputs and are tuned at every candidate, and ranks share the units.
         granularity: ``"block"`` or ``"layer"``; see :func:`~lightning_ptq.network.units.find_units`.
         blocks: Name patterns of the blocks, or a function of name and module; None to search for blocks.
-        candidates: Bit widths for parallel mode, such as ``["w8a8", "w4a4"]``; None for the calibrated ones.
+        candidates: Bit widths for parallel mode; None for the calibrated ones.
         config: Steps, rates and what is learned.
         memory_limit: Limit of the activations in memory; beyond it they go to files, or are recomputed.
         seed: Seed of all random choices; the global random state is neither used nor changed.
@@ -69,12 +67,9 @@ def adaquant(
 
     Example:
         >>> import torch
-        >>> from lightning_ptq import QConfig, calibrate
-        >>> _ = torch.manual_seed(0)
+        >>> from lightning_ptq import calibrate
         >>> net = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
-        >>> samples = torch.randn(256, 4) @ torch.randn(4, 16)
-        >>> calibration = calibrate(net, [samples], QConfig.parse("w3a8", first_last_bits=None))
-        >>> result = adaquant(calibration, config=ReconstructionConfig(steps=50))
+        >>> result = adaquant(calibrate(net, [torch.randn(64, 16)], "w8a8"))
         >>> [unit.name for unit in result.units]
         ['0', '2']
     """
@@ -82,10 +77,8 @@ def adaquant(
     kind = SequentialRun if mode == "sequential" else ParallelRun
     with ActivationStore(memory_limit) as store, eval_mode(calibration.module):
         units = find_units(calibration.module, calibration.trace, granularity, blocks)
-        widths = [LayerQConfig.parse(candidate) for candidate in candidates or ()]
-        run = kind(
-            calibration, units, store, config or ReconstructionConfig(), seed, progress, journal, widths, on_unit
-        )
+        widths, config = list(map(LayerQConfig.parse, candidates or ())), config or ReconstructionConfig()
+        run = kind(calibration, units, store, config, seed, progress, journal, widths, on_unit)
         announce(run.plan)
         result = run.all()
         result.peak_activation_bytes = store.peak

@@ -17,8 +17,8 @@ from lightning_ptq.runtime.ranks import Ranks, assign_to_ranks
 from lightning_ptq.tuning.reconstruct import UnitResult
 from lightning_ptq.tuning.run import AdaQuantResult, Run
 
-# Time of a step per output value, weight, and layer, in multiply-accumulates: least squares over the units of ResNet-20,
-# MobileNetV2, EfficientNet-Lite0 and a small vision transformer on a CPU.
+# Time of a step per output value, weight, and layer, in multiply-accumulates: least squares over the units of
+# ResNet-20, MobileNetV2, EfficientNet-Lite0 and a small vision transformer on a CPU.
 _OUTPUT, _WEIGHT, _LAYER = 230.0, 330.0, 24e6
 
 

@@ -82,7 +82,7 @@ def test_an_impossible_budget_leaves_the_float_module(pl, tmp_path):
     module = classifier(pl)
     before = Snapshot(module)
     with pytest.raises(
-        AllocationError, match=r"budget of .* for size is below the least that is reachable. size: from"
+        AllocationError, match=r"budget of .* for size is below the least cost of the candidates. Reachable: size from"
     ):
         trainer(pl, tmp_path, CalibrationCapture(), BitAllocator(size=0.01)).fit(module, loader())
     before.assert_unchanged()
