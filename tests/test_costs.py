@@ -5,12 +5,26 @@ import math
 import pytest
 import torch
 from helpers import ResNet, build, seeded
+from models import Zoo, randomize_norms
 from safetensors.torch import load_file
 from torch import nn
 
-from lightning_ptq import Candidates, QConfig, apply_allocation, bops_cost, calibrate, save_packed, size_cost, table_cost
+from lightning_ptq import (
+    Candidates,
+    LayerQConfig,
+    QConfig,
+    QuantSpec,
+    apply_allocation,
+    bops_cost,
+    calibrate,
+    save_packed,
+    size_cost,
+    table_cost,
+)
 from lightning_ptq.allocation.costs import multiply_accumulates
 from lightning_ptq.errors import AllocationError
+from lightning_ptq.export import packed
+from lightning_ptq.numerics.fake_quantize import FakeQuantize
 
 IMAGES = [seeded(1, 10, 2, 6, 6), seeded(2, 6, 2, 6, 6)]
 CANDIDATES = ["w8a8", "w4a8", "w3a4", "w4"]
@@ -33,6 +47,42 @@ def test_size_is_that_of_the_packed_tensors(tmp_path, candidate):
     assert cost.total(choice) == sum(t.numel() * t.element_size() for t in tensors.values())
     assert cost.of_float == float_bytes
     assert cost.limit(0.5) == float_bytes / 2
+
+
+NETS = {"resnet": (ResNet, IMAGES, []), "zoo": (Zoo, [seeded(3, 12, 3, 8, 8)], ["hidden", "up", "block.*"])}
+WEIGHTS = {
+    "per channel": (QuantSpec(per_channel=True), ["w8a8", "w4a8", "w3a4", "w4"]),
+    "per channel, affine": (QuantSpec(symmetric=False, per_channel=True), ["w8a8", "w4a8", "w3a4"]),
+    "per tensor": (QuantSpec(), ["w8a8", "w3a4"]),
+    "per tensor, affine": (QuantSpec(symmetric=False), ["w8a8", "w3a4"]),
+    "per group": (QuantSpec(per_channel=True), ["w4g32a8", "w3g8a8", "w4a8"]),
+    "per group, affine": (QuantSpec(symmetric=False, group_size=8), ["w4g32a8", "w3g8"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore::lightning_ptq.errors.UnfoldedBatchNormWarning")
+@pytest.mark.parametrize("excluding", [False, True], ids=["all layers", "some excluded"])
+@pytest.mark.parametrize(("spec", "candidates"), WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize("name", NETS)
+def test_size_is_counted_without_packing(name, spec, candidates, excluding, monkeypatch):
+    make, batches, exclude = NETS[name]
+    exclude = (exclude or ["blocks.0.*"]) if excluding else []
+    default = LayerQConfig(spec, QuantSpec(8, symmetric=False))
+    net = randomize_norms(build(make))
+    calibration = calibrate(net, batches, QConfig(default, exclude=tuple(exclude), first_last_bits=None))
+    assert calibration.folded
+    choices = Candidates(calibration, candidates)
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeQuantize, "integers", lambda *args: pytest.fail("a weight was quantized"))
+        patch.setattr(packed, "pack_bits", lambda *args: pytest.fail("a weight was packed"))
+        cost = size_cost(calibration, choices)
+    mixed = {
+        layer: own[i % len(own)] for i, (layer, own) in enumerate((n, list(c)) for n, c in choices.by_layer.items())
+    }
+    for choice in (mixed, *map(choices.uniform, candidates)):
+        apply_allocation(calibration, choice)
+        tensors, _ = packed.packed_tensors(calibration.module)
+        assert cost.total(choice) == sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 class Several(nn.Module):

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_ptq
+from lightning_ptq.network import swapping
 
 ROOT = Path(__file__).parents[1]
 CARDS = "lightning_ptq/callbacks/README.md"
@@ -85,6 +86,7 @@ def test_there_is_code_in_every_document():
 def test_the_code_of_the_documentation_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pytorch_lightning, "Trainer", one_cpu)
+    monkeypatch.setattr(swapping, "_REGISTRY", dict(swapping._REGISTRY))  # a block registers a layer
     block.document.namespace.clear()
     block.document.namespace.update(readers_namespace())
     block.evaluate()

@@ -23,8 +23,14 @@ def test_every_public_name_is_documented(name: str) -> None:
     text = inspect.cleandoc(vars(public).get("__doc__") or public.__doc__)
     # A sentence; a dataclass without a docstring would have its signature in place of one.
     assert re.match(r"[A-Z`].* .*[.:]$", text.splitlines()[0].removesuffix(")")), text.splitlines()[0]
-    own_fields = vars(public).get("__dataclass_fields__")  # the arguments or attributes that the class itself adds
-    parameters = [p for p in (own_fields or inspect.signature(public).parameters) if not p.startswith("_")]
+    if inspect.isclass(public):  # what the class itself adds
+        own = (
+            vars(public).get("__dataclass_fields__")
+            or inspect.signature(vars(public).get("__init__", object)).parameters
+        )
+    else:
+        own = inspect.signature(public).parameters
+    parameters = [parameter for parameter in own if not parameter.startswith("_") and parameter != "self"]
     undocumented = [parameter for parameter in parameters if not re.search(rf"^\s+{parameter}: \S", text, re.M)]
     assert undocumented in ([], ["args", "kwargs"], ["options"]), undocumented
 

@@ -108,6 +108,8 @@ class QuantLayer(Swapped, QuantizedOp):
         saved = state_dict.get(prefix + "qconfig_json")
         if saved is not None:
             self.attach(LayerQConfig.from_dict(json.loads(bytes(saved.cpu().tolist()))))
+            # Records of earlier versions are shorter; load_state_dict passes a copy of the user's dictionary.
+            state_dict[prefix + "qconfig_json"] = self.qconfig_json
             for name in self.bias_names:
                 if prefix + name in state_dict and self._parameters.get(name) is None:  # from a folded batch norm
                     device = next(iter(self.weights.values())).device

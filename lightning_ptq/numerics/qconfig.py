@@ -16,7 +16,11 @@ _CANDIDATE = re.compile(r"w(\d+)(?:g(\d+))?(?:a(\d+))?")
 
 @dataclass(frozen=True)
 class LayerQConfig:
-    """The specs of one layer: of its weights, and of its inputs (None where only weights are quantized).
+    """The specs of one layer.
+
+    Args:
+        weight: Spec of the layer's weights.
+        activation: Spec of its inputs; None where only weights are quantized.
 
     Example:
         >>> [str(LayerQConfig.parse(text)) for text in ("w4a8", "w4", "w4g64a8")]

@@ -151,6 +151,7 @@ def draw_frontier(frontier: Frontier, chosen: AllocationResult | None) -> Figure
     frontier.draw(axes)
     if frontier.unit == "bytes":
         axes.xaxis.set_major_formatter(lambda size, _: format_bytes(size))
+        axes.locator_params(axis="x", nbins=6)  # the labels are wide
         axes.set_xlabel(frontier.cost)
     return figure
 

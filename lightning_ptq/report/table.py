@@ -77,6 +77,7 @@ class ReportTable:
 
 def is_number(value: Any) -> bool:
     """Return True for integers and floats, but not for True and False."""
+    # In Python, True and False are integers.
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

@@ -351,3 +351,40 @@ def test_a_prepared_module_takes_a_float_state_dict() -> None:
     prepare(other, "w4a4")
     other.load_state_dict(float_net.state_dict())
     assert torch.equal(output(other), output(float_net))
+
+
+def test_a_file_of_format_version_1_is_read(tmp_path: Path) -> None:
+    net = quantized_zoo("w3a5")
+    path, old = tmp_path / "net.safetensors", tmp_path / "old.safetensors"
+    save_packed(net, path)
+    metadata, tensors = read(path)
+    header = json.loads(metadata["ptq"])
+
+    def grid(spec: dict[str, Any]) -> dict[str, Any]:
+        return {key: spec[key] for key in ("bits", "symmetric", "per_channel")}
+
+    for name, entry in header["layers"].items():
+        scale, zero_point = entry["inputs"]["input"]
+        header["layers"][name] = {
+            "kind": entry["kind"], "shape": entry["shapes"]["weight"], "weight": grid(entry["weight"]),
+            "activation": grid(entry["activation"]), "scale": scale, "zero_point": zero_point,
+        }  # fmt: skip
+    save_file(tensors, old, {**metadata, "version": "1", "ptq": json.dumps(header)})
+    assert torch.equal(output(load_packed(zoo(seed=3), old)), output(net))
+
+
+def test_a_state_dict_with_records_of_grids_alone_is_read() -> None:
+    net = quantized_zoo("w3a5")
+    state = dict(net.state_dict())
+    for key in [key for key in state if key.endswith("qconfig_json")]:
+        record = json.loads(bytes(state[key].tolist()))
+        grids = {
+            which: {name: spec[name] for name in ("bits", "symmetric", "per_channel")} for which, spec in record.items()
+        }
+        state[key] = torch.tensor(list(json.dumps(grids).encode()), dtype=torch.uint8)
+    known = {key: value.clone() for key, value in state.items()}
+    loaded = zoo(seed=3)
+    prepare(loaded, "w8a8")
+    loaded.load_state_dict(state)
+    assert torch.equal(output(loaded), output(net))
+    assert all(torch.equal(state[key], value) for key, value in known.items())  # the user's dictionary is untouched
