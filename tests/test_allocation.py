@@ -113,7 +113,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("options", "message"), BAD.values(), ids=BAD)
-def test_what_cannot_be_is_said(options, message):
+def test_impossible_requests_are_explained(options, message):
     with pytest.raises(AllocationError, match=message):
         allocate_bits(RISES, SIZE, **options)
 
@@ -138,7 +138,7 @@ def test_a_pattern_that_matches_nothing_is_refused(options):
         allocate_bits(RISES, SIZE, {"size": 12}, **options)
 
 
-def test_budgets_that_exclude_each_other_are_told_apart():
+def test_budgets_that_exclude_each_other_are_each_explained():
     with pytest.raises(AllocationError, match=r"together: size 10 \(at least 14 under.*bops 9 \(at least 10 under"):
         allocate_bits(RISES, [SIZE, BOPS], {"size": 10, "bops": 9})
 
@@ -175,7 +175,7 @@ def test_no_solver_at_all_is_an_error(monkeypatch):
         allocate_bits(RISES, SIZE, {"size": 14})
 
 
-def test_a_measured_table_goes_in_as_it_is():
+def test_a_sensitivity_table_can_be_passed_directly():
     base = {"a": "w8a8", "b": "w8a8"}
     found = allocate_bits(SensitivityTable("kl", base, 0.5, RISES), SIZE, {"size": 14})
     assert found.rise == 1.0

@@ -49,7 +49,10 @@ def test_size_is_that_of_the_packed_tensors(tmp_path, candidate):
     assert cost.limit(0.5) == float_bytes / 2
 
 
-NETS = {"resnet": (ResNet, IMAGES, []), "zoo": (Zoo, [seeded(3, 12, 3, 8, 8)], ["hidden", "up", "block.*"])}
+NETS = {
+    "resnet": (ResNet, IMAGES, ["blocks.0.*"]),
+    "zoo": (Zoo, [seeded(3, 12, 3, 8, 8)], ["hidden", "up", "block.*"]),
+}
 WEIGHTS = {
     "per channel": (QuantSpec(per_channel=True), ["w8a8", "w4a8", "w3a4", "w4"]),
     "per channel, affine": (QuantSpec(symmetric=False, per_channel=True), ["w8a8", "w4a8", "w3a4"]),
@@ -66,19 +69,16 @@ WEIGHTS = {
 @pytest.mark.parametrize("name", NETS)
 def test_size_is_counted_without_packing(name, spec, candidates, excluding, monkeypatch):
     make, batches, exclude = NETS[name]
-    exclude = (exclude or ["blocks.0.*"]) if excluding else []
     default = LayerQConfig(spec, QuantSpec(8, symmetric=False))
-    net = randomize_norms(build(make))
-    calibration = calibrate(net, batches, QConfig(default, exclude=tuple(exclude), first_last_bits=None))
+    qconfig = QConfig(default, exclude=tuple(exclude) if excluding else (), first_last_bits=None)
+    calibration = calibrate(randomize_norms(build(make)), batches, qconfig)
     assert calibration.folded
     choices = Candidates(calibration, candidates)
     with monkeypatch.context() as patch:
         patch.setattr(FakeQuantize, "integers", lambda *args: pytest.fail("a weight was quantized"))
         patch.setattr(packed, "pack_bits", lambda *args: pytest.fail("a weight was packed"))
         cost = size_cost(calibration, choices)
-    mixed = {
-        layer: own[i % len(own)] for i, (layer, own) in enumerate((n, list(c)) for n, c in choices.by_layer.items())
-    }
+    mixed = {layer: list(row)[i % len(row)] for i, (layer, row) in enumerate(choices.by_layer.items())}
     for choice in (mixed, *map(choices.uniform, candidates)):
         apply_allocation(calibration, choice)
         tensors, _ = packed.packed_tensors(calibration.module)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lightning_ptq.calibration.calibrator import merge_observers
 from lightning_ptq.numerics.observers import MinMaxObserver, MSEObserver, PercentileObserver, make_observer
-from lightning_ptq.numerics.spec import QuantSpec
 from lightning_ptq.numerics.quantize import choose_qparams, fake_quantize
+from lightning_ptq.numerics.spec import QuantSpec
 from lightning_ptq.numerics.weight_scales import weight_qparams
 from lightning_ptq.runtime.ranks import Ranks
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_ptq.numerics.spec import QuantSpec
 from lightning_ptq.numerics.quantize import choose_qparams, dequantize, fake_quantize, quantize
+from lightning_ptq.numerics.spec import QuantSpec
 
 quick = settings(max_examples=80, deadline=None, derandomize=True)
 

@@ -22,8 +22,7 @@ from lightning_ptq.errors import (
     UnfoldedBatchNormWarning,
     UnsupportedLayerWarning,
 )
-from lightning_ptq.network.batch_norm import fold_batch_norms
-from lightning_ptq.network.batch_norm import FoldableBatchNorm
+from lightning_ptq.network.batch_norm import FoldableBatchNorm, fold_batch_norms
 from lightning_ptq.network.layers import QuantLayer
 from lightning_ptq.network.trace import trace
 
@@ -44,7 +43,9 @@ def test_undo_puts_the_very_same_objects_back(build: Callable[[], nn.Module]) ->
     assert not [name for name, c in net.named_modules() if type(c) in (nn.Conv2d, nn.Linear, nn.BatchNorm2d)]
     assert list(net.state_dict()) == list(state)
     for layer in prepared.layers.values():
-        layer.set_parameters({"weight": layer.weight + 1, "bias": layer.bias})  # what tuning does to the swapped layers stays with them
+        layer.set_parameters(
+            {"weight": layer.weight + 1, "bias": layer.bias}
+        )  # what tuning does to the swapped layers stays with them
     prepared.undo()
     prepared.undo()
     assert objects(net) == before

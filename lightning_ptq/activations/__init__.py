@@ -1,1 +1,1 @@
-"""Activations of units: stored under a memory limit, replayed, and dealt into shards."""
+"""Activations of units: stored under a memory limit, replayed, and split into shards."""

@@ -31,6 +31,7 @@ class Call:
     def of(cls, tree: Any, keep: Callable[[Tensor], Any] = lambda tensor: tensor) -> Call:
         """Flatten ``tree``; tensors pass through ``keep``."""
         leaves, spec = tree_flatten(tree)
+        # Kept beside the leaves: a stored tensor may be in a file, on the CPU.
         devices = [leaf.device if isinstance(leaf, Tensor) else None for leaf in leaves]
         return cls([keep(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec, devices)
 
@@ -39,6 +40,7 @@ class Call:
         leaves = []
         for leaf, device in zip(self.leaves, self.devices, strict=True):
             absent = isinstance(leaf, _Absent)
+            # Copies, because a module may change its inputs in place and the stored tensor is used again.
             leaves.append(leaf.zeros(device) if absent else leaf.to(device, copy=True) if device is not None else leaf)
         return tree_unflatten(leaves, self.spec)
 

@@ -51,7 +51,7 @@ def make_shards(samples: Sequence[int], count: int, batch_size: int) -> list[Sha
     """
     shards = []
     for index in range(min(count, len(samples))):
-        batches = tuple(range(index, len(samples), count))
+        batches = tuple(range(index, len(samples), count))  # those that merge_batches() leaves in this rank's memory
         weight = sum(samples[batch] for batch in batches) / sum(samples)
         shards.append(Shard(index, batches, weight, max(1, round(batch_size * weight))))
     return shards
@@ -74,7 +74,7 @@ class ShardSamples:
         self.shard, self.data = shard, data
         self.generator = torch.Generator(data.device).manual_seed(seed)
         self._tuned, rest = data.split(held_out, self.generator)
-        batches = data.batches(rest, 64)
+        batches = data.batches(rest, 64)  # not shuffled: held-out errors are added in the same order every time
         self._held_out = [(group, rows) for group, all_rows in batches for rows, _ in data.chunks(all_rows)]
         self._queue: list[Minibatch] = []
 

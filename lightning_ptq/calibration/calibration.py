@@ -105,7 +105,7 @@ class Calibration:
         """Drop the batches, the histograms and the float reference weights at the end of a run."""
         self.batches.clear()
         self.observers.clear()
-        for layer in self.prepared.layers.values():
+        for layer in self.prepared.layers.values():  # float mode then computes with the parameters
             layer.reference = None
 
 

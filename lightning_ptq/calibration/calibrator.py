@@ -70,8 +70,8 @@ class Calibrator:
         if self._first_size and self.num_samples is not None:  # a single process would have stopped after a whole batch
             size = self._first_size
             whole = math.ceil(self.num_samples / size) * size
-        size = math.inf if self.dataset_size is None else self.dataset_size
-        return own_share(rank, self.ranks.world, min(whole, size))
+        most = math.inf if self.dataset_size is None else self.dataset_size
+        return own_share(rank, self.ranks.world, min(whole, most))
 
     def observe(self, batch: Any) -> Any:
         """Run one batch, observe the inputs of all layers, and keep the batch.

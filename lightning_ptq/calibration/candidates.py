@@ -48,7 +48,7 @@ class Candidates:
             candidate = LayerQConfig.parse(text)
             for name, choices in self.by_layer.items():
                 pair = calibration.qconfig_at(name, candidate)
-                choices.setdefault(str(pair), pair)
+                choices.setdefault(str(pair), pair)  # first and last layer become equal at several candidates
                 tuned = (states or {}).get(str(candidate), {})
                 if name in tuned:
                     self._tuned.setdefault((name, str(pair)), tuned[name])
@@ -82,7 +82,7 @@ class Candidates:
             yield
         finally:
             for name, (qconfig, state) in before.items():
-                if qconfig is not None:
+                if qconfig is not None:  # attach the quantizers of the former specs before loading their scales
                     self.calibration.round_to_nearest(name, qconfig)
                     layers[name].load_state(state)
 

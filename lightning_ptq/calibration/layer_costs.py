@@ -127,7 +127,7 @@ def float_keys(module: nn.Module, layers: Collection[str], folded: Collection[st
         layers: Names of the quantized operations.
         folded: Names of the folded batch norms.
     """
-    first = {id(child): name for name, child in module.named_modules()}
+    first = {id(child): name for name, child in module.named_modules()}  # a shared module has one of its names here
     skipped: set[str] = set()
     for alias, child in module.named_modules(remove_duplicate=False):
         name = first[id(child)]

@@ -102,6 +102,7 @@ def load_packed(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         cast(FoldableBatchNorm, module.get_submodule(name)).set_folded(True)
     for name, entry in entries.items():
         _unpack_layer(name, prepared.layers[name], entry, tensors)
+    # The rest is what stays float: buffers, norms, embeddings, biases.
     packed = fit.packed_keys()
     module.load_state_dict({key: value for key, value in tensors.items() if key not in packed}, strict=False)
     return module
@@ -148,6 +149,7 @@ def _pack_layer(name: str, layer: QuantizedOp, tensors: dict[str, Tensor]) -> di
     weights = layer.weights
     for which, quantizer in layer.weight_quantizers.items():
         spec = quantizer.spec
+        # Tuned and statistics-corrected weights lie on their grid, so rounding again gives the same integers.
         integers = quantizer.integers(weights[which].detach()) - spec.quant_min  # from 0 upwards
         tensors[state_key(name, f"{which}.packed")] = pack_bits(integers, spec.bits)
         tensors[state_key(name, f"{which}.scale")] = quantizer.scale.detach().float().flatten().cpu()

@@ -54,7 +54,7 @@ class QuantLayer(Swapped, QuantizedOp):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name in (*cls.weight_names, *cls.bias_names):
-            setattr(cls, name, ReplaceableTensor(name))
+            setattr(cls, name, ReplaceableTensor(name))  # hides no parameter: it reads the registered one
 
     def _init_swapped(self) -> None:
         self.init_op()
@@ -83,7 +83,7 @@ class QuantLayer(Swapped, QuantizedOp):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the float layer's forward on the quantized input and weight; safe in several threads."""
         if self.mode == "float":
-            replaced = self.reference or {}
+            replaced = self.reference or {}  # outside a run the parameters are all there is
         else:
             args, kwargs = self._quantize_inputs(args, kwargs)
             weights = self.weights
@@ -98,7 +98,7 @@ class QuantLayer(Swapped, QuantizedOp):
         for quantizer in self.input_quantizers.values():
             if args:
                 args = (quantizer(args[0]), *args[1:])
-            else:
+            else:  # called by keyword, under whichever name the float class gives its input
                 first = next(iter(kwargs))
                 kwargs = {**kwargs, first: quantizer(kwargs[first])}
         return args, kwargs

@@ -132,7 +132,7 @@ class QuantizedOp(nn.Module):
         """
         for name, weight in self.weights.items():
             quantizer = FakeQuantize(qconfig.weight, self.layout(name, qconfig.weight.granularity))
-            setattr(self, f"{name}_fake_quant", quantizer.to(weight.device))
+            setattr(self, f"{name}_fake_quant", quantizer.to(weight.device))  # replaces one of other specs
         device = next((weight.device for weight in self.weights.values()), torch.device("cpu"))
         for name in self.input_names:
             activation = qconfig.activation and FakeQuantize(qconfig.activation).to(device)
@@ -165,6 +165,7 @@ class QuantizedOp(nn.Module):
 
     def restore_reference(self) -> None:
         """Take back the float weights and biases; tied weights stay the parameter that others share."""
+        # Tied weights are never changed, so they need not be restored.
         kept = self.weight_names if self.tied else ()
         self.set_parameters({name: value for name, value in (self.reference or {}).items() if name not in kept})
 

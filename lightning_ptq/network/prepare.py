@@ -116,7 +116,7 @@ def _swap(prepared: Prepared) -> list[str]:
             if not _has_weights(child, quantized_class):
                 skipped.append(names[id(child)])
                 continue
-            if id(child) not in counterparts:
+            if id(child) not in counterparts:  # a layer that is registered twice keeps being one layer
                 counterparts[id(child)] = quantized_class.from_float(child)
             prepared._originals.append((parent, name, child))
             parent._modules[name] = counterparts[id(child)]

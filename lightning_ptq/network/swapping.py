@@ -64,6 +64,7 @@ def swapped_class(float_class: type[nn.Module]) -> Any:
     """Return the counterpart of a float class: a registered one, one made for a derived class, or None."""
     if issubclass(float_class, Swapped):
         return None
+    # The nearest registered base class decides, so that a derived class may be registered with a kind of its own.
     base = next((_REGISTRY[parent] for parent in float_class.__mro__ if parent in _REGISTRY), None)
     if base is None or issubclass(base, float_class):
         return base
@@ -89,6 +90,7 @@ class ReplaceableTensor:
     def __get__(self, module: Any, owner: Any = None) -> Any:
         if module is None:
             return self
+        # By id and not by a weak reference: the entry lives only while the module's forward runs.
         replaced = _replacements.by_module.get(id(module))
         if replaced is not None and self.name in replaced:
             return replaced[self.name]

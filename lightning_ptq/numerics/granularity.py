@@ -93,6 +93,7 @@ class ChannelScales(ScaleLayout):
     def rows(self, x: Tensor) -> Tensor:
         """See :class:`ScaleLayout`."""
         split = self.split(x)
+        # Dimensions along which the scale varies come first, in their order; a single channel gives a single row.
         kept = [d for d, size in enumerate(self.shape) if size > 1]
         rest = [d for d in range(split.dim()) if d not in kept]
         return split.permute(*kept, *rest).reshape(prod(self.shape), -1)
@@ -129,6 +130,7 @@ class GroupScales(ScaleLayout):
         else:
             x = x.movedim(dim, 0)
         rows = x.reshape(self.outputs, self.inputs)
+        # A zero stays a zero on every grid and widens no range.
         rows = F.pad(rows, (0, self.padding)) if self.padding else rows
         return rows.reshape(self.outputs, -1, self.size)
 
@@ -139,7 +141,7 @@ class GroupScales(ScaleLayout):
         shape = list(self.weight_shape)
         if groups > 1:
             inputs = shape.pop(0) // groups
-            outputs = shape.pop(dim - 1)
+            outputs = shape.pop(dim - 1)  # one less, as the first dimension is gone
             return rows.reshape(groups, outputs, inputs, *shape).movedim(1, dim + 1).reshape(self.weight_shape)
         outputs = shape.pop(dim)
         return rows.reshape(outputs, *shape).movedim(0, dim)

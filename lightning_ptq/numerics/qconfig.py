@@ -58,6 +58,7 @@ class LayerQConfig:
 
     def with_bits_of(self, other: LayerQConfig) -> LayerQConfig:
         """Return these specs with the bit widths, and the group size, of ``other``."""
+        # A candidate names bits and group size; observers and symmetry are those of the config.
         weight = replace(self.weight, bits=other.weight.bits, group_size=other.weight.group_size)
         activation = self.activation or other.activation
         if other.activation is None or activation is None:
@@ -154,7 +155,7 @@ class QConfig:
         """
         if any(fnmatchcase(name, pattern) for pattern in self.exclude):
             return None
-        for pattern, pair in reversed(self.overrides):
+        for pattern, pair in reversed(self.overrides):  # the last match wins
             if fnmatchcase(name, pattern):
                 return pair
         if edge and self.first_last_bits is not None:

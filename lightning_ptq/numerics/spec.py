@@ -31,6 +31,7 @@ class Grid:
     bits: int = 8
     symmetric: bool = True
     per_channel: bool = False
+    # By keyword only: it came later, and QuantSpec has positional arguments after this class's.
     group_size: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -108,6 +109,7 @@ class QuantSpec(RangeSearch, Grid):
     """
 
     def __post_init__(self) -> None:
+        # Called one by one: dataclasses do not chain this method.
         Grid.__post_init__(self)
         RangeSearch.__post_init__(self)
 

@@ -1,1 +1,1 @@
-"""What a run stands on: processes, progress on disk, memory, patches that undo themselves."""
+"""Infrastructure of a run: processes, progress on disk, memory, optimization, patches that undo themselves."""

@@ -63,6 +63,7 @@ class Journal:
 
     def write(self, key: str, entry: JournalEntry) -> None:
         """Save an entry; a process killed while writing leaves no entry."""
+        # safetensors has flat names only, and refuses tensors that share memory; the header keeps the two names.
         named = {(a, b): tensor for a, tensors in entry.states.items() for b, tensor in tensors.items()}
         tensors = {str(i): tensor.detach().cpu().contiguous().clone() for i, tensor in enumerate(named.values())}
         header = {
@@ -112,6 +113,7 @@ class Journal:
         return self.fingerprint[:16]
 
     def _path(self, key: str) -> Path:
+        # A digest, since keys hold characters that file names must not.
         name = hashlib.sha256((self.prefix + key).encode()).hexdigest()[:16]
         return self.directory / f"{self._stem}-{name}.safetensors"
 

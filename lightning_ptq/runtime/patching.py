@@ -18,7 +18,7 @@ Before = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], None]
 """Function of a module's name, the module, and the positional and keyword arguments of a forward."""
 
 After = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
-"""The same with the output; what it returns, unless None, takes the place of the output."""
+"""Function of these and the output; what it returns, unless None, replaces the output."""
 
 
 @contextmanager
@@ -43,7 +43,7 @@ def attributes(obj: Any, values: Mapping[str, Any]) -> Iterator[None]:
         yield
     finally:
         for name, old in before.items():
-            if old is _MISSING:
+            if old is _MISSING:  # pop: other code may have removed it meanwhile
                 obj.__dict__.pop(name, None)
             else:
                 obj.__dict__[name] = old
@@ -102,7 +102,7 @@ def frozen(module: nn.Module, trained: Iterable[nn.Parameter] = ()) -> Iterator[
 
 
 class TensorSnapshot:
-    """The values of named tensors at one time, and how to bring them back.
+    """The values of named tensors at one time, and how to restore them.
 
     Args:
         tensors: Tensors by name; they are copied.
@@ -162,6 +162,7 @@ def left_unchanged(module: nn.Module) -> Iterator[None]:
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())
         for child in module.modules():
+            # Containers get their content back, and stay the same objects, as others may refer to them.
             for value in (vars(child), *vars(child).values()):
                 if isinstance(value, (dict, list, set)):
                     stack.callback(_refill, value, copy.copy(value))

@@ -79,7 +79,7 @@ def accept_if_better(
             changes = work(tuned)
             ranks.broadcast(_tensors(module).values())  # so that all ranks measure, and keep, the same bytes
             values_after = meter.each()
-        except BaseException:
+        except BaseException:  # an interrupt too: the module must not stay half changed
             _undo(module, saved)
             raise
         before, after = (meter.mean(values) for values in (values_before, values_after))
@@ -132,14 +132,16 @@ def split_samples(calibration: Calibration, held_out: float, seed: int) -> tuple
     count = len(calibration.batches)
     if count == 1:
         samples = calibration.samples
+        # At least one sample on either side.
         cut = samples - min(max(round(samples * held_out), 1), samples - 1)
         tune, rest = (_rows(calibration.batches[0], rows) for rows in (slice(0, cut), slice(cut, samples)))
         return _with(calibration, [tune], [calibration.trace]), _with(calibration, [rest], [calibration.trace])
+    # Batches are drawn, since a loader may sort its samples.
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     cut = min(max(round(count * held_out), 1), count - 1)
 
     def part(indices: list[int]) -> Calibration:
-        chosen = sorted(indices)
+        chosen = sorted(indices)  # in the order of the set, so that sums are added in the same order for any seed
         return _with(calibration, [calibration.batches[i] for i in chosen], [calibration.traces[i] for i in chosen])
 
     return part(order[cut:]), part(order[:cut])

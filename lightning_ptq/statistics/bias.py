@@ -41,7 +41,7 @@ def tune_bias(
     """Tune all biases of the quantized layers so that the network's output comes close to the float one's.
 
     Adam with cosine decay runs over the calibration batches, in a new order in each pass. The ranks of the calibration
-    share each batch, if its samples can be told apart.
+    share each batch, if its samples are separable.
 
     Args:
         calibration: A calibrated (and possibly tuned) module, changed in place.
@@ -80,7 +80,7 @@ def tune_bias(
 
 def _tuned_parameters(calibration: Calibration, norm_affine: bool) -> dict[str, nn.Parameter]:
     """Return the parameters to tune, by name; a parameter that several layers share is there once."""
-    parameters: dict[int, tuple[str, nn.Parameter]] = {}
+    parameters: dict[int, tuple[str, nn.Parameter]] = {}  # by id: layers may share one
     for name, layer in calibration.layers.items():
         for which in layer.bias_names:
             bias = layer._parameters.get(which)
@@ -89,7 +89,7 @@ def _tuned_parameters(calibration: Calibration, norm_affine: bool) -> dict[str, 
     for name, norm in calibration.module.named_modules() if norm_affine else ():
         if isinstance(norm, _NORMS) and not is_folded(norm):
             for key, parameter in norm.named_parameters(recurse=False):
-                calibration.prepared.remember(parameter)
+                calibration.prepared.remember(parameter)  # norms are not swapped, so undo() needs their values
                 parameters.setdefault(id(parameter), (f"{name}.{key}", parameter))
     return dict(parameters.values())
 
@@ -117,6 +117,7 @@ class _Distillation:
         """Tune the parameters, each at a rate relative to its mean magnitude."""
         if not parameters:
             return
+        # Before the parameters are frozen: targets are those of the float network, whatever the biases become.
         self.targets = float_outputs(self.calibration, self.reader)
         rates = [lr * max(parameter.detach().abs().mean().item(), 1e-8) for parameter in parameters]
         variables = list(zip(parameters, rates, strict=True))
@@ -131,11 +132,11 @@ class _Distillation:
         target, batch = self.targets[index], self.calibration.batches[index]
         samples = len(target)
         divisible = Batch(batch).is_divisible and Batch(batch).samples == samples
-        size = -(-samples // self.shards) if divisible else samples
+        size = -(-samples // self.shards) if divisible else samples  # rounded up, so that no sample is left over
         for shard, start in enumerate(range(0, samples, size)):
             if not self.calibration.ranks.owns(shard):
                 continue
             rows = slice(start, min(start + size, samples))
             output, _ = self.reader.read(partial(self.calibration.run, index, True, rows if divisible else None))
-            with torch.enable_grad():
+            with torch.enable_grad():  # the target is a constant, but the caller may have gradients switched off
                 gradient.add(shard, divergence(output, target[rows], self.measure).sum() / samples)

@@ -125,12 +125,14 @@ class _Normalizer:
         entered = [event.name for event in calibration.trace.events if event.kind == "enter"]
         units = find_units(calibration.module, calibration.trace, "layer")
         units += _unfolded(calibration) if target == "batch_norm" else []
+        # Unfolded batch norms take their place among the layers by execution order.
         self.units = sorted(units, key=lambda unit: entered.index(unit.name))
         keep = keep_outputs(calibration, self.units, store.limit)
         self.replay = Replay(calibration, self.units, store, "quantized", keep=keep)
         norms = {layer: norm for norm, layer in calibration.folded.items()}
         self.norms = norms if target == "batch_norm" else {}
         others = set() if target == "batch_norm" else set(calibration.layers)
+        # Layers with a folded norm have the norm's statistics as their target, unless every layer is wanted.
         self.others = others - set(norms) if target == "others" else others
         self.changes = Changes()
 
@@ -145,7 +147,7 @@ class _Normalizer:
             elif isinstance(unit.module, _BatchNorm):
                 self._reestimate(unit.module, calls)
                 self.changes.layers.append(unit.name)
-            if self.replay.keep:
+            if self.replay.keep:  # outputs of the corrected layer are the inputs of later ones
                 self.replay.finish(index, self._outputs(unit, calls))
         self.progress(len(self.units), len(self.units), "")
         return self.changes
@@ -196,7 +198,7 @@ class _Normalizer:
         weights = layer.weights
         for weight_name, quantizer in layer.weight_quantizers.items() if not layer.tied else ():
             per_scale, weight = quantizer.layout.of_channels(factor), weights[weight_name]
-            if per_scale is not None:  # weight and scale grow alike, so that the integers stay
+            if per_scale is not None:  # weight and scale grow together, so the integers stay
                 quantizer.scale.mul_(per_scale.to(quantizer.scale.dtype))
                 weight.copy_(layer.scale_channels(weight_name, weight, factor.to(weight.dtype)))
         if present is None:
@@ -239,7 +241,7 @@ def _factor(layer: QuantizedOp, deviation: Tensor, wanted: Tensor) -> tuple[Tens
         deviation: Standard deviation of its output, (channels,).
         wanted: Standard deviation that it should have, (channels,).
     """
-    factor = wanted / deviation
+    factor = wanted / deviation  # infinite or NaN for a constant channel, which `usable` excludes
     usable = (deviation > 1e-6 * wanted) & (wanted > 0)
     if layer.tied:
         return torch.ones_like(factor), "its weight is shared: mean only"

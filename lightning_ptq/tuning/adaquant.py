@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from lightning_ptq.activations.memory_plan import MemoryPlan
@@ -49,7 +50,7 @@ def adaquant(
         candidates: Bit widths for parallel mode; None for the calibrated ones.
         config: Steps, rates and what is learned.
         memory_limit: Limit of the activations in memory; beyond it they go to files, or are recomputed.
-        seed: Seed of all random choices; the global random state is neither used nor changed.
+        seed: Seed of all random choices; global random states are not used.
         progress: Called with the steps done, the steps in total, and the unit's name.
         journal: Where finished units are saved, so that an interrupted run resumes.
         on_unit: Called with each result as soon as this rank knows it.
@@ -80,8 +81,7 @@ def adaquant(
         widths, config = list(map(LayerQConfig.parse, candidates or ())), config or ReconstructionConfig()
         run = kind(calibration, units, store, config, seed, progress, journal, widths, on_unit)
         announce(run.plan)
-        result = run.all()
-        result.peak_activation_bytes = store.peak
+        result = replace(run.all(), peak_activation_bytes=store.peak)
     _warn_about_rejected(result)
     return result
 

@@ -1,6 +1,6 @@
 """Reconstruction losses: how far the output of a quantized unit is from that of the float unit.
 
-A loss is one class: what a step minimizes, what held-out samples are judged by, and the normalizer of both. To add one,
+A loss is one class: what a step minimizes, what decides on held-out samples, and the normalizer of both. To add one,
 derive a class from :class:`ReconstructionLoss` and enter it in :data:`LOSSES`.
 """
 
@@ -27,6 +27,7 @@ class ReconstructionLoss(ABC):
 
     def __init__(self, shards: Sequence[Magnitudes]) -> None:
         columns = [list(zip(*column, strict=True)) for column in zip(*shards, strict=True)]
+        # An output that is 0 throughout must not divide by 0.
         self.normalizers = [max(sum(sums) / sum(counts), 1e-20) for sums, counts in columns]
 
     @classmethod
@@ -88,6 +89,7 @@ class SquaredError(ReconstructionLoss):
     @staticmethod
     def sums(output: Tensor, target: Tensor) -> tuple[float, float]:
         """See :class:`ReconstructionLoss`."""
+        # float64: the sums run over many more values than a step's mean.
         return (output - target).double().square().sum().item(), target.double().square().sum().item()
 
     @staticmethod

@@ -116,7 +116,7 @@ def reconstruct_unit(
         curve = _optimize(unit, tuners, samples, steps, config, ranks, on_step)
     for tuner in tuners:
         tuner.write()
-    # All ranks stepped alike; the broadcast makes sure that they end with the same bytes.
+    # All ranks took the same steps; the broadcast ensures that they end with the same bytes.
     ranks.broadcast(tensor for layer in unit.layers.values() for tensor in layer.tensors().values())
     after = held_out_error()
     accepted = after < before
@@ -154,7 +154,7 @@ def _optimize(
 
     def differentiate(step: int, gradient: Gradient) -> None:
         for own, drop in zip(samples, drops, strict=True):
-            # Where rows cannot be told apart, a step takes one whole call, of one shard after the other.
+            # Where rows are not separable, a step takes one whole call, of one shard after the other.
             weight = own.shard.weight if separable else float(step % len(shards) == own.shard.index)
             if not weight:
                 continue

@@ -69,7 +69,7 @@ class Run(ABC):
 
     def __post_init__(self) -> None:
         self.ranks = self.calibration.ranks
-        self.steps_done = 0
+        self.steps_done = 0  # over all units, for the progress
         samples = [Batch(batch).samples for batch in self.calibration.batches]
         shards = make_shards(samples, self.config.parts, self.config.batch_size)
         # Sequential mode shares the steps of each unit, so a rank holds its own shards; parallel mode shares the units.
