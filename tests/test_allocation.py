@@ -100,8 +100,14 @@ def changed(layer, candidate, value):
 
 
 BAD = {
-    "too small": ({"budgets": {"size": 9}}, "budget of 9 for size is below the least cost.*size from 10 to 18 bytes.*0.1562"),
-    "too large": ({"budgets": {"size": 19}}, "budget of 19 for size is above the greatest cost.*size from 10 to 18 bytes"),
+    "too small": (
+        {"budgets": {"size": 9}},
+        "budget of 9 for size is below the least cost.*from 10 to 18 bytes.*0.1562",
+    ),
+    "too large": (
+        {"budgets": {"size": 19}},
+        "budget of 19 for size is above the greatest cost.*from 10 to 18 bytes",
+    ),
     "no budget": ({}, "no budget. Give one"),
     "unknown": ({"budgets": {"latency": 3}}, r"budget for \['latency'\], but only the costs \['size'\]"),
     "negative": ({"budgets": {"size": -1}}, "must be a positive number, got -1"),

@@ -194,7 +194,7 @@ KINDS: dict[str, tuple[Any, int, Any]] = {
     "photos": (PHOTOS, 2, PHOTOS[1:]),
     "one photo": (PHOTOS[:1], 1, []),
     "photos of one size": ([PHOTOS[0]] * 4, 4, PHOTOS[:1]),
-    "bytes of photos": ([tensor(1, 6, 6, dtype=U8), tensor(1, 5, 6, dtype=U8)], 2, [tensor(1, 5, 6, dtype=U8)]),
+    "bytes of photos": ([tensor(1, 6, 6, dtype=U8), tensor(1, 6, 5, dtype=U8)], 2, [tensor(1, 6, 5, dtype=U8)]),
     **{
         name: (planes, len(planes[0]), type(planes)(p[1:2] for p in planes))
         for name, planes in {
@@ -202,6 +202,8 @@ KINDS: dict[str, tuple[Any, int, Any]] = {
             "gray planes of one size": [tensor(1, 32, 32)] * 2,
             "integer planes": [tensor(*LOW, dtype=LONG), tensor(*LONGER, dtype=LONG)],
             "planes of two types": [tensor(*LOW), tensor(*LONGER, dtype=DOUBLE)],
+            "sequences of two lengths": [tensor(3, 96, 7), tensor(3, 24, 7)],
+            "four channels": [tensor(4, 96, 9), tensor(4, 24, 8)],
             "two channels": [tensor(2, 9, 9), tensor(2, 8, 9)],
             "tuple of two photos": tuple(PHOTOS),
         }.items()

@@ -61,16 +61,16 @@ def output_channels(layer: nn.Module) -> int:
 
 
 def quantized(name: str, bits: str = "w3a4") -> tuple[nn.Module, Any, Tensor, Tensor]:
-    """The float layer, its kin with quantizers, the scale set for every output channel, and an input."""
+    """The float layer, its counterpart with quantizers, the scale set for every output channel, and an input."""
     layer, x = make(name)
-    kin = swapped_class(type(layer)).from_float(layer)
-    kin.attach(LayerQConfig.parse(bits))
+    counterpart = swapped_class(type(layer)).from_float(layer)
+    counterpart.attach(LayerQConfig.parse(bits))
     scale = torch.linspace(0.02, 0.2, output_channels(layer))
-    kin.weight_fake_quant.scale.copy_(scale.view_as(kin.weight_fake_quant.scale))
-    if kin.input_fake_quant is not None:
-        kin.input_fake_quant.scale.fill_(0.3)
-        kin.input_fake_quant.zero_point.fill_(6)
-    return layer, kin, scale, x
+    counterpart.weight_fake_quant.scale.copy_(scale.view_as(counterpart.weight_fake_quant.scale))
+    if counterpart.input_fake_quant is not None:
+        counterpart.input_fake_quant.scale.fill_(0.3)
+        counterpart.input_fake_quant.zero_point.fill_(6)
+    return layer, counterpart, scale, x
 
 
 def functional(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -103,33 +103,33 @@ def torch_quantized_weight(layer: Any, scale: Tensor, spec: QuantSpec) -> Tensor
 
 
 @each_layer
-def test_without_quantizers_the_kin_is_the_float_layer(name: str) -> None:
+def test_without_quantizers_the_counterpart_is_the_float_layer(name: str) -> None:
     layer, x = make(name)
-    kin = swapped_class(type(layer)).from_float(layer)
-    assert isinstance(kin, QuantLayer)
-    assert isinstance(kin, type(layer))
-    assert torch.equal(kin(x), layer(x))
-    assert kin.weight is layer.weight
-    assert kin.qconfig is None
-    assert list(kin.state_dict()) == list(layer.state_dict())
+    counterpart = swapped_class(type(layer)).from_float(layer)
+    assert isinstance(counterpart, QuantLayer)
+    assert isinstance(counterpart, type(layer))
+    assert torch.equal(counterpart(x), layer(x))
+    assert counterpart.weight is layer.weight
+    assert counterpart.qconfig is None
+    assert list(counterpart.state_dict()) == list(layer.state_dict())
 
 
 @each_layer
 @pytest.mark.parametrize("bits", ["w3a4", "w5"])
-def test_the_kin_computes_with_torch_quantized_input_and_weight(name: str, bits: str) -> None:
-    layer, kin, scale, x = quantized(name, bits)
+def test_the_counterpart_computes_with_torch_quantized_input_and_weight(name: str, bits: str) -> None:
+    layer, counterpart, scale, x = quantized(name, bits)
     expected_x = torch.fake_quantize_per_tensor_affine(x, 0.3, 6, 0, 15) if "a" in bits else x
-    weight = torch_quantized_weight(layer, scale, kin.qconfig.weight)
-    found = kin(x)
+    weight = torch_quantized_weight(layer, scale, counterpart.qconfig.weight)
+    found = counterpart(x)
     torch.testing.assert_close(found, functional(layer, expected_x, weight, layer.bias), rtol=1e-6, atol=1e-6)
     assert (found - layer(x)).abs().max() > 0.01  # so the comparison says something
-    assert kin.weight is layer.weight
+    assert counterpart.weight is layer.weight
 
 
 @each_layer
 def test_rows_hold_the_weights_of_one_output_channel(name: str) -> None:
-    layer, kin, _, _ = quantized(name)
-    rows = kin.weight_fake_quant.rows(kin.weight)
+    layer, counterpart, _, _ = quantized(name)
+    rows = counterpart.weight_fake_quant.rows(counterpart.weight)
     if is_transposed(layer):
         expected = torch.cat([group.transpose(0, 1).flatten(1) for group in layer.weight.chunk(layer.groups)])
     else:
@@ -139,24 +139,26 @@ def test_rows_hold_the_weights_of_one_output_channel(name: str) -> None:
 
 @each_layer
 def test_the_chosen_weight_scale_fits_each_channel(name: str) -> None:
-    layer, kin, _, _ = quantized(name)
-    kin.attach(LayerQConfig(QuantSpec(8, per_channel=True, observer="minmax"), None))
+    layer, counterpart, _, _ = quantized(name)
+    counterpart.attach(LayerQConfig(QuantSpec(8, per_channel=True, observer="minmax"), None))
     factor = torch.logspace(-3, 3, output_channels(layer))
-    kin.set_parameters({"weight": kin.scale_channels("weight", layer.weight, factor), "bias": layer.bias})
-    kin.choose_weight_scales()
-    found, expected = kin.weight_fake_quant(kin.weight), kin.weight
-    relative = kin.weight_fake_quant.rows((found - expected).abs()).amax(1) / kin.weight_fake_quant.rows(
-        expected
-    ).abs().amax(1)
+    counterpart.set_parameters(
+        {"weight": counterpart.scale_channels("weight", layer.weight, factor), "bias": layer.bias}
+    )
+    counterpart.choose_weight_scales()
+    found, expected = counterpart.weight_fake_quant(counterpart.weight), counterpart.weight
+    relative = counterpart.weight_fake_quant.rows((found - expected).abs()).amax(
+        1
+    ) / counterpart.weight_fake_quant.rows(expected).abs().amax(1)
     assert (relative < 1 / 127).all()
 
 
 @each_layer
 def test_scaled_channels_scale_the_output_channels(name: str) -> None:
     layer, x = make(name)
-    kin = swapped_class(type(layer)).from_float(layer)
+    counterpart = swapped_class(type(layer)).from_float(layer)
     factor = torch.linspace(-1, 2, output_channels(layer))
-    scaled = kin.scale_channels("weight", layer.weight, factor)
+    scaled = counterpart.scale_channels("weight", layer.weight, factor)
     assert scaled.shape == layer.weight.shape
     along = factor if isinstance(layer, nn.Linear) else factor.view(-1, *[1] * (layer.weight.dim() - 2))
     torch.testing.assert_close(functional(layer, x, scaled, None), functional(layer, x, layer.weight, None) * along)
@@ -184,23 +186,23 @@ def test_attached_quantizers_have_their_shape_from_the_start() -> None:
 
 
 def test_output_size_reaches_a_transposed_convolution() -> None:
-    _, kin, _, _ = quantized("transpose2d", "w8")
+    _, counterpart, _, _ = quantized("transpose2d", "w8")
     x = torch.randn(1, 4, 3, 4)
-    assert kin(x, output_size=(8, 9)).shape == (1, 6, 8, 9)
-    assert kin(x, [7, 9]).shape == (1, 6, 7, 9)
+    assert counterpart(x, output_size=(8, 9)).shape == (1, 6, 8, 9)
+    assert counterpart(x, [7, 9]).shape == (1, 6, 7, 9)
 
 
 def test_a_derived_class_keeps_its_forward() -> None:
     layer, x = SamePadConv2d(3, 4, 3), torch.randn(2, 3, 5, 5)
-    kin = swapped_class(SamePadConv2d).from_float(layer)
-    assert isinstance(kin, SamePadConv2d)
-    assert torch.equal(kin(x), layer(x))
-    kin.attach(LayerQConfig.parse("w2"))
-    kin.choose_weight_scales()
-    scale = kin.weight_fake_quant.scale.flatten()
-    weight = torch_quantized_weight(layer, scale, kin.qconfig.weight)
+    counterpart = swapped_class(SamePadConv2d).from_float(layer)
+    assert isinstance(counterpart, SamePadConv2d)
+    assert torch.equal(counterpart(x), layer(x))
+    counterpart.attach(LayerQConfig.parse("w2"))
+    counterpart.choose_weight_scales()
+    scale = counterpart.weight_fake_quant.scale.flatten()
+    weight = torch_quantized_weight(layer, scale, counterpart.qconfig.weight)
     expected = layer.gain * F.conv2d(F.pad(x, (1, 1, 1, 1), value=0.5), weight, layer.bias)
-    torch.testing.assert_close(kin(x), expected)
+    torch.testing.assert_close(counterpart(x), expected)
 
 
 class Adapter(nn.Linear):
@@ -268,28 +270,28 @@ def test_a_fused_transformer_layer_computes_with_quantized_weights() -> None:
         prepare(root, "w2")
         torch.testing.assert_close(layer(x), float_output, rtol=1e-4, atol=1e-5)
         for name in ("linear1", "linear2"):
-            kin = getattr(layer, name)
-            kin.attach(LayerQConfig.parse("w2"))
-            kin.choose_weight_scales()
-            getattr(twin, name).weight.copy_(kin.weight_fake_quant(kin.weight))
+            counterpart = getattr(layer, name)
+            counterpart.attach(LayerQConfig.parse("w2"))
+            counterpart.choose_weight_scales()
+            getattr(twin, name).weight.copy_(counterpart.weight_fake_quant(counterpart.weight))
         torch.testing.assert_close(layer(x), twin(x), rtol=1e-4, atol=1e-5)
         assert (layer(x) - float_output).abs().max() > 0.05
 
 
 def test_float_mode_computes_with_the_reference_and_ends() -> None:
-    layer, kin, _, x = quantized("conv2d")
-    kin.keep_reference()
-    kin.set_parameters({"weight": layer.weight + 1, "bias": layer.bias + 1})
-    tuned = kin(x)
+    layer, counterpart, _, x = quantized("conv2d")
+    counterpart.keep_reference()
+    counterpart.set_parameters({"weight": layer.weight + 1, "bias": layer.bias + 1})
+    tuned = counterpart(x)
 
     def run_and_fail() -> None:
-        with ops_in_mode(nn.ModuleList([kin]), "float"):
-            assert torch.equal(kin(x), layer(x))
+        with ops_in_mode(nn.ModuleList([counterpart]), "float"):
+            assert torch.equal(counterpart(x), layer(x))
             raise KeyError
 
     with pytest.raises(KeyError):
         run_and_fail()
-    assert torch.equal(kin(x), tuned)
+    assert torch.equal(counterpart(x), tuned)
     assert (tuned - layer(x)).abs().max() > 0.5
 
 
@@ -305,22 +307,22 @@ def test_dropped_elements_keep_their_float_value() -> None:
 
 
 def test_gradients_reach_weight_bias_and_input() -> None:
-    _, kin, _, x = quantized("conv2d", "w8a8")
-    kin(x.requires_grad_()).square().sum().backward()
-    for tensor in (x, kin.weight, kin.bias):
+    _, counterpart, _, x = quantized("conv2d", "w8a8")
+    counterpart(x.requires_grad_()).square().sum().backward()
+    for tensor in (x, counterpart.weight, counterpart.bias):
         assert tensor.grad.abs().sum() > 0
 
 
 def test_a_per_tensor_weight_scale() -> None:
     layer, x = make("transpose2d_grouped")
-    kin = swapped_class(type(layer)).from_float(layer)
-    kin.attach(LayerQConfig(QuantSpec(3, observer="minmax"), None))
-    kin.choose_weight_scales()
+    counterpart = swapped_class(type(layer)).from_float(layer)
+    counterpart.attach(LayerQConfig(QuantSpec(3, observer="minmax"), None))
+    counterpart.choose_weight_scales()
     low, high = layer.weight.min().item(), layer.weight.max().item()
     weight = torch.fake_quantize_per_tensor_affine(layer.weight, max(-low / 4, high / 3), 0, -4, 3)
-    torch.testing.assert_close(kin(x), functional(layer, x, weight, layer.bias), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(counterpart(x), functional(layer, x, weight, layer.bias), rtol=1e-5, atol=1e-5)
 
 
-def test_what_has_no_kin() -> None:
+def test_what_has_no_counterpart() -> None:
     assert [swapped_class(kind) for kind in (nn.ReLU, nn.LayerNorm, nn.Embedding, nn.Sequential)] == [None] * 4
     assert swapped_class(swapped_class(nn.Conv2d)) is None

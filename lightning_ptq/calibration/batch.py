@@ -20,7 +20,7 @@ from lightning_ptq.errors import CalibrationError
 
 _TEXT = (str, bytes)
 _SEQUENCES = (list, tuple, deque)
-_CHANNELS = (1, 3, 4)
+_CHANNELS = (1, 3)
 _SIDE = 8  # pixels; smaller tensors of one shape are read as the columns of a batch, not as images
 
 
@@ -31,14 +31,13 @@ class SampleList(list[Any]):
 class Batch:
     """A batch of any structure.
 
-    Lists, tuples, mappings and dataclasses are containers. Everything else is a leaf: tensors, plain values, and
-    objects that are kept whole, such as a ``TensorDict`` or a batch of graphs.
+    Containers are lists, tuples, mappings and dataclasses. All else is a leaf: a ``TensorDict`` or graphs, for example.
 
     A column is a tensor with one row per sample, or a list with one entry per sample. A list has one entry per sample
     if it holds strings, images, or records (dictionaries, for example) that cannot be collated columns. Tensors are
-    images if all have three dimensions, the same 1, 3 or 4 channels, the same floating or uint8 type, and different
-    sizes; with equal sizes, only if they have 3 channels and at least 8 x 8 pixels. Any other list is a list of
-    columns, as a ``DataLoader`` makes from samples that are tuples.
+    images if all have three dimensions, the same 1 or 3 channels, the same floating or uint8 type, and different
+    widths. With equal widths they must have at least 8 x 8 pixels, and with equal sizes 3 channels too. Any other list
+    is a list of columns, as a ``DataLoader`` makes from samples that are tuples.
 
     Args:
         data: The batch as the data loader returned it. It is never changed.
@@ -242,8 +241,10 @@ def _are_images(entries: Sequence[Any]) -> bool:
     dtype, channels = kinds.pop()
     if kinds or channels not in _CHANNELS or not (dtype.is_floating_point or dtype == torch.uint8):
         return False
+    # Columns of sequences, (batch, time, features), may have these shapes too, but share their features.
     sizes = {tuple(entry.shape[1:]) for entry in entries}
-    return len(sizes) > 1 or (channels == 3 and min(sizes.pop()) >= _SIDE)
+    widths = {width for _, width in sizes}
+    return len(widths) > 1 or (min(map(min, sizes)) >= _SIDE and (len(sizes) > 1 or channels == 3))
 
 
 def _are_records(entries: Sequence[Any], also: type | tuple[type, ...] = ()) -> bool:

@@ -264,9 +264,7 @@ def own_share(rank: int, world: int, samples: float) -> float:
     return samples if samples == math.inf else (samples - rank + world - 1) // world
 
 
-def merge_observers(
-    ranks: Ranks, observers: Observers, make: Callable[[tuple[str, str]], MinMaxObserver]
-) -> Observers:
+def merge_observers(ranks: Ranks, observers: Observers, make: Callable[[tuple[str, str]], MinMaxObserver]) -> Observers:
     """Merge the observers over the ranks, by the reductions that their states declare.
 
     Args:

@@ -34,7 +34,8 @@ def _keep_slow_path(module: nn.Module, args: Any) -> None:
 class QuantLayer(Swapped, QuantizedOp):
     """What every quantized layer adds to its float class; mixed in before it.
 
-    A layer has one input, one weight, and possibly a bias. Layers with other tensors override the names.
+    A layer has one input, one weight, and possibly a bias. Layers with other tensors override the names; inputs are the
+    first arguments of ``forward``, in the order of their names.
 
     Attributes:
         output_channel_dim: Dimension of the weight that holds the output channels.
@@ -68,12 +69,25 @@ class QuantLayer(Swapped, QuantizedOp):
 
     def channel_dim(self, output: Tensor) -> int:
         """Return the dimension of an output that holds its channels: the last one of a linear layer."""
-        dims = max(weight.dim() for weight in self.weights.values())
+        dims = max((weight.dim() for weight in self.weights.values()), default=2)
         return output.dim() - (dims - 2) - 1
 
     def input_tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return the input that is quantized: the first argument of the call."""
-        return {self.input_names[0]: first_argument(args, kwargs)} if self.input_names else {}
+        """Return the inputs that are quantized, by name, of a call with these arguments."""
+        places = self._input_places(args, kwargs)
+        return {name: args[at] if isinstance(at, int) else kwargs[at] for name, at in places.items()}
+
+    def _input_places(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int | str]:
+        """Return where a call has each input: its position, or its keyword."""
+        places: dict[str, int | str] = {}
+        for position, name in enumerate(self.input_names):
+            if position < len(args):
+                places[name] = position
+            elif name in kwargs:
+                places[name] = name
+            elif len(self.input_names) == 1 and kwargs:  # under whichever name the float class gives its input
+                places[name] = next(iter(kwargs))
+        return places
 
     def macs(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> float:
         """Return the multiply-accumulates of a call: every weight is used once per output position."""
@@ -95,13 +109,13 @@ class QuantLayer(Swapped, QuantizedOp):
             return super().forward(*args, **kwargs)
 
     def _quantize_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        for quantizer in self.input_quantizers.values():
-            if args:
-                args = (quantizer(args[0]), *args[1:])
-            else:  # called by keyword, under whichever name the float class gives its input
-                first = next(iter(kwargs))
-                kwargs = {**kwargs, first: quantizer(kwargs[first])}
-        return args, kwargs
+        quantizers, values = self.input_quantizers, list(args)
+        for name, at in self._input_places(args, kwargs).items() if quantizers else ():
+            if isinstance(at, int):
+                values[at] = quantizers[name](values[at])
+            else:
+                kwargs = {**kwargs, at: quantizers[name](kwargs[at])}
+        return tuple(values), kwargs
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take the structure from the state dict: a layer saved quantized gets quantizers of the saved specs."""
