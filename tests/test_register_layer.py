@@ -139,6 +139,7 @@ class Gain(nn.Module):
         return x @ self.kernel + self.offset
 
 
+@pytest.mark.filterwarnings("ignore::lightning_ptq.errors.RolledBackWarning")
 def test_a_class_may_name_its_tensors_and_count_its_work() -> None:
     @register_layer(Gain)
     class QuantGain(QuantLayer, Gain):

@@ -35,7 +35,7 @@ def quantized_on_load(module: LightningModule, qconfig: QConfig) -> Iterator[Non
 
     def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
         original(checkpoint)
-        quantized = any(key.endswith("weight_fake_quant.scale") for key in checkpoint.get("state_dict", {}))
+        quantized = any(key.endswith("qconfig_json") for key in checkpoint.get("state_dict", {}))
         if quantized and not is_prepared(module):
             prepare(module, QConfig(qconfig.default))
 
