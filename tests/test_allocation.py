@@ -45,6 +45,11 @@ def feasible(problem):
             yield choice
 
 
+def between(least, most, share):
+    """An integer limit, as all tables are of integers: a solver meets limits up to a tolerance of about 1e-6."""
+    return least + math.floor(share * (most - least))
+
+
 def rise(rises, choice):
     return sum(rises[layer][candidate] for layer, candidate in choice.items())
 
@@ -56,7 +61,7 @@ def test_the_choice_is_as_good_as_brute_force(problem, shares):
     limits = {}
     for cost, share in zip(costs, shares, strict=False):
         totals = [cost.total(choice) for choice in feasible(problem)]
-        limits[cost.name] = min(totals) + share * (max(totals) - min(totals))
+        limits[cost.name] = between(min(totals), max(totals), share)
     assume(all(limit > 0 for limit in limits.values()))
     within = [c for c in feasible(problem) if all(cost.total(c) <= limits[cost.name] for cost in costs)]
     if not within:
@@ -77,7 +82,7 @@ def test_the_cheapest_choice_within_a_degradation_is_as_good_as_brute_force(prob
     rises, costs, ties, pins = problem
     every = list(feasible(problem))
     least, most = (pick(rise(rises, choice) for choice in every) for pick in (min, max))
-    limit = least + share * (most - least)
+    limit = between(least, most, share)
     found = allocate_bits(rises, costs, max_degradation=limit, minimise=costs[-1].name, ties=ties, pins=pins)
     best = min(costs[-1].total(choice) for choice in every if rise(rises, choice) <= limit)
     assert found.rise <= limit

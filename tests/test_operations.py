@@ -122,7 +122,7 @@ def test_all_stages_work_on_them(tmp_path: Any) -> None:
     sizes, bops = size_cost(calibration, choices).values, bops_cost(calibration, choices).values
     assert sizes["scores"] == {"w8a8": 0.0, "w3a8": 0.0}
     assert sizes["cell"]["w8a8"] == 16 * 8 + 16 * 16 + 2 * 16 * 4
-    assert bops["scores"]["w8a8"] == 5 * 5 * 16 * 64
+    assert bops["scores"] == {"w8a8": 5 * 5 * 16 * 64, "w3a8": 5 * 5 * 16 * 64}  # both operands are inputs
     assert bops["cell"]["w8a8"] == 5 * (16 * 8 + 16 * 16) * 64
     table = measure_sensitivity(calibration, ["w8a8", "w3a8"], measure="mse")
     assert table.rises["scores"]["w3a8"] == 0  # it has no weights, and its inputs keep their bits

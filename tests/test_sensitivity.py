@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ResNet, SmallNet, Snapshot, Transformer, build, same_state, seeded, state, token_batches
+from helpers import ResNet, SmallNet, Snapshot, Transformer, build, same_state, seeded, sharp, state, token_batches
 from torch import nn
 
 from lightning_ptq import (
@@ -43,14 +43,6 @@ NETS = {
     "transformer": (Transformer, token_batches()),
     "skip": (Skip, list(seeded(2, 40, 6).split(16))),
 }
-
-
-def sharp(make):
-    """A net whose logits are far enough apart for divergences well above rounding."""
-    net = build(make).eval()
-    with torch.no_grad():
-        list(net.parameters())[-2].mul_(20)
-    return net
 
 
 def calibration_of(name="resnet", **options):
@@ -164,42 +156,6 @@ def test_tuned_states_are_used():
         assert same_state(found, states["w2a4"][name])
 
 
-def second_order_rise(calibration, name, candidate):
-    """``½ mean Σ_c p_c (δ · ∇ log p_c)²`` with one backward pass per class, for layers of an ``nn.Sequential``."""
-    net, layer, at = calibration.module, calibration.layers[name], int(name)
-    values = []
-    for batch in calibration.batches:
-        with torch.no_grad():
-            inputs = net[:at](batch) if at else batch
-            apply_allocation(calibration, {name: candidate})
-            moved = layer(inputs)
-            apply_allocation(calibration, {name: "w8"})
-            output = layer(inputs)
-        logs = net[at + 1 :](output.requires_grad_()).log_softmax(1)
-        for log in logs.T:
-            (gradient,) = torch.autograd.grad(log.sum(), output, retain_graph=True)
-            change = (gradient * (moved - output)).sum(1).detach()
-            values.append(0.5 * log.detach().exp() * change**2)
-    return torch.stack(values).sum().item() / calibration.samples
-
-
-def test_fisher_is_the_second_order_term_of_the_divergence():
-    net = sharp(lambda: nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 5)))
-    calibration = calibrate(net, [seeded(seed, 128, 8) for seed in range(2)], QConfig.parse("w8", first_last_bits=None))
-    candidates = ["w8", "w5", "w3"]
-    exact = measure_sensitivity(calibration, candidates).rises
-    draws = [measure_sensitivity(calibration, candidates, measure="fisher", seed=100 * s).rises for s in range(32)]
-    for layer in calibration.layers:
-        assert {draw[layer]["w8"] for draw in draws} == {0.0}
-        for candidate in candidates[1:]:
-            expected = second_order_rise(calibration, layer, candidate)
-            estimates = torch.tensor([draw[layer][candidate] for draw in draws])
-            # The standard deviation of a draw is about a tenth of its mean, so that of the mean of 32 about 0.02 of it.
-            assert estimates.mean().item() == pytest.approx(expected, rel=0.05), (layer, candidate)
-            assert estimates.std().item() < 0.2 * expected, (layer, candidate)
-            assert exact[layer][candidate] == pytest.approx(expected, rel=0.06), (layer, candidate)
-
-
 def labelled(module, batch):
     images, labels = batch
     return {"loss": F.cross_entropy(module(images), labels)}
@@ -275,16 +231,6 @@ def test_invalid_input_is_refused_and_leaves_the_module_unchanged():
         with pytest.raises(error, match=message):
             measure_sensitivity(calibration, **options)
         assert same_state(state(calibration.module), before)
-
-
-@pytest.mark.parametrize(("tail", "forward", "message"), [
-    ([], lambda module, batch: torch.no_grad()(module)(batch), "outputs carry no gradients"),
-    ([nn.Linear(4, 1), nn.Flatten(0)], lambda module, batch: module(batch), r"shape \(16,\), so there are no logits"),
-])  # fmt: skip
-def test_fisher_needs_logits_with_gradients(tail, forward, message):
-    calibration = calibrate(nn.Sequential(nn.Linear(6, 4), *tail), [seeded(1, 16, 6)], "w8a8", forward=forward)
-    with pytest.raises(SensitivityError, match=message):
-        measure_sensitivity(calibration, CANDIDATES, measure="fisher")
 
 
 def test_a_loss_that_is_nan_is_named():

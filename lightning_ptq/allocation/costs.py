@@ -13,12 +13,9 @@ from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.candidates import Candidates, Choice
 from lightning_ptq.calibration.layer_costs import float_bytes, layer_work
 from lightning_ptq.errors import AllocationError
-from lightning_ptq.numerics.qconfig import LayerQConfig
 
 Table = Mapping[str, Mapping[str, float]]
 """A number for each layer and candidate."""
-
-_FLOAT_BITS = 32
 
 
 @dataclass(frozen=True)
@@ -61,6 +58,10 @@ def size_cost(calibration: Calibration, choices: Candidates) -> Cost:
     """Return the bytes of the tensors in the packed file: packed integers, scales, zero points, and float tensors.
 
     Bytes are computed from shapes; nothing is packed. The file's header, about 300 bytes per layer, is not included.
+
+    Args:
+        calibration: A calibrated module.
+        choices: The candidates.
     """
     values = {
         name: {text: float(layer.packed_bytes(pair.weight)) for text, pair in choices.by_layer[name].items()}
@@ -70,23 +71,21 @@ def size_cost(calibration: Calibration, choices: Candidates) -> Cost:
 
 
 def bops_cost(calibration: Calibration, choices: Candidates) -> Cost:
-    """Return the bit operations of one sample: weight bits x activation bits x multiply-accumulates.
+    """Return the bit operations of one sample: multiply-accumulates times the bit widths of both operands.
 
     Float tensors count as 32 bits.
+
+    Args:
+        calibration: A calibrated module.
+        choices: The candidates.
     """
     macs = multiply_accumulates(calibration)
     values = {
-        name: {text: bit_operations(macs[name], pair) for text, pair in candidates.items()}
-        for name, candidates in choices.by_layer.items()
+        name: {text: layer.bit_operations(macs[name], pair) for text, pair in choices.by_layer[name].items()}
+        for name, layer in calibration.layers.items()
     }
-    return Cost("bops", values, 0.0, bit_operations(sum(macs.values()), None), "bit operations")
-
-
-def bit_operations(macs: float, pair: LayerQConfig | None) -> float:
-    """Return the bit operations of ``macs`` multiply-accumulates at the given specs; None means float."""
-    weight = pair.weight.bits if pair else _FLOAT_BITS
-    activation = pair.activation.bits if pair and pair.activation else _FLOAT_BITS
-    return macs * weight * activation
+    of_float = sum(layer.bit_operations(macs[name]) for name, layer in calibration.layers.items())
+    return Cost("bops", values, 0.0, of_float, "bit operations")
 
 
 def multiply_accumulates(calibration: Calibration) -> dict[str, float]:

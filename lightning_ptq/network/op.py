@@ -23,6 +23,9 @@ from lightning_ptq.numerics.weight_scales import weight_qparams
 
 Mode = Literal["float", "quantized"]
 
+FLOAT_BITS = 32
+"""Bit width that float values count with."""
+
 State = dict[str, Tensor]
 """Tensors of one operation by name: its parameters, scales and zero points."""
 
@@ -124,6 +127,19 @@ class QuantizedOp(nn.Module):
             scales = prod(self.layout(name, spec.granularity).shape)
             total += -(-weight.numel() * spec.bits // 8) + scales * (4 if spec.symmetric else 8)
         return total
+
+    def bit_operations(self, macs: float, qconfig: LayerQConfig | None = None) -> float:
+        """Return the bit operations of multiply-accumulates: each multiplies two operands of some bit widths.
+
+        Operands are a weight and an input, or two inputs where there are no weights. Float counts as 32 bits.
+
+        Args:
+            macs: Number of multiply-accumulates.
+            qconfig: Specs of the operation; None for float.
+        """
+        inputs = qconfig.activation.bits if qconfig and qconfig.activation else FLOAT_BITS
+        weights = (qconfig.weight.bits if qconfig else FLOAT_BITS) if self.weight_names else inputs
+        return macs * weights * inputs
 
     def attach(self, qconfig: LayerQConfig) -> None:
         """Become a quantized operation: add quantizers in place of existing ones, with scales still to be chosen.

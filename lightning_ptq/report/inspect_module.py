@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_ptq.activations.memory_plan import MemoryPlan, plan_memory
 from lightning_ptq.activations.shards import make_shards
-from lightning_ptq.allocation.costs import bit_operations, multiply_accumulates
+from lightning_ptq.allocation.costs import multiply_accumulates
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.calibrator import calibrate
 from lightning_ptq.calibration.forward import Forward, default_forward
@@ -192,8 +192,9 @@ def _macs_of_one_sample(calibration: Calibration) -> dict[str, float]:
 def _bit_operations(calibration: Calibration) -> float:
     """Return the bit operations of the quantized layers, as a fraction of those at 32 bits."""
     macs = multiply_accumulates(calibration)
-    quantized = sum(bit_operations(macs[name], layer.qconfig) for name, layer in calibration.layers.items())
-    return quantized / (bit_operations(sum(macs.values()), None) or 1.0)
+    layers = calibration.layers
+    quantized = sum(layer.bit_operations(macs[name], layer.qconfig) for name, layer in layers.items())
+    return quantized / (sum(layer.bit_operations(macs[name]) for name, layer in layers.items()) or 1.0)
 
 
 def _layers(calibration: Calibration, layers: dict[str, _FloatLayer], macs: dict[str, float]) -> list[LayerFacts]:

@@ -12,7 +12,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lightning_ptq.allocation.costs import bit_operations
 from lightning_ptq.allocation.frontier import Frontier
 from lightning_ptq.allocation.search import AllocationResult
 from lightning_ptq.calibration.calibration import Calibration
@@ -164,11 +163,11 @@ class RunRecord:
             qconfig = cast(LayerQConfig, layer.qconfig)  # every layer of a calibration is quantized
             row.widths = str(qconfig)
             row.size = layer.packed_bytes(qconfig.weight)
-            row.bops = bit_operations(row.macs, qconfig)
+            row.bops = layer.bit_operations(row.macs, qconfig)
             row.low, row.high = _input_grid(layer)
         self.float_bytes = calibration.prepared.float_bytes
         self.packed_bytes = packed_size(calibration.module)
-        self.float_bops = sum(bit_operations(row.macs, None) for row in self.layers)
+        self.float_bops = sum(calibration.layers[row.name].bit_operations(row.macs) for row in self.layers)
 
     @property
     def seconds(self) -> float:
