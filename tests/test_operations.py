@@ -22,6 +22,7 @@ from lightning_ptq import (
     load_packed,
     measure_sensitivity,
     para_normalize,
+    prepare,
     reestimate_batch_norm,
     register_layer,
     save_packed,
@@ -29,6 +30,7 @@ from lightning_ptq import (
     tune_bias,
 )
 from lightning_ptq.network import swapping
+from lightning_ptq.network.op import QuantizedOp
 from lightning_ptq.report.inspect_module import inspect_module
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_ptq.errors.RolledBackWarning")
@@ -156,3 +158,87 @@ def test_groups_run_within_each_weight() -> None:
     assert net.cell.weight_ih_fake_quant.scale.shape == (16, 2, 1)
     assert net.cell.weight_hh_fake_quant.scale.shape == (16, 4, 1)
     assert net.cell.qconfig.weight == QuantSpec(4, per_channel=True, group_size=4)
+
+
+class Gated(nn.Module):
+    """Two weights one after the other, and an output that is a tuple, as in a fused recurrent layer."""
+
+    def __init__(self, inputs: int, hidden: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(hidden, inputs) * 0.3)
+        self.up = nn.Parameter(torch.randn(inputs, hidden) * 0.3)
+        self.offset = nn.Parameter(torch.zeros(inputs))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = torch.tanh(F.linear(x, self.down))
+        return F.linear(hidden, self.up, self.offset), hidden.sum()
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gated, self.head = Gated(8, 6), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.gated(x)[0].mean(1))
+
+
+def test_an_operation_with_a_tuple_as_output_that_is_not_linear_in_its_weights(tmp_path: Any) -> None:
+    @register_layer(Gated)
+    class QuantGated(QuantLayer, Gated):
+        weight_names = ("down", "up")
+        bias_names = ("offset",)
+        is_linear = False
+
+    def stack(seed: int) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return Stack().eval()
+
+    net = stack(0)
+    calibration = calibrate(net, SAMPLES, QConfig.parse("w3a8", first_last_bits=None))
+    choices = Candidates(calibration, ["w8a8", "w3a8"])
+    assert size_cost(calibration, choices).values["gated"]["w8a8"] == 2 * 6 * 8 + (6 + 8) * 4
+    assert bops_cost(calibration, choices).values["gated"]["w8a8"] > 0
+    for measure in ("fisher", "kl"):
+        assert measure_sensitivity(calibration, ["w8a8", "w3a8"], measure=measure).rises["gated"]["w3a8"] > 0
+    adaquant(calibration, config=ReconstructionConfig(steps=10, batch_size=16))
+    result = para_normalize(calibration, every_layer=True, measure="mse", held_out=0.0)
+    assert result.skipped["gated"] == "its output is not linear in its weights"
+    save_packed(net, tmp_path / "net.safetensors")
+    assert torch.equal(load_packed(stack(1), tmp_path / "net.safetensors")(SAMPLES[0]), net(SAMPLES[0]))
+    reloaded = stack(2)
+    prepare(reloaded, "w8a8")
+    reloaded.load_state_dict(net.state_dict())
+    assert torch.equal(reloaded(SAMPLES[0]), net(SAMPLES[0]))
+
+
+class QuantProductOfItsOwn(swapping.Swapped, QuantizedOp):
+    """An operation that is no layer."""
+
+    input_names = ("left", "right")
+
+    def _init_swapped(self) -> None:
+        self.init_op()
+        self.left_fake_quant = self.right_fake_quant = None
+
+    def input_tensors(self, args: Any, kwargs: Any) -> dict[str, Tensor]:
+        return dict(zip(self.input_names, args, strict=True))
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        if self.mode == "quantized" and self.is_quantized:
+            left, right = self.left_fake_quant(left), self.right_fake_quant(right)
+        return super().forward(left, right)
+
+
+def test_an_operation_that_is_no_layer_is_reloaded_from_a_state_dict() -> None:
+    swapping.register_swap(Product, QuantProductOfItsOwn)
+    nets = [nn.Sequential(), nn.Sequential()]
+    for net in nets:
+        net.add_module("product", Product())
+        net.forward = lambda x, net=net: net.product(x, x.transpose(1, 2))
+    prepare(nets[1], "w8a8")
+    calibrate(nets[0], SAMPLES, QConfig.parse("w4a4", first_last_bits=None))
+    nets[1].load_state_dict(nets[0].state_dict())
+    assert torch.equal(nets[1](SAMPLES[0]), nets[0](SAMPLES[0]))
+    assert not torch.equal(nets[0](SAMPLES[0]), SAMPLES[0] @ SAMPLES[0].transpose(1, 2))

@@ -1,4 +1,4 @@
-"""Plan what a run over the units will hold and how long it will take, before the work."""
+"""Estimates memory and time of a run over the units before it starts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _STEP = 6.0  # forwards of the float unit that take as long as a tuning step on 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Where activations will be stored.
+    """An estimate of how much is stored, and where.
 
     Attributes:
         most: Upper bound of the bytes of activations held at a time.

@@ -1,7 +1,8 @@
 """Capture the inputs of each unit, unit by unit, without holding the activations of all layers.
 
 The calibration forward runs again up to the wanted unit. Finished units do not run. They return their stored output
-where the wanted unit or a later one still needs it (see :meth:`Trace.needed_outputs`), and zeros of the right shape
+where the wanted unit or a later one still needs it (see
+:meth:`~lightning_ptq.network.trace.Trace.needed_outputs`), and zeros of the right shape
 elsewhere. So the capture of all units together costs about one forward per stream, and only the activations that cross
 the boundary between finished and unfinished units are stored at a time.
 """

@@ -79,7 +79,7 @@ class ShardSamples:
         self._queue: list[Minibatch] = []
 
     def draw(self) -> list[tuple[Group, Tensor | slice, float]]:
-        """Return what the next step takes: rows of a group, each with their share of the step.
+        """Return the samples of the next step: rows of a group, with their share of the step.
 
         One epoch follows another, each in a new order.
         """

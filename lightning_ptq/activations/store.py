@@ -98,7 +98,10 @@ class ActivationStore:
         return copy.copy_(tensor.detach())
 
     def stack(self, parts: list[Tensor], device: torch.device) -> Tensor:
-        """Concatenate tensors along the first dimension; the list is emptied on the way, to free them one by one."""
+        """Concatenate tensors along the first dimension.
+
+        The list is emptied meanwhile, which frees each tensor after its copy.
+        """
         rows = sum(len(part) for part in parts)
         whole = self.empty((rows, *parts[0].shape[1:]), parts[0].dtype, device)
         start = 0

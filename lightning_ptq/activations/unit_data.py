@@ -150,7 +150,10 @@ class UnitData:
             group.targets = None
 
     def outputs(self, unit: nn.Module, batches: int, mode: Mode) -> list[list[Call]]:
-        """Return the unit's outputs on its inputs, by batch and call, as :meth:`Replay.finish` takes them."""
+        """Return the unit's outputs on its inputs, by batch and call.
+
+        :meth:`~lightning_ptq.activations.replay.Replay.finish` takes them in this form.
+        """
         outputs: dict[tuple[int, int], Call] = {}
         for group in self.groups:
             for key, rows in zip(group.calls, group.slices(), strict=True):
@@ -202,7 +205,7 @@ class UnitData:
         """Split a mini-batch into chunks, each with its share of the rows, to keep activations small.
 
         Gradients add up to those of the mini-batch. On the CPU small chunks are several times faster, because the
-        allocator maps activations beyond some 32 MB anew each time, page by page.
+        allocator maps activations above about 32 MB again on each use, page by page.
         """
         if isinstance(rows, slice) or self.device.type != "cpu":
             return [(rows, 1.0)]

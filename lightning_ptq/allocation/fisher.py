@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.candidates import Candidates, Choice
@@ -84,12 +85,13 @@ def _calls(
     calls: dict[str, list[_Call]] = {name: [] for name in calibration.layers}
     outputs: list[tuple[_Call, Tensor]] = []
 
-    def record(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        call = _Call(args, kwargs, output.detach())
+    def record(name: str, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        tensor = layer.output_tensor(output)
+        call = _Call(args, kwargs, tensor.detach())
         calls[name].append(call)
-        output = output if output.requires_grad else output.requires_grad_()
-        outputs.append((call, output))
-        return output.clone()  # because later modules may change their input in place
+        outputs.append((call, tensor if tensor.requires_grad else tensor.requires_grad_()))
+        passed_on = tensor.clone()  # because later modules may change their input in place
+        return tree_map(lambda leaf: passed_on if leaf is tensor else leaf, output)
 
     with hooked(calibration.layers, after=record):
         logits, _ = reader.read(lambda: calibration.run(batch, gradients=True))
@@ -119,6 +121,6 @@ def _rise(layer: QuantizedOp, calls: list[_Call]) -> float:
     total: Tensor | float = 0.0
     for call in calls:
         if call.gradient is not None:
-            change = layer(*call.args, **call.kwargs) - call.output
+            change = layer.output_tensor(layer(*call.args, **call.kwargs)) - call.output
             total = total + (change * call.gradient).flatten(1).sum(1)
     return 0.5 * float(torch.as_tensor(total).double().square().mean())

@@ -28,7 +28,7 @@ class Group:
 
 
 class Program:
-    """An integer program with one binary variable for each group and candidate, one of which is 1 in each group."""
+    """An integer program with a binary variable per group and candidate. Exactly one variable of each group is 1."""
 
     def __init__(self, groups: Sequence[Group]) -> None:
         self.groups = groups

@@ -25,13 +25,13 @@ _SIDE = 8  # pixels; smaller tensors of one shape are read as the columns of a b
 
 
 class SampleList(list[Any]):
-    """A list with one entry per sample, cut from one whose content implied that: its own content may not imply it."""
+    """A list with one entry per sample. The class marks this, because a slice of such a list may not imply it."""
 
 
 class Batch:
     """A batch of any structure.
 
-    Containers are lists, tuples, mappings and dataclasses. All else is a leaf: a ``TensorDict`` or graphs, for example.
+    Containers are lists, tuples, mappings and dataclasses. Everything else is a leaf, such as a ``TensorDict`` or graph.
 
     A column is a tensor with one row per sample, or a list with one entry per sample. A list has one entry per sample
     if it holds strings, images, or records (dictionaries, for example) that cannot be collated columns. Tensors are
@@ -107,7 +107,7 @@ class Batch:
         return _map(self.data, lambda leaf: _moved(leaf, device))
 
     def copy(self) -> Any:
-        """Return the data in new containers, its tensors without the storage that they are views of."""
+        """Return the data in new containers, with tensors that own their storage."""
         return _map(self.data, lambda leaf: leaf.clone() if _is_dense(leaf) else leaf)
 
     def leaves(self) -> Iterator[Any]:
@@ -248,7 +248,7 @@ def _are_images(entries: Sequence[Any]) -> bool:
 
 
 def _are_records(entries: Sequence[Any], also: type | tuple[type, ...] = ()) -> bool:
-    """True for records of which a field holds samples, or has an unequal number of rows, unlike collated columns."""
+    """True if all entries are records, and a field holds samples or differs in its number of rows."""
     fit = [_is_record(entry) or (isinstance(entry, also) and not _are_samples(entry)) for entry in entries]
     if not entries or not all(fit):
         return False

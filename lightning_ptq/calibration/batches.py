@@ -86,9 +86,9 @@ def merge_batches(ranks: Ranks, batches: Batches, traces: list[Trace]) -> tuple[
     """Return the calibration batches of all ranks with their traces, in the order of the dataset.
 
     Batches are re-cut to the number and size that a single process would have had, if they are divisible and fit
-    together, and the forward did the same on all of them. Otherwise they are interleaved whole, rank by rank. Each rank
-    keeps every ``world``-th batch in memory, which are those that it tunes on in sequential mode, and the others on
-    disk.
+    together, and the forward took the same course on all of them. Otherwise they are interleaved whole, rank by rank.
+    Each rank keeps every ``world``-th batch in memory, which are those that it tunes on in sequential mode, and the
+    others on disk.
     """
     if ranks.world == 1:
         return batches, traces

@@ -77,7 +77,8 @@ class Calibration:
     def qconfig_at(self, name: str, candidate: LayerQConfig | None = None) -> LayerQConfig:
         """Return the specs of layer ``name`` where ``candidate`` takes the place of the default.
 
-        What the :class:`QConfig` says about single layers (overrides, first and last) holds at every candidate.
+        What the :class:`~lightning_ptq.numerics.qconfig.QConfig` says about single layers (overrides, first and last)
+        holds at every candidate.
         """
         qconfig, order = self.prepared.qconfig, self.trace.layer_order
         if candidate is not None:
@@ -102,7 +103,7 @@ class Calibration:
                 quantizer.zero_point.copy_(zero_point)
 
     def release(self) -> None:
-        """Drop the batches, the histograms and the float reference weights at the end of a run."""
+        """Free the batches, the histograms and the float reference weights at the end of a run."""
         self.batches.clear()
         self.observers.clear()
         for layer in self.prepared.layers.values():  # float mode then computes with the parameters

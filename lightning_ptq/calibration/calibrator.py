@@ -283,6 +283,6 @@ def merge_observers(ranks: Ranks, observers: Observers, make: Callable[[tuple[st
         observer = observers.setdefault(name, make(name))
         with observer.sync_context(dist_sync_fn=gather, distributed_available=lambda: True):
             merged = observer.metric_state
-        for state, value in merged.items():  # it keeps them, where a sync for good keeps its own beside them
+        for state, value in merged.items():  # unlike a permanent sync, this keeps no unmerged states
             setattr(observer, state, value)
     return {name: observers[name] for name in names}

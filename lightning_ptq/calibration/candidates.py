@@ -69,7 +69,7 @@ class Candidates:
             self.calibration.layers[name].load_state(tuned)
 
     def put_all(self, choice: Choice) -> None:
-        """:meth:`put` every layer in ``choice``."""
+        """Change every layer in ``choice``, as :meth:`put` does."""
         for name, candidate in choice.items():
             self.put(name, candidate)
 

@@ -1,4 +1,4 @@
-"""What layers cost: multiply-accumulates of a forward, and bytes in a packed file."""
+"""Costs of layers: multiply-accumulates of a forward, and bytes in a packed file."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def layer_work(calibration: Calibration) -> dict[str, LayerWork]:
 
     def count(name: str, op: Any, args: Any, kwargs: Any, output: Any) -> None:
         work[name].macs += op.macs(args, kwargs, output) / samples
-        work[name].outputs += output.numel() / samples
+        work[name].outputs += op.output_tensor(output).numel() / samples
 
     with hooked(calibration.layers, after=count):
         calibration.run(0)
@@ -119,8 +119,7 @@ def layer_work(calibration: Calibration) -> dict[str, LayerWork]:
 def float_keys(module: nn.Module, layers: Collection[str], folded: Collection[str]) -> list[str]:
     """Return the keys of a prepared module's state dict that a packed file stores unchanged.
 
-    These are neither quantized weights and their grids, nor folded batch norms, nor the further names of a module that
-    is registered under several.
+    Quantized weights and their grids, folded batch norms, and duplicate names of shared modules are left out.
 
     Args:
         module: A prepared module.

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 class AdaQuantLayerwise(StepCallback):
     """Tunes weights, biases and scales unit by unit, so that each unit's output comes close to the float unit's.
 
-    Runs :func:`lightning_ptq.adaquant` after :class:`CalibrationCapture`. Needs no labels.
+    Runs :func:`lightning_ptq.adaquant` after :class:`~lightning_ptq.callbacks.capture.CalibrationCapture`. Needs no
+    labels.
 
     Args:
         mode: ``"sequential"`` or ``"parallel"``.

@@ -30,9 +30,10 @@ DEFAULT_CANDIDATES = ("w8a8", "w4a8", "w4a4", "w2a4")
 class BitAllocator(StepCallback):
     """Chooses each layer's bit widths: least degradation within a budget, or least cost within a limit of degradation.
 
-    Runs :func:`~lightning_ptq.allocation.search.search_allocation` after :class:`CalibrationCapture`, or after a
-    parallel :class:`AdaQuantLayerwise`, whose candidates and tuned states it uses. A sequential
-    :class:`AdaQuantLayerwise` may follow.
+    Runs :func:`~lightning_ptq.allocation.search.search_allocation` after
+    :class:`~lightning_ptq.callbacks.capture.CalibrationCapture`, or after a parallel
+    :class:`~lightning_ptq.callbacks.adaquant.AdaQuantLayerwise`, whose candidates and tuned states it uses.
+    A sequential one may follow.
 
     Args:
         size: Budget for the packed weights: a fraction (at most 1) of the float model's bytes, or bytes.

@@ -58,7 +58,9 @@ class StepCallback(PTQCallback, ABC):
         result: What :meth:`work` returned in the last run; None before.
     """
 
-    result: Any = None
+    def __init__(self) -> None:
+        super().__init__()
+        self.result: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the order of the callbacks."""

@@ -143,7 +143,7 @@ class CalibrationCapture(PTQCallback):
         self.calibration = self._calibrator = None
         settings = plain({callback.title: settings_of(callback) for callback in ptq_callbacks(trainer)})
         self.report = PTQReport(type(pl_module).__name__, settings)
-        # Leaving this block by an error undoes all of it; at its end, teardown or on_exception takes that over.
+        # An error inside this block undoes everything. Afterwards, teardown and on_exception do.
         with ExitStack() as stack:
             stack.enter_context(noted_warnings(self.report.warnings, first=self._ranks.rank == 0))
             self._forward = calibration_forward(pl_module, self.step)

@@ -1,4 +1,4 @@
-"""Hazards: what will fail under a Trainer, or behave otherwise than expected, found before the run."""
+"""Hazards of a Trainer, found before the run: settings that will fail or act unexpectedly."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning_ptq.callbacks.adaquant import AdaQuantLayerwise
 from lightning_ptq.callbacks.base import capture_of, check_order, check_trainer, ptq_callbacks
@@ -18,13 +18,13 @@ from lightning_ptq.report.preflight import Finding, Preflight
 from lightning_ptq.runtime.memory import format_bytes
 
 if TYPE_CHECKING:
-    from pytorch_lightning import Trainer
+    from pytorch_lightning import LightningModule, Trainer
 
 _NEED_TRAINING = ("GradientAccumulationScheduler", "LearningRateFinder", "SpikeDetection", "WeightAveraging")
-"""Callbacks of Lightning that fail if no optimizer steps."""
+"""Lightning callbacks that fail when no optimizer step is taken."""
 
 
-def find_hazards(trainer: Trainer, module: Any, preflight: Preflight) -> list[Finding]:
+def find_hazards(trainer: Trainer, module: LightningModule, preflight: Preflight) -> list[Finding]:
     """Return all hazards of ``trainer.fit(module)`` as a PTQ run.
 
     Args:
@@ -36,7 +36,7 @@ def find_hazards(trainer: Trainer, module: Any, preflight: Preflight) -> list[Fi
     return [hazard for check in checks for hazard in check(trainer, module, preflight)]
 
 
-def _refusals(trainer: Trainer, module: Any, preflight: Preflight) -> Iterator[Finding]:
+def _refusals(trainer: Trainer, module: LightningModule, preflight: Preflight) -> Iterator[Finding]:
     """Yield the errors by which fit would refuse to start; their messages name the remedy."""
     if not ptq_callbacks(trainer):
         yield Finding(
@@ -52,18 +52,18 @@ def _refusals(trainer: Trainer, module: Any, preflight: Preflight) -> Iterator[F
             yield Finding("refused", str(error))
 
 
-def _missing_methods(trainer: Trainer, module: Any, preflight: Preflight) -> Iterator[Finding]:
+def _missing_methods(trainer: Trainer, module: LightningModule, preflight: Preflight) -> Iterator[Finding]:
     base = lightning_base(type(module))
     for name in ("training_step", "configure_optimizers"):
         if getattr(type(module), name) is getattr(base, name) and name not in vars(module):
             yield Finding(
                 "module",
-                f"{type(module).__name__} has no {name}, without which Lightning does not fit.",
+                f"{type(module).__name__} has no {name}; Lightning does not fit without it.",
                 f"Define a {name}; one that returns None is enough, with step='predict'.",
             )
 
 
-def _few_batches(trainer: Trainer, module: Any, preflight: Preflight) -> Iterator[Finding]:
+def _few_batches(trainer: Trainer, module: LightningModule, preflight: Preflight) -> Iterator[Finding]:
     limit = trainer.limit_train_batches
     # fast_dev_run and overfit_batches both set limit_train_batches, so the option that the user wrote is named.
     sources = ("fast_dev_run", "overfit_batches")
@@ -83,12 +83,12 @@ def _few_batches(trainer: Trainer, module: Any, preflight: Preflight) -> Iterato
         )
 
 
-def _other_callbacks(trainer: Trainer, module: Any, preflight: Preflight) -> Iterator[Finding]:
+def _other_callbacks(trainer: Trainer, module: LightningModule, preflight: Preflight) -> Iterator[Finding]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector of the Trainer
         bases = {cls.__name__ for cls in type(callback).__mro__}
         name = type(callback).__name__
         if bases.intersection(_NEED_TRAINING):
-            yield Finding("callbacks", f"{name} needs optimizer steps, but no optimizer steps.", f"Leave out {name}.")
+            yield Finding("callbacks", f"{name} needs optimizer steps, but a PTQ run takes none.", f"Leave out {name}.")
         if "EarlyStopping" in bases:
             yield Finding(
                 "callbacks",
@@ -98,7 +98,7 @@ def _other_callbacks(trainer: Trainer, module: Any, preflight: Preflight) -> Ite
             )
 
 
-def _devices(trainer: Trainer, module: Any, preflight: Preflight) -> Iterator[Finding]:
+def _devices(trainer: Trainer, module: LightningModule, preflight: Preflight) -> Iterator[Finding]:
     device = trainer.strategy.root_device.type
     if device == "mps":
         yield Finding("accelerator", "PTQ sums in float64, which MPS does not support.", "Use accelerator='cpu'.")
@@ -123,7 +123,7 @@ def _devices(trainer: Trainer, module: Any, preflight: Preflight) -> Iterator[Fi
         )
 
 
-def _shards(trainer: Trainer, module: Any, preflight: Preflight) -> Iterator[Finding]:
+def _shards(trainer: Trainer, module: LightningModule, preflight: Preflight) -> Iterator[Finding]:
     """Yield a hazard for each callback whose steps are split into fewer shards than there are processes."""
     world, name = trainer.world_size, ""
     for callback in ptq_callbacks(trainer):
@@ -142,7 +142,7 @@ def _shards(trainer: Trainer, module: Any, preflight: Preflight) -> Iterator[Fin
             )
 
 
-def _checkpoint(trainer: Trainer, module: Any, preflight: Preflight) -> Iterator[Finding]:
+def _checkpoint(trainer: Trainer, module: LightningModule, preflight: Preflight) -> Iterator[Finding]:
     capture = capture_of(trainer)
     if capture is not None and capture.save_checkpoint and not trainer.checkpoint_callbacks:
         yield Finding(
@@ -153,7 +153,7 @@ def _checkpoint(trainer: Trainer, module: Any, preflight: Preflight) -> Iterator
         )
 
 
-def _progress(trainer: Trainer, module: Any, preflight: Preflight) -> Iterator[Finding]:
+def _progress(trainer: Trainer, module: LightningModule, preflight: Preflight) -> Iterator[Finding]:
     """Yield hazards of the saved progress, which holds tuned weights in float for each candidate of each tuning."""
     capture = capture_of(trainer)
     if capture is None or not capture.resume:

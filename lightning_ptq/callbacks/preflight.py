@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -22,7 +22,7 @@ from lightning_ptq.runtime.patching import attributes
 from lightning_ptq.tuning.config import ReconstructionConfig
 
 if TYPE_CHECKING:
-    from pytorch_lightning import Trainer
+    from pytorch_lightning import LightningModule, Trainer
 
 
 def inspect(
@@ -84,7 +84,8 @@ def inspect(
         preflight = inspect_module(module, batch, forward=forward, **settings)
     if trainer is None:
         return preflight
-    return replace(preflight, hazards=[*preflight.hazards, *find_hazards(trainer, module, preflight)])
+    hazards = find_hazards(trainer, cast("LightningModule", module), preflight)
+    return replace(preflight, hazards=[*preflight.hazards, *hazards])
 
 
 def _is_lightning(module: nn.Module) -> bool:

@@ -38,7 +38,7 @@ def save_packed(module: nn.Module, path: str | os.PathLike[str]) -> int:
 
     Args:
         module: A quantized module.
-        path: The file, by custom ``*.safetensors``.
+        path: The file, by convention ``*.safetensors``.
 
     Returns:
         The size of the file in bytes.
@@ -193,7 +193,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise PackedFileError(f"{os.fspath(path)} is no packed file of lightning_ptq.")
+                raise PackedFileError(f"{os.fspath(path)} is not a packed file of lightning_ptq.")
             if int(metadata["version"]) > FORMAT_VERSION:
                 raise PackedFileError(
                     f"{os.fspath(path)} has format version {metadata['version']}, this lightning_ptq reads up to"
@@ -209,14 +209,14 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
         raise
     except _ERRORS as error:
         raise PackedFileError(
-            f"{os.fspath(path)} is damaged or no safetensors file ({error}). Copy or write it again."
+            f"{os.fspath(path)} is damaged or not a safetensors file ({error}). Copy or write it again."
         ) from error
     return header, tensors
 
 
 @dataclass(frozen=True)
 class _Fit:
-    """Whether a file describes all that a module holds, no more, and in the right shapes."""
+    """Compares the tensors of a file with those of a module."""
 
     path: str
     entries: Mapping[str, _Entry]
@@ -224,9 +224,9 @@ class _Fit:
     tensors: Mapping[str, Tensor]
 
     def other_model(self, what: str) -> PackedFileError:
-        """Return the error that the file is of another model."""
+        """Return the error that the file belongs to another model."""
         return PackedFileError(
-            f"{self.path} is of another model: {what}. Build the model as it was when it was packed."
+            f"{self.path} belongs to another model: {what}. Build the model as it was when it was packed."
         )
 
     def packed_keys(self) -> set[str]:

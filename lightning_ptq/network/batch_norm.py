@@ -1,4 +1,4 @@
-"""Batch norms: folding them into the layers before them, proved by real forwards."""
+"""Fold batch norms into the preceding layers, and verify the result by forward passes."""
 
 from __future__ import annotations
 

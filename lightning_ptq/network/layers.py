@@ -7,11 +7,9 @@ layer and bring their own ``forward`` (static "same" padding, for example) keep 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar, cast
 
-import torch
 from torch import Tensor, nn
 
 from lightning_ptq.errors import QConfigError
@@ -20,19 +18,16 @@ from lightning_ptq.network.swapping import ReplaceableTensor, Swapped, register_
 from lightning_ptq.network.trace import first_argument
 from lightning_ptq.numerics.fake_quantize import FakeQuantize
 from lightning_ptq.numerics.granularity import ChannelLayout
-from lightning_ptq.numerics.qconfig import LayerQConfig
 
 Kind = TypeVar("Kind", bound="type[QuantLayer]")
 
 
 def _keep_slow_path(module: nn.Module, args: Any) -> None:
-    """Do nothing: nn.TransformerEncoderLayer takes its fused path, which would compute with the float weights, only
-    for modules without hooks.
-    """
+    """Do nothing. A hook keeps nn.TransformerEncoderLayer off its fused path, which would use the float weights."""
 
 
 class QuantLayer(Swapped, QuantizedOp):
-    """What every quantized layer adds to its float class; mixed in before it.
+    """Adds quantizers to a float class. It stands first among the bases.
 
     A layer has one input, one weight, and possibly a bias. Layers with other tensors override the names; inputs are the
     first arguments of ``forward``, in the order of their names.
@@ -91,13 +86,14 @@ class QuantLayer(Swapped, QuantizedOp):
 
     def macs(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> float:
         """Return the multiply-accumulates of a call: every weight is used once per output position."""
-        positions = {name: output.numel() / self.channels(name).count(w.shape) for name, w in self.weights.items()}
+        values = self.output_tensor(output).numel()
+        positions = {name: values / self.channels(name).count(w.shape) for name, w in self.weights.items()}
         return float(sum(weight.numel() * positions[name] for name, weight in self.weights.items()))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the float layer's forward on the quantized input and weight; safe in several threads."""
         if self.mode == "float":
-            replaced = self.reference or {}  # outside a run the parameters are all there is
+            replaced = self.reference or {}  # without a reference, float mode uses the parameters
         else:
             args, kwargs = self._quantize_inputs(args, kwargs)
             weights = self.weights
@@ -116,19 +112,6 @@ class QuantLayer(Swapped, QuantizedOp):
             else:
                 kwargs = {**kwargs, at: quantizers[name](kwargs[at])}
         return tuple(values), kwargs
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take the structure from the state dict: a layer saved quantized gets quantizers of the saved specs."""
-        saved = state_dict.get(prefix + "qconfig_json")
-        if saved is not None:
-            self.attach(LayerQConfig.from_dict(json.loads(bytes(saved.cpu().tolist()))))
-            # Records of earlier versions are shorter; load_state_dict passes a copy of the user's dictionary.
-            state_dict[prefix + "qconfig_json"] = self.qconfig_json
-            for name in self.bias_names:
-                if prefix + name in state_dict and self._parameters.get(name) is None:  # from a folded batch norm
-                    device = next(iter(self.weights.values())).device
-                    self.set_parameters({name: torch.zeros_like(state_dict[prefix + name], device=device)})
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def register_layer(float_class: type[nn.Module], *, channel_dim: int = 0) -> Callable[[Kind], Kind]:

@@ -1,7 +1,8 @@
 """The one abstraction of what is quantized: :class:`QuantizedOp`.
 
-Calibration, units, tuning, sensitivities, costs, statistics, packing and preflight iterate over operations and know no
-kind. An operation says which tensors it takes and holds, where a weight's output channels lie, and what a call costs.
+Calibration, units, tuning, sensitivities, costs, statistics, packing and preflight iterate over operations and do not
+depend on their kind. An operation says which tensors it takes and holds, where a weight's output channels lie, and what
+a call costs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_ptq.numerics.fake_quantize import FakeQuantize
 from lightning_ptq.numerics.granularity import ChannelLayout, Granularity, ScaleLayout
@@ -40,6 +42,8 @@ class QuantizedOp(nn.Module):
         input_names: Inputs that are quantized, any number.
         weight_names: Parameters that are quantized, any number, possibly none.
         bias_names: Parameters that are tuned with the weights and stay float.
+        is_linear: True if the output is a sum of products, each of one weight and inputs, plus the first bias. Only
+            then can statistics tuning scale and shift the output by weights and bias.
         qconfig: Specs of weights and inputs; None as long as the operation is float.
         mode: ``"quantized"``, or ``"float"`` to compute what the float operation computes.
         reference: Weights and biases of the float operation during a run, which ``"float"`` mode computes with; None
@@ -50,6 +54,7 @@ class QuantizedOp(nn.Module):
     input_names: ClassVar[tuple[str, ...]] = ()
     weight_names: ClassVar[tuple[str, ...]] = ()
     bias_names: ClassVar[tuple[str, ...]] = ()
+    is_linear: ClassVar[bool] = True
 
     qconfig: LayerQConfig | None
     mode: Mode
@@ -63,7 +68,7 @@ class QuantizedOp(nn.Module):
         self.reference = None
         self.tied = False
 
-    # What a kind of operation defines.
+    # To be defined by each kind of operation.
 
     def channels(self, name: str) -> ChannelLayout:
         """Return where the output channels of weight ``name`` lie."""
@@ -73,6 +78,10 @@ class QuantizedOp(nn.Module):
         """Return the dimension of an output that holds its channels."""
         return output.dim() - 1
 
+    def output_tensor(self, output: Any) -> Tensor:
+        """Return the main tensor of an output: the first floating-point one."""
+        return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+
     def input_tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the inputs that are quantized, by name, of a call with these arguments."""
         return {name: kwargs[name] for name in self.input_names if name in kwargs}
@@ -81,7 +90,7 @@ class QuantizedOp(nn.Module):
         """Return the multiply-accumulates of a call with these arguments and this output."""
         return 0.0
 
-    # What follows from it.
+    # Derived from these definitions.
 
     @property
     def is_quantized(self) -> bool:
@@ -144,7 +153,8 @@ class QuantizedOp(nn.Module):
     def attach(self, qconfig: LayerQConfig) -> None:
         """Become a quantized operation: add quantizers in place of existing ones, with scales still to be chosen.
 
-        The specs are kept in the buffer ``qconfig_json``, so that a state dict tells the structure it was saved from.
+        The specs are kept in the buffer ``qconfig_json``, so that a state dict describes the structure it was saved
+        from.
         """
         for name, weight in self.weights.items():
             quantizer = FakeQuantize(qconfig.weight, self.layout(name, qconfig.weight.granularity))
@@ -180,7 +190,7 @@ class QuantizedOp(nn.Module):
             self.reference[name] = None if bias is None else bias.detach().clone()
 
     def restore_reference(self) -> None:
-        """Take back the float weights and biases; tied weights stay the parameter that others share."""
+        """Restore the float weights and biases. Tied weights stay shared."""
         # Tied weights are never changed, so they need not be restored.
         kept = self.weight_names if self.tied else ()
         self.set_parameters({name: value for name, value in (self.reference or {}).items() if name not in kept})
@@ -203,6 +213,19 @@ class QuantizedOp(nn.Module):
                 self.set_parameters({name: state.get(name)})
         for name, tensor in self.tensors().items():
             tensor.copy_(state[name])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take the structure from the state dict: a layer saved quantized gets quantizers of the saved specs."""
+        saved = state_dict.get(prefix + "qconfig_json")
+        if saved is not None:
+            self.attach(LayerQConfig.from_dict(json.loads(bytes(saved.cpu().tolist()))))
+            # Records of earlier versions are shorter; load_state_dict passes a copy of the user's dictionary.
+            state_dict[prefix + "qconfig_json"] = self.qconfig_json
+            for name in self.bias_names:
+                if prefix + name in state_dict and self._parameters.get(name) is None:  # from a folded batch norm
+                    device = next(iter(self.weights.values())).device
+                    self.set_parameters({name: torch.zeros_like(state_dict[prefix + name], device=device)})
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def quantized_ops(module: nn.Module) -> dict[str, QuantizedOp]:

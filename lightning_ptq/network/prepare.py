@@ -60,8 +60,8 @@ def prepare(module: nn.Module, qconfig: QConfig | str) -> Prepared:
     It shares its parameters with the layers that :meth:`Prepared.undo` puts back.
 
     Args:
-        module: Any module. Swapped are convolutions (1-3 d), transposed convolutions (1-2 d), linear layers, batch
-            norms, layers registered by :func:`~lightning_ptq.network.layers.register_layer`, and derived classes.
+        module: Any module. Convolutions (1-3 d), transposed convolutions (1-2 d), linear layers, batch norms, layers
+            registered by :func:`~lightning_ptq.network.layers.register_layer`, and derived classes are swapped.
         qconfig: What to quantize; a text such as ``"w4a8"`` is parsed.
 
     Raises:
@@ -126,8 +126,8 @@ def _swap(prepared: Prepared) -> list[str]:
 def _check(prepared: Prepared, modules: int) -> None:
     if not prepared.layers:
         raise SurgeryError(
-            f"{type(prepared.module).__name__} has nothing to quantize: no convolution and no linear layer"
-            f" with a weight of its own among its {modules} modules."
+            f"{type(prepared.module).__name__} has nothing to quantize: no layer of a registered class (nn.Conv2d,"
+            f" nn.Linear, ...) with weights of its own among its {modules} modules."
         )
     prepared.qconfig.check_patterns(prepared.layers)
 

@@ -1,4 +1,4 @@
-"""Swapping: a registry of classes that take the place of float ones, and the copies that they are made of."""
+"""Registry of quantized counterparts, and how instances are made from float modules."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_ptq.network.op import QuantizedOp
 
 _REGISTRY: dict[type[nn.Module], type[Swapped]] = {}
-"""Float class to the class that takes its place, also where a class derives from the float class."""
+"""Maps a float class to the class that replaces it and its subclasses."""
 
 
 class Swapped(nn.Module):
@@ -46,7 +46,9 @@ class Swapped(nn.Module):
 def _rebuild(float_class: type[nn.Module]) -> nn.Module:
     counterpart = swapped_class(float_class)
     if counterpart is None:
-        raise TypeError(f"{float_class.__name__} has no quantized counterpart; register it as before it was pickled")
+        raise TypeError(
+            f"{float_class.__name__} has no quantized counterpart. Register it again as before pickling, then load."
+        )
     return cast(nn.Module, counterpart.__new__(counterpart))
 
 

@@ -32,7 +32,7 @@ _PRODUCTS = (
 
 
 RESULT = "<result>"
-"""Stands for what the forward returned, among the names of units."""
+"""Name of the forward's result among the units."""
 
 _READ_BY_PYTHON = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero")
 
@@ -58,15 +58,15 @@ class Event:
 
 @dataclass
 class Trace:
-    """What one forward did.
+    """The record of one forward pass.
 
     Attributes:
         events: All events in order.
         calls: Number of calls of each module.
         layer_order: Quantizable operations in the order of their first call.
         residual: Modules in whose own forward two tensors of the same shape were added.
-        batch_norm_after: For each batch norm that ran exactly once, on the very tensor that an operation put out which
-            ran exactly once: that operation.
+        batch_norm_after: The operation before each batch norm, where both ran once and the norm's input is the
+            operation's own output tensor.
         float_products: (operator, module) of matrix products and convolutions outside any quantizable operation.
         result: Storages of the tensors that the forward returned.
     """
@@ -149,7 +149,7 @@ class _Recorder(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = func._schema.name
         self._record("op", name, storages((args, kwargs)), storages(result))
-        full_name = f"{name}.{func._schema.overload_name}"  # add.Scalar, for example, is no residual connection
+        full_name = f"{name}.{func._schema.overload_name}"  # add.Scalar, for example, is not a residual connection
         if full_name in _ADDS and self.stack and _same_shape(*args[:2]):
             self.trace.residual.add(self.stack[-1])
         if name in _PRODUCTS and self.ops.keys().isdisjoint(self.stack):

@@ -46,7 +46,7 @@ def find_units(
 
     A block is an element of a ``Sequential``, ``ModuleList`` or ``ModuleDict``, or a module whose own forward adds two
     tensors (a residual connection). A module that holds several such elements of one type, as a stage or a backbone
-    does, is no block. Layers outside every block are units of their own.
+    does, is not a block. Layers outside every block are units of their own.
 
     Args:
         module: The calibrated module.

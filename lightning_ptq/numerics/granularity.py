@@ -107,7 +107,7 @@ class GroupScales(ScaleLayout):
     """One scale per group of consecutive input values of an output channel.
 
     The input values of a channel are its weights over input channels and kernel positions, in memory order. Where their
-    number is no multiple of the group size, the last group of each channel is shorter.
+    number is not a multiple of the group size, the last group of each channel is shorter.
 
     Args:
         weight_shape: Shape of the weight.

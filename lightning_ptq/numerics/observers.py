@@ -25,7 +25,7 @@ class MinMaxObserver(Metric):
     """Records the least and the greatest value; ranks merge by minimum and maximum.
 
     Args:
-        spec: The grid that the range is for.
+        spec: Grid whose range is observed.
 
     Example:
         >>> observer = MinMaxObserver(QuantSpec(8, symmetric=False))
@@ -84,9 +84,8 @@ class HistogramObserver(MinMaxObserver):
     def update(self, x: Tensor) -> None:
         """Observe a tensor of any shape; see :meth:`MinMaxObserver.update`."""
         super().update(x)
-        bits = (
-            x.detach().float().reshape(-1).contiguous().view(torch.int16)[1::2]
-        )  # the upper halves, as numbers are little-endian
+        # The upper half of each number is the second one, because numbers are little-endian.
+        bits = x.detach().float().reshape(-1).contiguous().view(torch.int16)[1::2]
         self.counts += torch.bincount(bits.int() + _BINS // 2, minlength=_BINS)
 
     def histogram(self) -> tuple[Tensor, Tensor]:
@@ -139,9 +138,8 @@ class MSEObserver(HistogramObserver):
     def _best(lows: Tensor, highs: Tensor, centres: Tensor, weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         scales, zero_points = choose_qparams(lows, highs, spec)
         errors = []
-        for scale, zero_point in zip(
-            scales.double(), zero_points, strict=True
-        ):  # one by one, to hold one array of bins at a time
+        # One candidate at a time, so that only one array of bins is held.
+        for scale, zero_point in zip(scales.double(), zero_points, strict=True):
             grid = fake_quantize(centres, scale, zero_point, spec.quant_min, spec.quant_max)
             errors.append(grid.sub_(centres).square_().mul_(weight).sum())
         best = int(torch.stack(errors).argmin())

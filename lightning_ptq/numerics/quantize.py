@@ -107,9 +107,8 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, zero_point, q, result = ctx.saved_tensors
         (grad,) = grads
-        grad_x = torch.ops.aten.hardtanh_backward(
-            grad, q, *ctx.bounds
-        )  # the gradient where q is in bounds, in one pass
+        # The gradient where q is in bounds, else 0, in one pass over memory.
+        grad_x = torch.ops.aten.hardtanh_backward(grad, q, *ctx.bounds)
         grad_scale = grad_zero_point = None
         if ctx.needs_input_grad[1]:  # d x̂ / d s is q - z - x / s inside the clamp and q - z outside
             if scale.numel() == 1:

@@ -82,7 +82,7 @@ def inspect_module(
 
 @dataclass(frozen=True)
 class _FloatLayer:
-    """What :class:`LayerFacts` says about a float layer, which quantized layers take the place of later."""
+    """Facts about a float layer, recorded before it is replaced."""
 
     kind: str
     shape: tuple[int, ...]
@@ -134,7 +134,7 @@ def _describe(module: nn.Module) -> dict[str, _FloatLayer]:
         counterpart = swapped_class(type(child))
         if counterpart is not None and issubclass(counterpart, QuantizedOp):
             weights = [getattr(child, weight_name, None) for weight_name in counterpart.weight_names]
-            # A re-parametrized weight is no parameter, but an attribute that is computed.
+            # A re-parametrized weight is a computed attribute, not a parameter.
             shape = next((tuple(weight.shape) for weight in weights if isinstance(weight, Tensor)), ())
             layers[name] = _FloatLayer(type(child).__name__, shape, sum(p.numel() for p in child.parameters()))
     return layers

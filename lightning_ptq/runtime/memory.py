@@ -52,7 +52,7 @@ def disk_room(directory: str | None = None) -> int:
 
 
 def trim_heap() -> None:
-    """Return freed memory that the C library keeps for later to the system; only glibc can, elsewhere nothing happens.
+    """Return unused heap memory to the system. This has an effect with glibc only.
 
     Forwards and tuning steps leave hundreds of megabytes of it, in pieces that do not fit the next allocations.
     """

@@ -44,7 +44,8 @@ def minimize(
         by_rate.setdefault(rate, []).append(variable)
     if not by_rate:
         return
-    # Adam steps all tensors of a rate at once: one after the other they would take a tenth of a step. Same bytes.
+    # One call steps all tensors of a rate. Stepping them one by one would cost a tenth of a step's time. The bytes are
+    # the same.
     groups = [{"params": tensors, "lr": rate} for rate, tensors in by_rate.items()]
     optimizer = torch.optim.Adam(groups, foreach=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

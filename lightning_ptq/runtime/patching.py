@@ -18,7 +18,7 @@ Before = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], None]
 """Function of a module's name, the module, and the positional and keyword arguments of a forward."""
 
 After = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
-"""Function of these and the output; what it returns, unless None, replaces the output."""
+"""Function of the same arguments and the output. A result other than None replaces the output."""
 
 
 @contextmanager
@@ -58,7 +58,7 @@ def hooked(
     Args:
         modules: Modules by the names that the functions are given.
         before: Called before each forward.
-        after: Called after each forward; what it returns, unless None, replaces the output.
+        after: Called after each forward. A result other than None replaces the output.
 
     Example:
         >>> net, seen = nn.Sequential(nn.ReLU(), nn.Tanh()), []
@@ -85,7 +85,10 @@ def hooked(
 
 @contextmanager
 def frozen(module: nn.Module, trained: Iterable[nn.Parameter] = ()) -> Iterator[None]:
-    """Only the parameters in ``trained`` require gradients inside the ``with`` block; afterwards they have none."""
+    """Only the parameters in ``trained`` require gradients inside the ``with`` block.
+
+    Afterwards the ``grad`` of ``trained`` is None.
+    """
     trained = list(trained)
     flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     try:

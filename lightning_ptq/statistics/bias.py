@@ -117,7 +117,7 @@ class _Distillation:
         """Tune the parameters, each at a rate relative to its mean magnitude."""
         if not parameters:
             return
-        # Before the parameters are frozen: targets are those of the float network, whatever the biases become.
+        # Targets come from the float network, so they do not depend on the biases.
         self.targets = float_outputs(self.calibration, self.reader)
         rates = [lr * max(parameter.detach().abs().mean().item(), 1e-8) for parameter in parameters]
         variables = list(zip(parameters, rates, strict=True))

@@ -49,7 +49,8 @@ def watch_outputs(
     statistics: dict[str, ChannelStatistics] = {}
 
     def update(name: str, layer: Any, args: Any, kwargs: Any, output: Tensor) -> None:
-        statistics.setdefault(name, ChannelStatistics(layer.channel_dim(output))).update(output)
+        tensor = layer.output_tensor(output)
+        statistics.setdefault(name, ChannelStatistics(layer.channel_dim(tensor))).update(tensor)
 
     watched = {name: calibration.layers[name] for name in names}
     with hooked(watched, after=update), ops_in_mode(calibration.module, mode):

@@ -166,8 +166,9 @@ class _Normalizer:
     def _statistics(self, unit: Unit, calls: list[list[Call]]) -> ChannelStatistics:
         statistics: ChannelStatistics | None = None
         for call in (call for of_batch in calls for call in of_batch):
-            output = self._run(unit, call)
-            statistics = statistics or ChannelStatistics(unit.layers[unit.name].channel_dim(output))
+            layer = unit.layers[unit.name]
+            output = layer.output_tensor(self._run(unit, call))
+            statistics = statistics or ChannelStatistics(layer.channel_dim(output))
             statistics.update(output)
         return cast(ChannelStatistics, statistics)
 
@@ -183,8 +184,9 @@ class _Normalizer:
         self, name: str, layer: QuantizedOp, statistics: ChannelStatistics, target: tuple[Tensor, Tensor]
     ) -> None:
         """Give the layer's output the target's statistics: ``y · factor + shift`` through its scales and its bias."""
-        if not layer.bias_names:
-            self.changes.skipped[name] = "it has no bias"
+        if not (layer.is_linear and layer.bias_names):
+            why = "it has no bias" if layer.is_linear else "its output is not linear in its weights"
+            self.changes.skipped[name] = why
             return
         mean, deviation = target
         factor, note = _factor(layer, statistics.deviation, deviation)
@@ -218,7 +220,7 @@ class _Normalizer:
         for tensor in (mean, variance):
             self.calibration.prepared.remember(tensor)
         mean.copy_(cast(Tensor, statistics.mean))
-        # As torch does it: running variances are those of the population, estimated without bias.
+        # As in torch, the running variance is the unbiased estimate.
         variance.copy_(statistics.deviation.square() * (statistics.count / max(statistics.count - 1, 1)))
 
 
@@ -234,7 +236,7 @@ def _unfolded(calibration: Calibration) -> list[Unit]:
 
 
 def _factor(layer: QuantizedOp, deviation: Tensor, wanted: Tensor) -> tuple[Tensor, str]:
-    """Return the factor of each channel, and why it is 1 where it is: a channel is constant or cannot change alone.
+    """Return the factor of each channel, and the reason where it is 1.
 
     Args:
         layer: The layer.

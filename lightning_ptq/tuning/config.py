@@ -66,8 +66,7 @@ class ReconstructionConfig:
     loss: str = "squared_error"
 
     def __post_init__(self) -> None:
-        # Lists and null come from YAML files.
-        # YAML and the command line give a list; a tuple keeps the config hashable.
+        # YAML gives a list or null; a tuple keeps the config hashable.
         object.__setattr__(self, "learn", type(self).learn if self.learn is None else tuple(self.learn))
         unknown = [name for name in self.learn if name not in LEARNABLE]
         if unknown:

@@ -87,7 +87,7 @@ def reconstruct_unit(
         seed: Seed of all random choices; the same on all ranks.
         on_step: Called with the number of steps done.
         ranks: Processes that share each step. All of them have the unit, and each shard belongs to one of them.
-        restart: Puts the state in place that tuning starts from, if that is not the state which it has to beat.
+        restart: Sets the state from which tuning starts, if it differs from the state that tuning must improve on.
 
     Returns:
         The errors before and after, and whether the tuned state was kept.

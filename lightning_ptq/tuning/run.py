@@ -29,7 +29,7 @@ OnUnit = Callable[[UnitResult], None]
 
 @dataclass
 class AdaQuantResult:
-    """What :func:`~lightning_ptq.tuning.adaquant.adaquant` returns.
+    """The result of :func:`~lightning_ptq.tuning.adaquant.adaquant`.
 
     Attributes:
         units: A result per unit (and candidate), in the order of the work.

@@ -14,7 +14,10 @@ from lightning_ptq.tuning.run import Run
 
 
 class SequentialRun(Run):
-    """Each unit gets the inputs that it gets in the quantized model; ranks share its steps, each with own shards."""
+    """Each unit gets the inputs that it gets in the quantized model.
+
+    Ranks share its steps: each computes its own shards.
+    """
 
     sequential = True
 

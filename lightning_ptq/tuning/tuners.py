@@ -1,7 +1,7 @@
-"""What is learned of one operation: variables, and the weights, biases and scales that they stand for.
+"""The variables of one operation, and how its weights, biases and scales follow from them.
 
-Everything is tuned in its own unit: weights in steps of their grid, scales relative to themselves. So one set of
-learning rates serves all bit widths from 2 to 8.
+Each variable has a scale of its own: weights are in grid steps, scales relative to themselves. So one set of learning
+rates serves all bit widths from 2 to 8.
 """
 
 from __future__ import annotations

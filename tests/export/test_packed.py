@@ -218,7 +218,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "empty": (write(b""), PackedFileError, "damaged"),
     "garbage": (write(bytes(range(256)) * 40), PackedFileError, "damaged"),
     "pickle": (write(pickle.dumps(Bomb())), PackedFileError, "damaged"),
-    "plain_safetensors": (lambda path: save_file({"a": torch.ones(2)}, path), PackedFileError, "no packed file"),
+    "plain_safetensors": (lambda path: save_file({"a": torch.ones(2)}, path), PackedFileError, "not a packed file"),
     "newer": (
         rewritten(lambda header, metadata, tensors: metadata.update(version=str(FORMAT_VERSION + 1))),
         PackedFileError,
@@ -305,7 +305,7 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("other", OTHERS)
 def test_a_file_of_another_model_is_refused(other: str, packed: Path) -> None:
     net = OTHERS[other]()
-    assert_untouched(net, lambda: load_packed(net, packed), PackedFileError, "of another model")
+    assert_untouched(net, lambda: load_packed(net, packed), PackedFileError, "belongs to another model")
 
 
 def test_what_is_not_quantized_is_not_packed(tmp_path: Path) -> None:

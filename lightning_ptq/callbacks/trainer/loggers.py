@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from lightning_ptq.tuning.reconstruct import UnitResult
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
+    from pytorch_lightning.loggers import Logger
 
 _POINTS = 20  # most points of a unit's curve; each is a call of every logger
 
@@ -90,11 +91,11 @@ def log_end(trainer: Trainer, report: PTQReport, pictures: Mapping[str, bytes]) 
             _log_picture(logger, f"ptq/{key}_plot", picture)
 
 
-def _rank_zero(trainer: Trainer) -> list[Any]:
+def _rank_zero(trainer: Trainer) -> list[Logger]:
     return list(trainer.loggers) if trainer.is_global_zero else []
 
 
-def _is(logger: Any, name: str) -> bool:
+def _is(logger: Logger, name: str) -> bool:
     """True if a class of the logger has this name.
 
     Each of Lightning's two packages has its own logger classes, and importing them would import their dependencies.
@@ -102,11 +103,16 @@ def _is(logger: Any, name: str) -> bool:
     return any(cls.__name__ == name for cls in type(logger).__mro__)
 
 
-def _shows_pictures(logger: Any) -> bool:
+def _experiment(logger: Logger) -> Any:
+    """Return the object that a logger writes to, of the logger's own library."""
+    return cast(Any, logger).experiment
+
+
+def _shows_pictures(logger: Logger) -> bool:
     return hasattr(logger, "log_image") or _is(logger, "TensorBoardLogger")
 
 
-def _log_table(logger: Any, table: ReportTable) -> None:
+def _log_table(logger: Logger, table: ReportTable) -> None:
     if hasattr(logger, "log_table"):
         numeric = table.numeric()
         rows = [[v if n else shown(v) for v, n in zip(row, numeric, strict=True)] for row in table.rows]
@@ -115,29 +121,29 @@ def _log_table(logger: Any, table: ReportTable) -> None:
         # A bar inside a cell would end the cell of the Markdown table.
         lines = [table.headings(), ["---"] * len(table.columns), *table.cells()]
         text = "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
-        logger.experiment.add_text(f"ptq/{table.key}", f"{text}\n\n{table.note}")
+        _experiment(logger).add_text(f"ptq/{table.key}", f"{text}\n\n{table.note}")
 
 
-def _log_picture(logger: Any, key: str, picture: bytes) -> None:
+def _log_picture(logger: Logger, key: str, picture: bytes) -> None:
     from PIL import Image  # a dependency of matplotlib, which drew the picture
 
     image = Image.open(io.BytesIO(picture)).convert("RGB")
     if hasattr(logger, "log_image"):
         logger.log_image(key, [image])
     else:
-        logger.experiment.add_image(key, np.asarray(image), dataformats="HWC")
+        _experiment(logger).add_image(key, np.asarray(image), dataformats="HWC")
 
 
-def _log_histograms(logger: Any, histograms: Mapping[str, Histogram]) -> None:
+def _log_histograms(logger: Logger, histograms: Mapping[str, Histogram]) -> None:
     arrays = {key: (np.asarray(each.counts), np.asarray(each.edges)) for key, each in histograms.items()}
     if _is(logger, "WandbLogger"):
         import wandb
 
-        logger.experiment.log({key: wandb.Histogram(np_histogram=pair) for key, pair in arrays.items()})
+        _experiment(logger).log({key: wandb.Histogram(np_histogram=pair) for key, pair in arrays.items()})
     elif _is(logger, "TensorBoardLogger"):
         for key, (counts, edges) in arrays.items():
             centres = (edges[1:] + edges[:-1]) / 2
-            logger.experiment.add_histogram_raw(
+            _experiment(logger).add_histogram_raw(
                 key, min=edges[0], max=edges[-1], num=counts.sum(), sum=(counts * centres).sum(),
                 sum_squares=(counts * centres**2).sum(), bucket_limits=edges[1:].tolist(),
                 bucket_counts=counts.tolist(),

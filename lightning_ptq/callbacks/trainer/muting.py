@@ -53,7 +53,7 @@ def calibration_forward(module: LightningModule, step: Step) -> Forward:
     else:
         raise CalibrationError(f"step must be 'training', 'predict' or a function of module and batch, got {step!r}.")
 
-    def forward(root: Any, batch: Any) -> Any:
+    def forward(root: nn.Module, batch: Any) -> Any:
         with _optimization_refused(root):
             return run(root, batch)
 

@@ -13,6 +13,7 @@ from lightning_ptq.runtime.progress import Progress, no_progress
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
+    from pytorch_lightning.callbacks import ProgressBar
 
 _PAUSE = 10.0  # seconds between two lines
 
@@ -35,7 +36,7 @@ def progress_task(trainer: Trainer, title: str, check_stop: Callable[[], None]) 
         yield report
 
 
-def _task(bar: Any, title: str) -> AbstractContextManager[Progress]:
+def _task(bar: ProgressBar | None, title: str) -> AbstractContextManager[Progress]:
     """Return a task that suits the kind of progress bar and the output."""
     rich = getattr(bar, "progress", None)
     if bar is None or not getattr(bar, "is_enabled", False):

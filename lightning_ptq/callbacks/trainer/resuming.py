@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.errors import ProgressWarning, warn
 from lightning_ptq.runtime.journal import NO_JOURNAL, Journal
 from lightning_ptq.runtime.ranks import digest
+
+if TYPE_CHECKING:
+    from lightning_ptq.callbacks.base import PTQCallback
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +43,9 @@ class Journals:
         ProgressWarning: If the folder holds only entries of another run.
     """
 
-    def __init__(self, folder: Path, calibration: Calibration, stages: Sequence[Any]) -> None:
+    def __init__(self, folder: Path, calibration: Calibration, stages: Sequence[PTQCallback]) -> None:
         self.folder = folder
-        self._stages: list[tuple[Any, Journal]] = []
+        self._stages: list[tuple[PTQCallback, Journal]] = []
         # Each fingerprint includes the one before, so a changed setting invalidates its stage and all later ones only.
         chained = fingerprint(calibration)
         for stage in stages:
@@ -59,7 +62,7 @@ class Journals:
                 stacklevel=2,
             )
 
-    def of(self, stage: Any) -> Journal:
+    def of(self, stage: PTQCallback) -> Journal:
         """Return the journal of a callback."""
         return next((journal for callback, journal in self._stages if callback is stage), NO_JOURNAL)
 
@@ -86,12 +89,12 @@ def fingerprint(calibration: Calibration) -> str:
     return checksum.hexdigest()
 
 
-def settings_of(callback: Any) -> dict[str, Any]:
+def settings_of(callback: PTQCallback) -> dict[str, Any]:
     """Return the settings of a callback, by attribute name."""
     return {k: v for k, v in sorted(vars(callback).items()) if not k.startswith("_") and k not in _NO_SETTING}
 
 
-def settings(callback: Any) -> str:
+def settings(callback: PTQCallback) -> str:
     """Return the settings of a callback as text."""
     return f"{callback.role} { {key: _as_text(value) for key, value in settings_of(callback).items()} }"
 

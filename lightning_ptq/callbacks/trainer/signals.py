@@ -47,7 +47,7 @@ class StopRequest:
         Args:
             world: Number of processes.
         """
-        # Python allows the main thread alone to set handlers.
+        # Only the main thread may set handlers.
         if threading.current_thread() is not threading.main_thread():
             yield
             return
