@@ -31,7 +31,7 @@ class SampleList(list[Any]):
 class Batch:
     """A batch of any structure.
 
-    Containers are lists, tuples, mappings and dataclasses. Everything else is a leaf, such as a ``TensorDict`` or graph.
+    Containers are lists, tuples, mappings and dataclasses. Everything else is a leaf, like a ``TensorDict`` or a graph.
 
     A column is a tensor with one row per sample, or a list with one entry per sample. A list has one entry per sample
     if it holds strings, images, or records (dictionaries, for example) that cannot be collated columns. Tensors are

@@ -22,7 +22,7 @@ from lightning_ptq.runtime.patching import attributes
 from lightning_ptq.tuning.config import ReconstructionConfig
 
 if TYPE_CHECKING:
-    from pytorch_lightning import LightningModule, Trainer
+    from pytorch_lightning import Trainer
 
 
 def inspect(
@@ -84,8 +84,7 @@ def inspect(
         preflight = inspect_module(module, batch, forward=forward, **settings)
     if trainer is None:
         return preflight
-    hazards = find_hazards(trainer, cast("LightningModule", module), preflight)
-    return replace(preflight, hazards=[*preflight.hazards, *hazards])
+    return replace(preflight, hazards=[*preflight.hazards, *find_hazards(trainer, cast(Any, module), preflight)])
 
 
 def _is_lightning(module: nn.Module) -> bool:
