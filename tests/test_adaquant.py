@@ -135,7 +135,7 @@ def test_a_bias_that_was_added_is_there_again_when_tuning_is_taken_back():
     net = nn.Sequential(nn.Linear(4, 8, bias=False), nn.ReLU(), nn.Linear(8, 2))
     calibration = calibrate(net, [torch.randn(32, 4)], QConfig.parse("w4a8", first_last_bits=None))
     layer = calibration.layers["0"]
-    layer.set_weight(layer.weight, torch.full((8,), 1e-4), keep_weight=True)
+    layer.set_parameters({"bias": torch.full((8,), 1e-4)})
     with pytest.warns(RolledBackWarning):
         result = adaquant(calibration, granularity="layer", config=ReconstructionConfig(steps=2, weight_lr=1e6))
     assert not result.units[0].accepted

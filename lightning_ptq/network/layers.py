@@ -132,6 +132,7 @@ def register_layer(float_class: type[nn.Module], *, channel_dim: int = 0) -> Cal
         QConfigError: If ``float_class`` is not a module class.
 
     Example:
+        >>> import torch
         >>> class Transposed(nn.Module):
         ...     def __init__(self, inputs, outputs):
         ...         super().__init__()

@@ -187,7 +187,7 @@ def own_sampler(root: Any, shuffle: bool) -> Any:
         def on_train_epoch_end(self, *_: Any) -> None:
             calibration = capture.calibration
             found.append((calibration.samples, torch.cat([batch[0] for batch in calibration.batches])))
-            found.append(int(calibration.observers["net.0"].counts.sum()))
+            found.append(int(calibration.observers["net.0", "input"].counts.sum()))
 
     trainer(pl, root, capture, Look(), strategy="ddp", devices=2, use_distributed_sampler=False).fit(
         module, DataLoader(data, 4, sampler=sampler)
