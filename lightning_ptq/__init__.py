@@ -43,6 +43,7 @@ __all__ = [
     "CalibrationCapture",
     "Calibrator",
     "Candidates",
+    "Choices",
     "Cost",
     "Frontier",
     "LayerQConfig",

@@ -194,7 +194,7 @@ KINDS: dict[str, tuple[Any, int, Any]] = {
     "photos": (PHOTOS, 2, PHOTOS[1:]),
     "one photo": (PHOTOS[:1], 1, []),
     "photos of one size": ([PHOTOS[0]] * 4, 4, PHOTOS[:1]),
-    "bytes of photos": ([tensor(1, 6, 6, dtype=U8), tensor(1, 6, 5, dtype=U8)], 2, [tensor(1, 6, 5, dtype=U8)]),
+    "bytes of photos": ([tensor(1, 6, 6, dtype=U8), tensor(1, 5, 5, dtype=U8)], 2, [tensor(1, 5, 5, dtype=U8)]),
     **{
         name: (planes, len(planes[0]), type(planes)(p[1:2] for p in planes))
         for name, planes in {
@@ -251,7 +251,7 @@ def test_some_samples_can_be_taken_or_the_batch_is_not_divisible(kind):
 
 
 def test_a_part_of_a_list_of_samples_is_read_as_one_where_its_content_does_not_show_it():
-    gray = [tensor(1, 9, height) for height in (5, 6, 6)]
+    gray = [tensor(1, side, side) for side in (5, 6, 6)]
     for data in (gray, (tuple(gray), ("a", "b", "c")), [{"image": image} for image in gray]):
         part = Batch(data).rows(slice(1, 3))
         assert Batch(part).samples == 2
@@ -301,9 +301,9 @@ def test_sparse_tensors_and_objects_are_not_copied():
 
 
 NOTHING_TO_COUNT = [
-    *(None, 3, "text", b"text", torch.tensor(3.0), object(), torch.zeros(0, 3)),
+    *(None, 3, "text", b"text", torch.tensor(3.0), object()),
     *([], (), {}, deque(), Encoding(), [[]], ([], []), {"a": []}, [{}], [1, 2], [None], ("a", 1)),
-    *(Named(1, 2), Known(X, 0), TensorMap({}, [])),
+    *(Named(1, 2), TensorMap({}, [])),
 ]
 
 
@@ -434,7 +434,7 @@ def dealt(samples: list[Any], world: int, collate: Any, size: int) -> list[list[
     return [[collate(of_rank[i : i + size]) for i in range(0, len(of_rank), size)] for of_rank in own]
 
 
-IMAGES = [tensor(3, 8, 8 + i) + i for i in range(7)]
+IMAGES = [tensor(3, 8 + i, 8 + i) + i for i in range(7)]
 COLLATE = {
     "tensors": lambda indices: [torch.stack([X[0] + i for i in indices]), torch.tensor(indices)],
     "encoding": lambda indices: Encoding(ids=torch.stack([X[0] + i for i in indices])),
@@ -480,7 +480,7 @@ class Detector(nn.Module):
         return torch.cat([self.net(image[None]).mean((2, 3)) for image in images])
 
 
-PICTURES = [seeded(i, 3, 8 + i, 16 - i) * (i + 1) for i in range(5)]
+PICTURES = [seeded(i, 3, 8 + i, 8 + i) * (i + 1) for i in range(5)]
 
 
 @pytest.mark.parametrize("collate", [lambda p: p, lambda p: (p, [{"id": 1}] * len(p))], ids=["images", "with targets"])
@@ -524,3 +524,17 @@ def test_packed_sequences_are_calibrated_on_whole():
     )
     assert calibration.samples == 4
     assert calibration.run(0).shape == (4, 2)
+
+
+@pytest.mark.parametrize("columns", [((48, 8), (48, 8)), ((48, 8), (24, 5)), ((32, 8), (32, 32)), ((48, 5), (48, 5))])
+@pytest.mark.parametrize("rows", [1, 3, 4, 32])
+def test_columns_of_sequences_are_no_images_whatever_their_number_of_rows(columns, rows):
+    batch = Batch([tensor(rows, *shape) for shape in columns])
+    assert batch.samples == rows
+    assert len(batch.rows(slice(0, 1))[1]) == 1
+
+
+def test_a_batch_of_no_rows_counts_as_none():
+    assert Batch(torch.zeros(0, 3)).samples == 0
+    net, x = nn.Sequential(nn.Linear(3, 2)).eval(), torch.ones(4, 3)
+    assert calibrate(net, [x, x[:0]], "w4a8").samples == 4

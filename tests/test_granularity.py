@@ -215,3 +215,20 @@ def test_observer_and_signed_scales_survive_a_state_dict_and_a_packed_file(tmp_p
     prepare(reloaded, "w8a8")
     reloaded.load_state_dict(copy.deepcopy(net.state_dict()))
     assert loaded.stem.qconfig == reloaded.stem.qconfig == expected
+
+
+def test_a_group_of_all_inputs_or_more_is_the_whole_channel() -> None:
+    rows = {}
+    for group in (None, 40, 64):
+        layer = swapped_class(nn.Linear).from_float(build(lambda: nn.Linear(40, 4)))
+        spec = QuantSpec(4, per_channel=True, group_size=group, observer="percentile", percentile=90.0)
+        layer.attach(LayerQConfig(spec, None))
+        layer.choose_weight_scales()
+        rows[group] = layer.weight_fake_quant.scale.flatten()
+    assert torch.equal(rows[40], rows[None])
+    assert torch.equal(rows[64], rows[None])
+
+
+def test_an_activation_has_no_groups() -> None:
+    with pytest.raises(QConfigError, match="activations have one scale per tensor"):
+        LayerQConfig(QuantSpec(4), QuantSpec(8, group_size=2))

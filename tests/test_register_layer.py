@@ -24,6 +24,7 @@ from lightning_ptq import (
     para_normalize,
     register_layer,
     save_packed,
+    tune_bias,
 )
 from lightning_ptq.errors import QConfigError, SurgeryError
 from lightning_ptq.network import swapping
@@ -173,3 +174,38 @@ def test_a_class_may_name_its_tensors_and_count_its_work() -> None:
 def test_what_is_no_module_class_is_refused(what: Any) -> None:
     with pytest.raises(QConfigError, match="takes a module class"):
         register_layer(what)
+
+
+def test_the_decorator_keeps_the_channel_dimension_and_a_bad_one_is_refused() -> None:
+    @register_layer(Gain, channel_dim=1)
+    class QuantGain(QuantLayer, Gain):
+        weight_names = ("kernel",)
+        bias_names = ("offset",)
+
+    assert QuantGain.output_channel_dim == 1
+    with pytest.raises(QConfigError, match="channel_dim must be 0 or more"):
+        register_layer(Gain, channel_dim=-1)
+
+
+class Bare(nn.Module):
+    """A layer that has no bias, takes keywords, and names its input second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(8))
+
+    def forward(self, x: Tensor, gain: Tensor | None = None) -> Tensor:
+        y = nn.functional.linear(x, self.weight)
+        return y if gain is None else gain * y
+
+
+def test_a_layer_without_a_bias_gets_none_and_its_first_parameter_is_its_input() -> None:
+    register_layer(Bare)
+    net = nn.Sequential(Bare(), nn.ReLU(), Bare()).eval()
+    calibration = calibrate(net, [seeded(0, 64, 8)], QConfig.parse("w3a8", first_last_bits=None))
+    result = para_normalize(calibration, every_layer=True, measure="mse", held_out=0.0)
+    assert set(result.skipped.values()) == {"it has no bias"}
+    assert tune_bias(calibration, measure="mse", steps=3).layers == ()
+    assert "0.bias" not in net.state_dict()
+    x, gain = seeded(1, 2, 8), torch.full((1,), 7.0)
+    assert torch.equal(net[0](gain=gain, x=x), net[0](x, gain))

@@ -107,6 +107,7 @@ CHANGES = {
     "state dict": lambda layer: layer.load_state_dict(
         {key: value * 0.5 if key == "weight" else value for key, value in copy.deepcopy(layer.state_dict()).items()}
     ),
+    "data in place, then eval": lambda layer: (layer.weight.data.mul_(0.5), layer.eval()),
     "dtype and back": lambda layer: (layer.double(), halve(layer.weight), layer.float()),
 }
 
@@ -181,3 +182,67 @@ def test_a_transformer_serves_from_several_threads() -> None:
         with ThreadPoolExecutor(6) as pool:
             found = list(pool.map(lambda i: net(**batches[i % 3]), range(60)))
     assert all(torch.equal(output, expected[index % 3]) for index, output in enumerate(found))
+
+
+def test_views_of_one_storage_are_told_apart() -> None:
+    layers = [quantized() for _ in range(3)]
+    for index, net in enumerate(layers):
+        net.stem.weight.data /= 1 + index
+    base = copy.deepcopy(layers[0])
+    params, buffers = torch.func.stack_module_state(layers)
+    with torch.no_grad():
+        for index, net in enumerate(layers):
+            state = {k: v[index] for k, v in (params | buffers).items()}
+            assert torch.equal(torch.func.functional_call(base, state, (X,)), net(X))
+
+
+def test_training_steps_between_evaluations_are_noticed() -> None:
+    net = quantized()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, fused=True)  # fused kernels leave the version counter alone
+    for _ in range(2):
+        net.train()
+        optimizer.zero_grad()
+        net(X).square().sum().backward()
+        optimizer.step()
+        net.eval()
+        with torch.no_grad():
+            assert torch.equal(net(X), copy.deepcopy(net)(X))
+
+
+def test_a_forward_that_changes_its_weight_in_place_sees_the_same_weight_every_time() -> None:
+    class Doubling(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                weight = self.weight.mul_(2)
+            return nn.functional.linear(x, weight, self.bias)
+
+    net = nn.Sequential(Doubling(4, 4)).eval()
+    calibrate(net, [seeded(0, 16, 4)], QConfig.parse("w4", first_last_bits=None)).release()
+    x = seeded(1, 2, 4)
+    with torch.no_grad():
+        expected = net(x)
+        assert all(torch.equal(net(x), expected) for _ in range(3))
+
+
+def test_hooks_of_a_quantizer_run_every_time_and_tracing_keeps_nothing() -> None:
+    net, calls = quantized(), []
+    handle = net.stem.weight_fake_quant.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        for _ in range(3):
+            net(X)
+        handle.remove()
+        assert len(calls) == 3
+        traced = torch.jit.trace(quantized(), (X,))
+        torch.testing.assert_close(traced(X), net(X))
+
+
+def test_pruned_and_replicated_layers_compute() -> None:
+    net = quantized()
+    with torch.no_grad():
+        expected = net(X)
+        replica = net.stem._replicate_for_data_parallel()
+        for name, tensor in net.stem.named_parameters(recurse=False):
+            setattr(replica, name, tensor.detach().clone())
+        assert torch.equal(replica(X), net.stem(X))
+        nn.utils.prune.l1_unstructured(net.stem, "weight", 5)
+        assert not torch.equal(net(X), expected)

@@ -36,8 +36,8 @@ class Batch:
     A column is a tensor with one row per sample, or a list with one entry per sample. A list has one entry per sample
     if it holds strings, images, or records (dictionaries, for example) that cannot be collated columns. Tensors are
     images if all have three dimensions, the same 1 or 3 channels, the same floating or uint8 type, and different
-    widths. With equal widths they must have at least 8 x 8 pixels, and with equal sizes 3 channels too. Any other list
-    is a list of columns, as a ``DataLoader`` makes from samples that are tuples.
+    sizes: all square, or of at least 16 x 16 pixels. Images of one size must be square, of at least 8 x 8 pixels and
+    3 channels. Any other list is a list of columns, as a ``DataLoader`` makes from samples that are tuples.
 
     Args:
         data: The batch as the data loader returned it. It is never changed.
@@ -61,9 +61,9 @@ class Batch:
         nothing else implies a number.
 
         Raises:
-            CalibrationError: If nothing implies a number, or there are no samples.
+            CalibrationError: If nothing implies a number.
         """
-        if self._count is None or self._count < 1:
+        if self._count is None:
             raise CalibrationError(
                 f"a calibration batch of type {type(self.data).__name__} holds no tensor or list with samples to count."
                 " Return tensors (bare, or in tuples, lists, dicts or dataclasses) from the loader."
@@ -241,10 +241,10 @@ def _are_images(entries: Sequence[Any]) -> bool:
     dtype, channels = kinds.pop()
     if kinds or channels not in _CHANNELS or not (dtype.is_floating_point or dtype == torch.uint8):
         return False
-    # Columns of sequences, (batch, time, features), may have these shapes too, but share their features.
+    # Columns of sequences, (batch, time, features), have such shapes too, but are not square.
     sizes = {tuple(entry.shape[1:]) for entry in entries}
-    widths = {width for _, width in sizes}
-    return len(widths) > 1 or (min(map(min, sizes)) >= _SIDE and (len(sizes) > 1 or channels == 3))
+    square, side = all(height == width for height, width in sizes), min(map(min, sizes))
+    return square and side >= _SIDE and channels == 3 if len(sizes) == 1 else square or side >= 2 * _SIDE
 
 
 def _are_records(entries: Sequence[Any], also: type | tuple[type, ...] = ()) -> bool:

@@ -64,6 +64,7 @@ class AdaQuantLayerwise(StepCallback):
         granularity: UnitKind = "block",
         blocks: BlockRule | None = None,
         candidates: list[str] | None = None,
+        *,
         memory_limit: str | int = DEFAULT_MEMORY_LIMIT,
         seed: int = 0,
         **options: Any,

@@ -269,10 +269,9 @@ class _Fit:
         state = module.state_dict()
         expected = set(float_keys(module, self.entries, self.folded))
         given = set(self.tensors) - self.packed_keys()
-        # A folded batch norm gives the layer before it a bias that the float layer may not have.
+        # Folded batch norms and statistics tuning give layers biases that the float layers may not have.
         biases = {state_key(name, bias) for name in self.entries for bias in layers[name].bias_names}
-        optional = biases if self.folded else set()
-        if wrong := sorted((expected - given) | (given - expected - optional)):
+        if wrong := sorted((expected - given) | (given - expected - biases)):
             raise self.other_model(f"{wrong[:4]} are in one and not in the other")
         if wrong := sorted(key for key in given & set(state) if state[key].shape != self.tensors[key].shape):
             raise self.other_model(f"{wrong[:4]} have other shapes")

@@ -7,6 +7,7 @@ layer and bring their own ``forward`` (static "same" padding, for example) keep 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -15,11 +16,18 @@ from torch import Tensor, nn
 from lightning_ptq.errors import QConfigError
 from lightning_ptq.network.op import QuantizedOp
 from lightning_ptq.network.swapping import ReplaceableTensor, Swapped, register_swap, tensors_replaced
-from lightning_ptq.network.trace import first_argument
 from lightning_ptq.numerics.fake_quantize import FakeQuantize
 from lightning_ptq.numerics.granularity import ChannelLayout
 
 Kind = TypeVar("Kind", bound="type[QuantLayer]")
+
+
+def _first_keyword(layer: nn.Module, kwargs: dict[str, Any]) -> str:
+    """Return the keyword that comes first among the parameters of the float class's forward."""
+    bases = type(layer).__mro__
+    float_class: Any = next(base for base in bases if not issubclass(base, Swapped) and base is not QuantizedOp)
+    parameters = list(inspect.signature(float_class.forward).parameters)[1:]
+    return next((name for name in parameters if name in kwargs), next(iter(kwargs)))
 
 
 def _keep_slow_path(module: nn.Module, args: Any) -> None:
@@ -56,6 +64,8 @@ class QuantLayer(Swapped, QuantizedOp):
         self.init_op()
         for name in (*self.weight_names, *self.input_names):
             setattr(self, f"{name}_fake_quant", None)
+        # A class that has no bias at all would ignore one; nn.Linear(bias=False) has an empty one, and can get it.
+        self.__dict__["bias_names"] = tuple(name for name in self.bias_names if name in self._parameters)
         self.register_forward_pre_hook(_keep_slow_path)
 
     def channels(self, name: str) -> ChannelLayout:
@@ -80,8 +90,8 @@ class QuantLayer(Swapped, QuantizedOp):
                 places[name] = position
             elif name in kwargs:
                 places[name] = name
-            elif len(self.input_names) == 1 and kwargs:  # under whichever name the float class gives its input
-                places[name] = next(iter(kwargs))
+            elif len(self.input_names) == 1 and kwargs:  # the float class may name its input differently
+                places[name] = _first_keyword(self, kwargs)
         return places
 
     def macs(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> float:
@@ -129,7 +139,7 @@ def register_layer(float_class: type[nn.Module], *, channel_dim: int = 0) -> Cal
         A class decorator, which may be left unused.
 
     Raises:
-        QConfigError: If ``float_class`` is not a module class.
+        QConfigError: If ``float_class`` is not a module class, or ``channel_dim`` is negative.
 
     Example:
         >>> import torch
@@ -147,10 +157,14 @@ def register_layer(float_class: type[nn.Module], *, channel_dim: int = 0) -> Cal
     """
     if not (isinstance(float_class, type) and issubclass(float_class, nn.Module)):
         raise QConfigError(f"register_layer takes a module class, got {float_class!r}. Write register_layer(MyLayer).")
+    if not (isinstance(channel_dim, int) and channel_dim >= 0):
+        raise QConfigError(f"channel_dim must be 0 or more, got {channel_dim!r}. Count the dimensions from the first.")
     name = f"{QuantLayer.prefix}{float_class.__name__}"
     register_swap(float_class, type(name, (QuantLayer, float_class), {"output_channel_dim": channel_dim}))
 
     def decorate(quantized: Kind) -> Kind:
+        if "output_channel_dim" not in vars(quantized):
+            quantized.output_channel_dim = channel_dim
         register_swap(float_class, quantized)
         return quantized
 
@@ -184,7 +198,7 @@ class _Transposed(QuantLayer):
     def macs(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> float:
         """Return the multiply-accumulates of a call: every weight is used once per input position."""
         weight = self.weights["weight"]
-        return weight.numel() * (cast(Tensor, first_argument(args, kwargs)).numel() / weight.shape[0])
+        return weight.numel() * (cast(Tensor, self.input_tensors(args, kwargs)["input"]).numel() / weight.shape[0])
 
 
 @register_layer(nn.ConvTranspose1d)

@@ -100,7 +100,9 @@ class QuantizedOp(nn.Module):
     @property
     def weights(self) -> dict[str, Tensor]:
         """The weights by name."""
-        return {name: cast(Tensor, self._parameters[name]) for name in self.weight_names}
+        # Replicas of DataParallel, pruning and parametrizations have a plain attribute in place of the parameter.
+        parameters = {name: self._parameters.get(name) for name in self.weight_names}
+        return {name: cast(Tensor, getattr(self, name) if p is None else p) for name, p in parameters.items()}
 
     @property
     def weight_count(self) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -191,7 +192,9 @@ def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def storages(tree: Any) -> tuple[int, ...]:
     """Return keys of the storages of all tensors in a nested structure."""
-    return tuple(leaf.untyped_storage()._cdata for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    # Sparse tensors have no storage, so their values are not followed.
+    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.layout is torch.strided)
+    return tuple(leaf.untyped_storage()._cdata for leaf in tensors)
 
 
 def _same_shape(left: Any, right: Any) -> bool:

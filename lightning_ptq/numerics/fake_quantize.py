@@ -36,7 +36,7 @@ class FakeQuantize(nn.Module):
         self.register_buffer("zero_point", torch.zeros(layout.shape, dtype=torch.int32))
         self.drop: Callable[[Tensor, Tensor], Tensor] | None = None
         self.enabled = True
-        self._cached: tuple[tuple[Any, ...], tuple[Tensor, ...], Tensor] | None = None
+        self._cached: tuple[tuple[Any, ...], tuple[Tensor, ...], Tensor, int] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize ``x``; same shape and dtype."""
@@ -49,8 +49,8 @@ class FakeQuantize(nn.Module):
     def constant(self, x: Tensor) -> Tensor:
         """Fake-quantize a weight, and keep the result until the weight or its grid changes.
 
-        Writes in place are noticed, except through ``x.data``, which hides them from autograd's version counter. Where
-        gradients are wanted, and while torch traces or compiles, nothing is kept.
+        Writes in place are noticed, except through ``x.data``, which hides them from autograd's version counter; after
+        those, call :meth:`train`. Where gradients are wanted, and while torch traces or compiles, nothing is kept.
 
         Args:
             x: The weight.
@@ -58,26 +58,37 @@ class FakeQuantize(nn.Module):
         if not self._keeps(x):
             self._cached = None
             return cast(Tensor, self(x))
-        sources = (x, self.scale, self.zero_point)
-        key = (x.dtype, *((tensor.untyped_storage()._cdata, tensor._version) for tensor in sources))
+        try:
+            sources = (x, self.scale, self.zero_point)
+            key = (self.spec, x.dtype, x.shape, x.stride(), *map(_identity, sources))
+        except (NotImplementedError, RuntimeError):  # tensors without a storage, such as those of vmap
+            return cast(Tensor, self(x))
         cached = self._cached  # read once: another thread may replace it
-        if cached is not None and cached[0] == key:
+        if cached is not None and cached[0] == key and cached[2]._version == cached[3]:
             return cached[2]
         with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be used outside that mode
             y: Tensor = self(x)
             if type(y) is Tensor:  # a fake tensor of torch.export must not outlive its tracing
-                # The aliases keep the storages alive, so that no address in the key is reused.
-                self._cached = (key, tuple(tensor.detach() for tensor in sources), y)
+                # The aliases keep the storages alive, so that no address in the key is reused. The version of the
+                # result tells whether a forward has changed it in place.
+                self._cached = (key, tuple(tensor.detach() for tensor in sources), y, y._version)
         return y
 
     def _keeps(self, x: Tensor) -> bool:
         """Return True if the quantized ``x`` may be kept for later calls."""
-        if not self.enabled or self.drop is not None or torch.compiler.is_compiling():
+        if not self.enabled or self.drop is not None or torch.compiler.is_compiling() or torch._C._is_tracing():
+            return False
+        if self._forward_hooks or self._forward_pre_hooks:  # they expect every call
             return False
         tensors = (x, self.scale, self.zero_point)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return False
         return all(type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference() for tensor in tensors)
+
+    def train(self, mode: bool = True) -> FakeQuantize:
+        """Switch to train or eval mode, and forget the kept tensor: the weight may have changed unnoticed."""
+        self._cached = None
+        return super().train(mode)
 
     def integers(self, x: Tensor) -> Tensor:
         """Return the integers of ``x`` on the grid, as floats; same shape."""
@@ -101,3 +112,8 @@ class FakeQuantize(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Leave the kept tensor out of copies and pickles."""
         return {**self.__dict__, "_cached": None}
+
+
+def _identity(tensor: Tensor) -> tuple[int, int, int]:
+    """Return what changes when a tensor gets another storage, another place in it, or other values."""
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tensor._version

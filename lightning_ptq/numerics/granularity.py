@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -116,11 +117,12 @@ class GroupScales(ScaleLayout):
     """
 
     def __init__(self, weight_shape: Sequence[int], channels: ChannelLayout, size: int) -> None:
-        self.weight_shape, self.channels, self.size = tuple(weight_shape), channels, size
+        self.weight_shape, self.channels = tuple(weight_shape), channels
         self.outputs = channels.count(weight_shape)
         self.inputs = prod(weight_shape) // max(1, self.outputs)
-        self.padding = -self.inputs % size  # zeros that fill the last group
-        self.shape = (self.outputs, (self.inputs + self.padding) // size, 1)
+        self.size = max(1, min(size, self.inputs))  # a larger group is the whole channel
+        self.padding = -self.inputs % self.size  # zeros that fill the last group
+        self.shape = (self.outputs, (self.inputs + self.padding) // self.size, 1)
 
     def split(self, x: Tensor) -> Tensor:
         """See :class:`ScaleLayout`."""
@@ -130,7 +132,7 @@ class GroupScales(ScaleLayout):
         else:
             x = x.movedim(dim, 0)
         rows = x.reshape(self.outputs, self.inputs)
-        # A zero stays a zero on every grid and widens no range.
+        # A zero stays a zero on every grid.
         rows = F.pad(rows, (0, self.padding)) if self.padding else rows
         return rows.reshape(self.outputs, -1, self.size)
 
@@ -147,8 +149,12 @@ class GroupScales(ScaleLayout):
         return rows.reshape(outputs, *shape).movedim(0, dim)
 
     def rows(self, x: Tensor) -> Tensor:
-        """See :class:`ScaleLayout`; the last row of a channel may end in zeros."""
-        return self.split(x).reshape(-1, self.size)
+        """See :class:`ScaleLayout`; the last row of a channel repeats its values where it is shorter."""
+        groups = self.split(x)
+        if self.padding:  # zeros would count as values of the weight, in percentiles for example
+            repeated = torch.arange(self.size, device=x.device) % (self.size - self.padding)
+            groups = torch.cat([groups[:, :-1], groups[:, -1:, repeated]], 1)
+        return groups.reshape(-1, self.size)
 
     def of_channels(self, values: Tensor) -> Tensor | None:
         """See :class:`ScaleLayout`."""

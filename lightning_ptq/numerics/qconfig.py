@@ -22,6 +22,9 @@ class LayerQConfig:
         weight: Spec of the layer's weights.
         activation: Spec of its inputs; None where only weights are quantized.
 
+    Raises:
+        QConfigError: If the activation has a group size.
+
     Example:
         >>> [str(LayerQConfig.parse(text)) for text in ("w4a8", "w4", "w4g64a8")]
         ['w4a8', 'w4', 'w4g64a8']
@@ -29,6 +32,13 @@ class LayerQConfig:
 
     weight: QuantSpec
     activation: QuantSpec | None
+
+    def __post_init__(self) -> None:
+        if self.activation is not None and self.activation.group_size is not None:
+            raise QConfigError(
+                f"activations have one scale per tensor, got group_size={self.activation.group_size}. Leave group_size"
+                " out of the activation's spec; it is for weights."
+            )
 
     @classmethod
     def parse(cls, text: str) -> LayerQConfig:
