@@ -31,6 +31,8 @@ from lightning_ptq.tuning.run import AdaQuantResult
 if TYPE_CHECKING:
     from lightning_ptq.callbacks import AdaQuantLayerwise, BitAllocator, CalibrationCapture, StatsTuning, inspect
 
+Choices = Candidates  # its former name
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -86,6 +88,4 @@ def __getattr__(name: str) -> Any:
         from lightning_ptq import callbacks
 
         return getattr(callbacks, name)
-    if name == "Choices":  # its former name
-        return Candidates
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
