@@ -25,6 +25,10 @@ class CalibrationError(PTQError, RuntimeError):
     """A calibration pass that cannot continue: no data, NaN in a batch, or a step that trains."""
 
 
+class UnitError(PTQError, RuntimeError):
+    """A layer or block that cannot be tuned; its message says why."""
+
+
 class SensitivityError(PTQError, RuntimeError):
     """A sensitivity that cannot be measured: no loss, a loss of NaN, or an output that is not a tensor."""
 
@@ -78,6 +82,15 @@ class UnreachedLayerWarning(PTQWarning):
     )
 
 
+class UnrepeatableForwardWarning(PTQWarning):
+    """A calibration forward that computes something else when it runs on the same batch again."""
+
+    remedy = (
+        "Give CalibrationCapture a step= that depends on its batch only: without clocks, files, counters outside the"
+        " module, or operators that are not deterministic."
+    )
+
+
 class UnfoldedBatchNormWarning(PTQWarning):
     """A batch norm that could not be folded: it stays a float layer of its own."""
 
@@ -123,10 +136,37 @@ class RolledBackWarning(PTQWarning):
     )
 
 
+class UntunableUnitWarning(PTQWarning):
+    """A block that cannot be tuned as a whole, or a layer that cannot be tuned at all."""
+
+    remedy = (
+        "Nothing is wrong: the layers of such a block are tuned one by one, and others keep their initial quantization."
+        " Choose other blocks (blocks=), or give these layers more bits by overrides."
+    )
+
+
 class UnprovenAllocationWarning(PTQWarning):
     """A bit allocation that the solver has not proven optimal within its time limit."""
 
     remedy = "Raise time_limit; the gap bounds the possible improvement."
+
+
+class ChangedAfterwardsWarning(PTQWarning):
+    """A quantized module that another callback changed at the end of ``fit``, after it was tuned."""
+
+    remedy = (
+        "Leave out the callback that changes it, such as one that restores an average of the weights; or load"
+        " quantized.ckpt."
+    )
+
+
+class RepeatedSamplesWarning(PTQWarning):
+    """Calibration samples that several ranks were given alike."""
+
+    remedy = (
+        "Give each rank its own samples: in __iter__ of an IterableDataset take every world_size-th sample from rank on"
+        " (itertools.islice), or use a map-style dataset, which Lightning distributes."
+    )
 
 
 class ReportWarning(PTQWarning):
@@ -168,3 +208,15 @@ def noted_warnings(notes: list[PTQWarning], first: bool = True) -> Iterator[None
         yield
     finally:
         _notes.reset(token)
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Append a note to an exception, once; its traceback shows the note below the message.
+
+    Python 3.10 has no notes: there the note is appended to the message.
+    """
+    if hasattr(error, "add_note"):
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
+    elif error.args and isinstance(error.args[0], str) and note not in error.args[0]:
+        error.args = (f"{error.args[0]}\n{note}", *error.args[1:])

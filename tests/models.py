@@ -98,4 +98,4 @@ class Zoo(nn.Module):
         x = self.hidden(self.pool(x).flatten(1))
         x = self.layer_scale(self.layer_norm(x + self.embedding.weight.sum(0)))
         x = self.free_norm(x * self.gate(x).sigmoid())
-        return self.head(x)
+        return self.head(x.tanh())

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 
 import mip
 import pytest
@@ -89,6 +90,84 @@ def test_the_cheapest_choice_within_a_degradation_is_as_good_as_brute_force(prob
     assert found.costs[costs[-1].name] == best == found.bound
 
 
+CHEAP, DEAR, TINY = st.floats(0.3, 3), st.sampled_from([1e6, 1e9, math.inf]), st.floats(1e-9, 1e-8)
+
+
+@st.composite
+def wild_problems(draw):
+    """Tables whose entries differ by up to eighteen orders of magnitude, and a share of the possible totals."""
+    layers = [f"layer{i}" for i in range(draw(st.integers(1, 4)))]
+
+    def values(*numbers):
+        rows = st.lists(st.one_of(*numbers), min_size=3, max_size=3)
+        return table(draw(st.lists(rows, min_size=len(layers), max_size=len(layers))), layers)
+
+    kinds = draw(st.sampled_from([(CHEAP, CHEAP, DEAR), (CHEAP, TINY), (TINY, DEAR), (CHEAP, TINY, DEAR)]))
+    costs = [Cost(name, values(*kinds), fixed=draw(st.sampled_from([0, 1.5]))) for name in ("table", "size")]
+    return values(CHEAP, TINY, st.just(1e6)), costs, draw(st.lists(st.floats(0, 1), min_size=2, max_size=2))
+
+
+@settings(max_examples=120, deadline=None)
+@given(wild_problems())
+def test_no_choice_is_over_a_budget_whatever_the_magnitudes(problem):
+    rises, costs, shares = problem
+    every = [dict(zip(rises, c, strict=True)) for c in itertools.product(CANDIDATES, repeat=len(rises))]
+    possible = [choice for choice in every if all(cost.total(choice) < math.inf for cost in costs)]
+    assume(possible)
+    limits = {}
+    for cost, share in zip(costs, shares, strict=True):
+        totals = sorted(cost.total(choice) for choice in possible)
+        limits[cost.name] = totals[int(share * (len(totals) - 1))]  # met exactly by one of them
+    within = [c for c in possible if all(cost.total(c) <= limits[cost.name] for cost in costs)]
+    if not within:
+        with pytest.raises(AllocationError, match="no choice meets all budgets together"):
+            allocate_bits(rises, costs, limits)
+        return
+    found = allocate_bits(rises, costs, limits)
+    assert found.proven
+    for cost in costs:
+        assert found.costs[cost.name] == cost.total(found.choice) <= limits[cost.name]
+    assert found.rise == pytest.approx(min(rise(rises, choice) for choice in within), rel=1e-6)
+
+
+@pytest.mark.parametrize("missing", [1e6, 1e9, math.inf])
+def test_a_prohibitive_cost_does_not_hide_the_others(missing):
+    generator = random.Random(0)
+    layers = [f"layer{i}" for i in range(6)]
+    for _ in range(15):
+        rises = {
+            n: dict(zip(CANDIDATES, (0.0, generator.random(), 1 + generator.random()), strict=True)) for n in layers
+        }
+        latency = {n: dict(zip(CANDIDATES, (3.0, 1 + generator.random(), 0.3), strict=True)) for n in layers}
+        for row in generator.sample(list(latency.values()), 3):
+            row["w4a4"] = missing  # this kernel does not exist
+        cost, limit = Cost("latency", latency), 9.0
+        every = [dict(zip(layers, c, strict=True)) for c in itertools.product(CANDIDATES, repeat=len(layers))]
+        best = min(rise(rises, choice) for choice in every if cost.total(choice) <= limit)
+        found = allocate_bits(rises, cost, {"latency": limit})
+        assert cost.total(found.choice) <= limit
+        assert found.rise == pytest.approx(best)
+
+
+def test_a_forbidden_candidate_is_never_chosen():
+    size = Cost("size", {**SIZE.values, "b": {"w8a8": math.inf, "w4a4": 4}}, fixed=2)
+    assert allocate_bits(RISES, size, max_degradation=9.0).choice["b"] == "w4a4"
+    with pytest.raises(AllocationError, match=r"budget of 9 for size is below the least cost.*from 10 to 14"):
+        allocate_bits(RISES, size, {"size": 9})
+    with pytest.raises(AllocationError, match=r"no candidate is left for \['b'\].*infinite"):
+        allocate_bits(RISES, size, {"size": 12}, pins={"b": "w8a8"})
+
+
+def test_a_solution_over_a_budget_becomes_an_error(monkeypatch):
+    def note(search, node, chosen, bound, proven):
+        search.found.choice, search.found.objective = {"a": "w8a8", "b": "w8a8"}, 0.0
+        return []
+
+    monkeypatch.setattr("lightning_ptq.allocation.branching.Search._note", note)
+    with pytest.raises(AllocationError, match="breaks a limit of 14"):
+        allocate_bits(RISES, SIZE, {"size": 14})
+
+
 RISES = {"a": {"w8a8": 0.0, "w4a4": 1.0}, "b": {"w8a8": 0.0, "w4a4": 3.0}}
 SIZE = Cost("size", {"a": {"w8a8": 8, "w4a4": 4}, "b": {"w8a8": 8, "w4a4": 4}}, fixed=2, of_float=64, unit="bytes")
 BOPS = Cost("bops", {"a": {"w8a8": 9, "w4a4": 1}, "b": {"w8a8": 1, "w4a4": 9}})
@@ -119,6 +198,10 @@ BAD = {
     "degradation": ({"max_degradation": -1}, "max_degradation=-1 is below the least rise of the candidates, 0"),
     "minimise": ({"max_degradation": 1, "minimise": "watts"}, "minimise='watts' is not one of"),
     "pinned apart": ({"budgets": {"size": 12}, "ties": ["*"], "pins": {"a": "w4a4", "b": "w8a8"}}, "no candidate is"),
+    "true": ({"budgets": {"size": True}}, "must be a positive number, got True"),
+    "text": ({"budgets": {"size": "small"}}, "must be a positive number, got 'small'"),
+    "time": ({"budgets": {"size": 12}, "time_limit": math.nan}, "time_limit must be a number of seconds, got nan"),
+    "rise": ({"max_degradation": "much"}, "max_degradation='much' is below"),
     "unknown pin": ({"budgets": {"size": 12}, "pins": {"a": "w3a3"}}, r"no candidate is left for \['a'\].*w3a3"),
 }
 
@@ -134,6 +217,10 @@ def test_impossible_requests_are_explained(options, message):
     [
         (changed("a", "w4a4", math.nan), SIZE, "sensitivity table has nan for layer 'a' at w4a4"),
         (RISES, Cost("size", changed("b", "w8a8", -1.0)), "size table has -1.0 for layer 'b' at w8a8"),
+        (RISES, Cost("size", changed("b", "w8a8", math.nan)), "size table has nan for layer 'b' at w8a8"),
+        (changed("a", "w4a4", math.inf), SIZE, "sensitivity table has inf for layer 'a' at w4a4"),
+        (changed("a", "w4a4", "low"), SIZE, "sensitivity table has low for layer 'a' at w4a4"),
+        (RISES, Cost("size", SIZE.values, fixed=math.nan), "fixed part of size must be a finite number, got nan"),
         (RISES, Cost("size", {"a": RISES["a"]}), "size table has no entry for layer 'b' at w8a8"),
         ({}, SIZE, "table is empty"),
     ],
@@ -141,6 +228,15 @@ def test_impossible_requests_are_explained(options, message):
 def test_tables_that_do_not_fit_are_refused(rises, cost, message):
     with pytest.raises(AllocationError, match=message):
         allocate_bits(rises, cost, {"size": 12})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"ties": "a"}, "ties must be a list, got the text 'a'"), ({"pins": ["a"]}, "pins must be a dictionary")],
+)
+def test_ties_and_pins_of_a_wrong_type_are_refused(options, message):
+    with pytest.raises(QConfigError, match=message):
+        allocate_bits(RISES, SIZE, {"size": 12}, **options)
 
 
 @pytest.mark.parametrize("options", [{"ties": ["c*"]}, {"pins": {"c": "w8a8"}}])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import build, same_state, seeded, state
@@ -18,6 +19,7 @@ from lightning_ptq import calibrate
 from lightning_ptq.calibration.batch import Batch
 from lightning_ptq.calibration.batches import Batches, merge_batches
 from lightning_ptq.calibration.forward import default_forward
+from lightning_ptq.calibration.sample_lists import SampleList
 from lightning_ptq.callbacks.trainer.resuming import fingerprint
 from lightning_ptq.errors import CalibrationError
 from lightning_ptq.network.trace import Trace
@@ -83,6 +85,37 @@ class Sized:
         return self.length
 
 
+class Picture:
+    """As an image of PIL: it has a size but no length."""
+
+    def __init__(self, name):
+        self.name = name
+
+
+class Graph:
+    """As a single graph: the length is the number of attributes."""
+
+    def __init__(self, nodes):
+        self.x, self.num_nodes = torch.ones(nodes, 2), nodes
+
+    def __len__(self):
+        return 2
+
+    def to(self, device):
+        self.x = self.x.to(device)
+        return self
+
+
+class Own:
+    """A batch of the user's own class, which refers to itself."""
+
+    def __init__(self, **attributes):
+        vars(self).update(attributes, me=self, others=[self])
+
+    def to(self, device):
+        return Own(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
+
+
 @dataclass
 class Pair:
     x: Tensor
@@ -119,6 +152,8 @@ def target(boxes):
 X, Y = tensor(4, 3), tensor(4)
 PHOTOS = [tensor(3, 32, 32), tensor(3, 40, 40)]
 TARGETS = [target(2), target(5)]
+TRANSPARENT = [tensor(4, 32, 32), tensor(4, 40, 40)]
+WAVES = [tensor(9), tensor(7), tensor(8)]
 SPARSE = torch.eye(5).to_sparse()
 PACKED = pack_sequence([tensor(3, 2), tensor(1, 2)])
 
@@ -229,6 +264,24 @@ KINDS: dict[str, tuple[Any, int, Any]] = {
     "dicts of samples": ([{"image": image, "id": 3} for image in PHOTOS], 2, [{"image": PHOTOS[1], "id": 3}]),
     "samples": ([(image, 3) for image in PHOTOS], 2, [(PHOTOS[1], 3)]),
     "lists in lists": ((tensor(2, 3), [["a", "b"], ["c", "d"]]), 2, None),
+    "transparent photos": (TRANSPARENT, 2, TRANSPARENT[1:]),
+    "waves": (WAVES, 3, WAVES[1:2]),
+    "waves of whole numbers": ([wave.short() for wave in WAVES], 3, [WAVES[1].short()]),
+    "waves in two channels": ([tensor(2, 5000), tensor(2, 4000)], 2, [tensor(2, 4000)]),
+    "waves and labels": ((WAVES, tensor(3)), 3, (WAVES[1:2], tensor(3)[1:2])),
+    "waves transposed": ((tuple(WAVES), ("a", "b", "c")), 3, ((WAVES[1],), ("b",))),
+    "sequences of vectors": ([tensor(5, 2), tensor(4, 2)], 2, [tensor(4, 2)]),
+    "features of two widths": ([tensor(2, 500), tensor(2, 400)], 2, [tensor(2, 500)[1:], tensor(2, 400)[1:]]),
+    "tokens and offsets": ([tensor(3, dtype=LONG), tensor(9, dtype=LONG), tensor(3, dtype=LONG)], 3, None),
+    "one wave": (WAVES[:1], 9, [WAVES[0][1:2]]),
+    "two waves": ((WAVES[0], WAVES[1]), 9, None),
+    "pictures": ([Picture("a"), Picture("b")], 2, [Picture("b")]),
+    "pictures and labels": (([Picture("a"), Picture("b")], tensor(2)), 2, ([Picture("b")], tensor(2)[1:])),
+    "records of pictures": ([{"image": Picture(name)} for name in "abc"], 3, [{"image": Picture("b")}]),
+    "a list of graphs": ([Graph(3), Graph(5)], 2, [Graph(5)]),
+    "one graph": (Graph(7), 1, None),
+    "batches of graphs": ([Graphs(6), Graphs(6)], 6, None),
+    "objects of two classes": ([Picture("a"), X], 4, None),
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -294,10 +347,13 @@ def test_a_copy_leaves_behind_the_storage_that_a_tensor_is_a_view_of():
         assert view.sum() > 0
 
 
-def test_sparse_tensors_and_objects_are_not_copied():
+def test_sparse_tensors_and_objects_are_copied_too():
     graphs = Graphs(6)
-    copied = Batch([SPARSE, graphs, PACKED]).copy()
-    assert all(a is b for a, b in zip(copied, (SPARSE, graphs, PACKED), strict=True))
+    sparse, copied, packed = Batch([SPARSE, graphs, PACKED]).copy()
+    copied.x.zero_(), sparse.mul_(2), packed.data.zero_()
+    assert shown(graphs) == shown(Graphs(6))
+    assert SPARSE.to_dense().sum() == 5
+    assert PACKED.data.sum() > 0
 
 
 NOTHING_TO_COUNT = [
@@ -363,10 +419,10 @@ class Listening(nn.Module):
 
 PASSED_ON = {
     "the first entry": "tuple, list, packed first, photos and targets, transposed, named tuple, tuple of two photos,"
-    " collated pairs, collated dicts, gray planes of one size",
+    " collated pairs, collated dicts, gray planes of one size, waves and labels, features of two widths",
     "keywords": "dict, ordered dict, encoding, read-only mapping, photos by name",
     "the whole": "tensor, photos, photos of one size, bytes of photos, strings, packed, dataclass, frozen dataclass,"
-    " tensor dict, graphs, dicts of samples",
+    " tensor dict, graphs, dicts of samples, waves, transparent photos, pictures, a list of graphs",
 }
 
 
@@ -538,3 +594,94 @@ def test_a_batch_of_no_rows_counts_as_none():
     assert Batch(torch.zeros(0, 3)).samples == 0
     net, x = nn.Sequential(nn.Linear(3, 2)).eval(), torch.ones(4, 3)
     assert calibrate(net, [x, x[:0]], "w4a8").samples == 4
+
+
+BYTES = np.zeros((32, 32, 3), np.uint8)
+# The batch, its number of samples, and whether it can be divided.
+ARRAYS = {
+    "columns": ([np.ones((4, 3)), np.ones(4)], 4, True),
+    "by name": ({"x": np.ones((4, 3)), "y": tensor(4)}, 4, True),
+    "pictures": ([BYTES, BYTES], 2, True),
+    "pictures of two sizes": ([BYTES, BYTES[:20]], 2, True),
+    "pictures of fractions": ([BYTES / 255, BYTES / 255], 2, True),
+    "channels first": ([np.zeros((3, 32, 32)), np.zeros((3, 40, 40))], 2, True),
+    "pictures and labels": (([BYTES, BYTES], tensor(2)), 2, True),
+    "records": ([{"image": BYTES, "boxes": np.zeros((boxes, 4))} for boxes in (1, 2, 3)], 3, True),
+    "waves": ([np.zeros(9), np.zeros(8)], 2, True),
+    "sequences": ([np.zeros((4, 20, 3)), np.zeros((4, 9, 3))], 4, True),
+    "without dimensions": ([np.array(3.0), tensor(4)], 4, False),
+    "bare": (np.zeros((4, 2)), 4, True),
+}
+
+
+@pytest.mark.parametrize("kind", ARRAYS)
+def test_arrays_are_counted_and_cut(kind):
+    data, samples, divisible = ARRAYS[kind]
+    batch = Batch(data)
+    assert (batch.samples, batch.is_divisible) == (samples, divisible)
+    if divisible:
+        part = Batch(batch.rows(slice(1, 2)))
+        assert part.samples == 1
+        assert [type(column) for column in part.columns()] == [
+            SampleList if isinstance(column, (list, tuple)) else type(column) for column in batch.columns()
+        ]
+
+
+def test_arrays_of_several_ranks_are_joined():
+    def collate(indices):
+        return {"x": np.array(indices, float), "y": torch.tensor(indices)}
+
+    [alone] = dealt(list(range(7)), 1, collate, 2)
+    for batches in merged(dealt(list(range(7)), 2, collate, 2)):
+        assert [batch["x"].tolist() for batch in batches] == [batch["x"].tolist() for batch in alone]
+        assert [batch["y"].tolist() for batch in batches] == [batch["y"].tolist() for batch in alone]
+
+
+@pytest.mark.parametrize(
+    ("data", "samples"),
+    [
+        (Own(name="train", x=X, y=tensor(5)), 4),
+        (Own(parts={"a": [tensor(6, 2)]}), 6),
+        ((Own(x=X), tensor(4)), 4),
+        ({"batch": Own(table=np.ones((3, 2)))}, 3),
+    ],
+)
+def test_objects_are_counted_by_their_attributes(data, samples):
+    assert Batch(data).samples == samples
+    assert not Batch(data).is_divisible
+
+
+def test_an_object_with_nothing_to_count_is_an_error():
+    with pytest.raises(CalibrationError, match="of type Own holds no tensor"):
+        _ = Batch(Own(name="train")).samples
+
+
+class Listed(nn.Module):
+    """Takes a list of waves, arrays or graphs, and calls its net on each."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))
+
+    def forward(self, items):
+        assert isinstance(items, list)
+        return torch.stack([self.net(getattr(item, "x", item)).mean(0) for item in items])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda rows: seeded(rows, rows, 2), lambda rows: graph_of(seeded(rows, rows, 2))],
+    ids=["signals", "graphs"],
+)
+def test_all_of_a_list_is_calibrated_on(make):
+    items = [make(rows) for rows in (3, 5, 4)]
+    by_list = calibrate(build(Listed), [items], "w4a4")
+    by_step = calibrate(build(Listed), [[item] for item in items], "w4a4", forward=lambda net, batch: net(batch))
+    assert by_list.samples == 3
+    assert same_state(state(by_list.module), state(by_step.module))
+
+
+def graph_of(x):
+    graph = Graph(len(x))
+    graph.x = x
+    return graph

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import seeded, sharp
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_ptq import QConfig, apply_allocation, calibrate, measure_sensitivity
 from lightning_ptq.errors import SensitivityError
@@ -53,3 +53,36 @@ def test_fisher_needs_logits_with_gradients(tail, forward, message):
     calibration = calibrate(nn.Sequential(nn.Linear(6, 4), *tail), [seeded(1, 16, 6)], "w8a8", forward=forward)
     with pytest.raises(SensitivityError, match=message):
         measure_sensitivity(calibration, ["w8a8", "w4a8", "w2a4"], measure="fisher")
+
+
+class Tagger(nn.Module):
+    """A class for each token or pixel; layers see (n, t, c), (n * t, c), (t, n, c) or (n, c, height, width)."""
+
+    def __init__(self, view: str) -> None:
+        super().__init__()
+        self.view = view
+        wide = [nn.Conv2d(6, 24, 1), nn.Conv2d(24, 4, 1)] if view == "images" else [nn.Linear(6, 24), nn.Linear(24, 4)]
+        self.first, self.last = wide
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.view == "images":  # 3 x 2 pixels
+            return self.last(self.first(x.mT.unflatten(2, (3, 2))).relu())
+        given = {"tokens": x, "rows": x.flatten(0, 1), "first": x.transpose(0, 1)}[self.view]
+        logits = self.last(self.first(given).relu())
+        return {"rows": lambda: logits.unflatten(0, (len(x), -1)), "first": lambda: logits.transpose(0, 1)}.get(
+            self.view, lambda: logits
+        )()
+
+
+@pytest.mark.parametrize("view", ["tokens", "rows", "first", "images"])
+def test_fisher_averages_over_positions_as_the_divergence_does(view):
+    net = sharp(lambda: Tagger(view))
+    with torch.no_grad():
+        net.last.weight.mul_(0.25)
+    batches = [seeded(seed, 64, 6, 6) for seed in range(2)]
+    calibration = calibrate(net, batches, QConfig.parse("w8", first_last_bits=None))
+    exact = measure_sensitivity(calibration, ["w8", "w4"]).rises
+    draws = [measure_sensitivity(calibration, ["w8", "w4"], measure="fisher", seed=100 * s).rises for s in range(8)]
+    for layer in calibration.layers:
+        mean = sum(draw[layer]["w4"] for draw in draws) / len(draws)
+        assert mean == pytest.approx(exact[layer]["w4"], rel=0.25), layer  # a sum over positions is 6 times as much

@@ -4,6 +4,7 @@ import io
 import json
 import random
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from lightning_ptq import QConfig, ReconstructionConfig, adaquant, calibrate, errors, save_packed
 from lightning_ptq.allocation.costs import multiply_accumulates
 from lightning_ptq.calibration.forward import default_forward
-from lightning_ptq.calibration.layer_costs import count_macs, macs_below
+from lightning_ptq.calibration.layer_costs import count_macs, count_work, macs_below
+from lightning_ptq.calibration.operator_macs import _FORMULAS
 from lightning_ptq.errors import CalibrationError, PTQWarning, QConfigError, SurgeryError
 from lightning_ptq.export.packed import packed_tensors
 from lightning_ptq.report.inspect_module import inspect_module
@@ -27,7 +29,7 @@ IMAGES = seeded(0, 8, 2, 6, 6)
 
 
 class Mixed(nn.Module):
-    """A folded norm, a norm after a ReLU, a grouped layer, an excluded one, a product without a layer, a spare."""
+    """A folded norm, a norm between two ReLUs, a grouped layer, an excluded one, a product without a layer, a spare."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +44,7 @@ class Mixed(nn.Module):
         self.head = nn.Linear(5, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.grouped(self.late_norm(F.relu(self.norm(self.conv(x))))).mean((2, 3))
+        x = self.grouped(F.relu(self.late_norm(F.relu(self.norm(self.conv(x)))))).mean((2, 3))
         return self.head((x * self.gate(x).sigmoid()) @ self.table)
 
 
@@ -124,6 +126,188 @@ def test_fused_attention_is_counted_in_its_parts():
     assert [(product.module, product.macs) for product in found.products] == [("attention", 144 + 72 + 48)]
     assert found.covered == pytest.approx(48 / (48 + 264))
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer and a classifier of its last output."""
+
+    def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
+        super().__init__()
+        self.layer = kind(8, 16, batch_first=True, **options)
+        self.head = nn.Linear(16 * (2 if options.get("bidirectional") else 1), 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}])
+def test_recurrent_layers_are_counted(kind, gates, options, mode):
+    steps, directions = 10, 2 if options else 1
+    inputs = [8, 16 * directions] if options else [8]
+    expected = steps * directions * gates * 16 * sum(size + 16 for size in inputs)
+    net, x = build(lambda: Recurrent(kind, **options)), seeded(0, 4, steps, 8)
+    with mode():
+        assert macs_below(count_macs(net, lambda: net.eval()(x)), "layer") == 4 * expected
+        found = inspect_module(net, x)
+    assert [(product.module, product.macs) for product in found.products] == [("layer", expected)]
+    assert found.covered == pytest.approx(16 * directions * 4 / (16 * directions * 4 + expected))
+    assert not found.uncounted
+
+
+def test_recurrent_layers_on_packed_sequences_and_cells_are_counted():
+    packed = nn.utils.rnn.pack_sequence([seeded(0, 5, 8), seeded(1, 3, 8)])
+    for kind, gates in ((nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)):
+        layer, cell = kind(8, 16), getattr(nn, f"{kind.__name__}Cell")(8, 16)
+        with torch.no_grad():
+            assert count_macs(layer, lambda layer=layer: layer(packed)) == {"": 8 * gates * 16 * (8 + 16)}
+            assert count_macs(cell, lambda cell=cell: cell(seeded(0, 3, 8))) == {"": 3 * gates * 16 * (8 + 16)}
+
+
+class Experts(nn.Module):
+    """A router and experts whose weights are one tensor each, as in recent mixtures of experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 16), nn.Linear(16, 4)
+        self.up, self.down = nn.Parameter(torch.randn(4, 16, 32) / 4), nn.Parameter(torch.randn(4, 32, 16) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ends = torch.arange(1, 5, dtype=torch.int32) * (len(x) // 4)
+        hidden = torch._grouped_mm(self.first(x), self.up, offs=ends).relu()
+        return self.last(torch._grouped_mm(hidden, self.down, offs=ends))
+
+
+@pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="this torch has no grouped products")
+def test_grouped_products_are_counted():
+    net, x = build(Experts), seeded(0, 16, 16)
+    try:
+        net(x)
+    except RuntimeError:
+        pytest.skip("this torch has grouped products for GPUs only")
+    found = inspect_module(net, x)
+    assert [(product.operators, product.macs) for product in found.products] == [(("_grouped_mm",), 2 * 16 * 32)]
+    assert found.covered == pytest.approx((256 + 64) / (256 + 64 + 1024))
+    assert found.covered_parameters == pytest.approx((256 + 64) / (256 + 16 + 64 + 4 + 2 * 2048))
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "macs"),
+    [
+        ((8, 4), (2, 4, 3), 8 * 4 * 3),
+        ((2, 5, 4), (2, 4, 3), 2 * 5 * 4 * 3),
+        ((2, 5, 4), (4, 6), 5 * 4 * 6),
+        ((5, 8), (8, 6), 5 * 8 * 6),
+    ],
+)
+def test_the_formula_of_grouped_products(x, y, macs):
+    assert _FORMULAS["aten::_grouped_mm"](torch.empty(x), torch.empty(y), out=None) == macs
+
+
+def test_attention_with_fewer_heads_of_keys_is_counted():
+    query, key = seeded(0, 2, 8, 5, 4), seeded(1, 2, 2, 7, 4)
+    counted = count_macs(nn.Module(), lambda: F.scaled_dot_product_attention(query, key, key, enable_gqa=True))
+    assert counted == {"": 2 * 2 * 8 * 5 * 7 * 4}
+
+
+class Spectral(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.fft.irfft(torch.fft.rfft(self.first(x)), n=8)
+        return self.last(F.normalize(x).softmax(-1) @ torch.eye(8))
+
+
+def test_what_has_no_formula_is_in_a_line_of_its_own():
+    found = inspect_module(build(Spectral), seeded(0, 8, 8))
+    assert [(product.operators, product.macs) for product in found.products] == [
+        (("mm",), 64), (("_fft_c2r", "_fft_r2c"), None),
+    ]  # fmt: skip
+    overview = dict(found.tables()[0].rows)
+    assert overview["operators not counted"] == "_fft_c2r, _fft_r2c"
+    assert overview["share in quantized layers"] == "55.6% of those that torch can count"
+    assert "operators not counted" not in dict(mixed().tables()[0].rows)
+
+
+def test_operators_of_other_packages_are_named_if_their_inputs_are_large():
+    @torch.library.custom_op("ptq_tests::scan", mutates_args=())
+    def scan(x: Tensor) -> Tensor:
+        return x.cumsum(-1)
+
+    for rows, uncounted in ((8, {}), (256, {"": {"ptq_tests::scan"}})):
+        assert count_work(nn.Module(), lambda rows=rows: scan(torch.ones(rows, 8))).uncounted == uncounted
+
+
+class Recommender(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.users, self.items = nn.Embedding(100, 8), nn.Embedding(50, 8)
+        self.first, self.norm, self.last = nn.Linear(16, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)
+        self.again = self.users
+
+    def forward(self, pairs: Tensor) -> Tensor:
+        x = torch.cat([self.users(pairs[:, 0]), self.items(pairs[:, 1])], 1)
+        return self.last(self.norm(self.first(x)).relu())
+
+
+def test_parameters_that_stay_float_are_stated():
+    found = inspect_module(build(Recommender), torch.randint(50, (8, 2)))
+    total, quantized = 800 + 400 + 68 + 8 + 5, 64 + 4
+    assert found.covered == 1
+    assert found.parameters == total
+    assert found.covered_parameters == pytest.approx(quantized / total)
+    assert [(row.module, row.kind, row.parameters) for row in found.float_parameters] == [
+        ("users", "Embedding", 800), ("items", "Embedding", 400), ("norm", "BatchNorm1d", 8), ("first", "Linear", 4),
+        ("last", "Linear", 1),
+    ]  # fmt: skip
+    overview = dict(found.tables()[0].rows)
+    assert overview["share of the parameters that is quantized"] == f"{100 * quantized / total:.1f}%"
+    assert overview["float parameters are in"] == (
+        "users (Embedding, 62.5%), items (Embedding, 31.2%), norm (BatchNorm1d, 0.6%), and 2 other modules"
+    )
+    facts = json.loads(json.dumps(found.to_dict()))
+    assert facts["covered_parameters"] == found.covered_parameters
+    assert facts["float_parameters"][0] == {"module": "users", "kind": "Embedding", "parameters": 800}
+
+
+def test_a_small_share_is_not_rounded_to_nothing():
+    net = build(lambda: nn.Sequential(nn.Embedding(4000, 8), nn.Linear(8, 1)))
+    (share,) = [
+        value for name, value in inspect_module(net, torch.arange(8)).tables()[0].rows if "parameters that" in name
+    ]
+    assert share == "0.025%"
+
+
+class Expanded(nn.Module):
+    """Gives a module a parameter that was expanded, as learned queries are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.first = nn.Parameter(torch.randn(1, 3, 8)), nn.Linear(8, 8)
+        self.attention, self.last = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.attention(self.first(self.query.expand(len(x), -1, -1)), x, x)[0])
+
+
+def test_a_module_that_gets_an_expanded_parameter():
+    found = inspect_module(build(Expanded), seeded(0, 4, 5, 8))
+    assert {layer.name: layer.macs for layer in found.layers if layer.macs} == {"first": 192, "last": 48}
+    assert [(p.module, p.macs) for p in found.products] == [("attention", 3 * 64 + 2 * 5 * 64 + 2 * 3 * 5 * 8 + 3 * 64)]
+
+
+class Marked(Tensor):
+    """A tensor subclass, as images that know their format are."""
+
+
+def test_tensors_of_other_classes_are_counted():
+    net, x = build(Mixed), IMAGES.as_subclass(Marked)
+    assert inspect_module(net, x, QCONFIG).macs == ALL
+    found = count_macs(net, lambda: net.eval()(x))
+    assert {name: macs / 8 for name, macs in found.items()} == {k: v for k, v in MACS.items() if v} | {"": PRODUCT}
 
 
 def test_a_layer_that_cannot_be_swapped():

@@ -2,12 +2,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import build, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_ptq import calibrate
+from lightning_ptq.numerics.fake_quantize import FakeQuantize
+from lightning_ptq.numerics.granularity import ChannelLayout
+from lightning_ptq.numerics.observers import MinMaxObserver, MSEObserver, PercentileObserver
 from lightning_ptq.numerics.quantize import choose_qparams, dequantize, fake_quantize, quantize
 from lightning_ptq.numerics.spec import QuantSpec
+from lightning_ptq.numerics.weight_scales import weight_qparams
 
 quick = settings(max_examples=80, deadline=None, derandomize=True)
 
@@ -144,3 +150,60 @@ def test_snapped_weights_requantize_to_themselves(bits: int) -> None:
     snapped = dequantize(integers, scale, zero)
     assert torch.equal(quantize(snapped, scale, zero, spec.quant_min, spec.quant_max), integers)
     assert ((snapped - weight).abs() <= 0.501 * scale).all()
+
+
+HALVES = [torch.float16, torch.bfloat16]
+GRIDS = {"per_channel": {"per_channel": True}, "per_tensor": {}, "groups": {"group_size": 4}}
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("observer", ["mse", "percentile"])
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("size", [0.0, 1e-6])
+def test_empty_and_tiny_weights_survive_half_precision(dtype, observer, grid, symmetric, size):
+    weight = seeded(1, 4, 8) * size
+    if grid != "per_tensor":
+        weight[1:] = seeded(2, 3, 8)
+    spec = QuantSpec(4, symmetric, observer=observer, **GRIDS[grid])
+    quantizer = FakeQuantize(spec, spec.granularity.layout(weight.shape, ChannelLayout()))
+    scale, zero_point = weight_qparams(quantizer.rows(weight), spec)
+    quantizer.scale.copy_(scale.view_as(quantizer.scale))
+    quantizer.zero_point.copy_(zero_point.view_as(quantizer.zero_point))
+    assert quantizer.scale.to(dtype).all()
+    expected = quantizer(weight)
+    quantizer.to(dtype)
+    found = quantizer(weight.to(dtype))
+    assert found.isfinite().all()
+    assert torch.equal(found[0], found[0] * 0) or size
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=1.01 * scale.abs().max().item())
+    assert quantizer.values(quantizer.integers(weight.to(dtype))).isfinite().all()
+
+
+@pytest.mark.parametrize("make", [MinMaxObserver, PercentileObserver, MSEObserver])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_inputs_that_are_all_zero_survive_half_precision(make, symmetric):
+    spec = QuantSpec(8, symmetric)
+    observer = make(spec)
+    observer.update(torch.zeros(5))
+    scale, zero_point = observer.qparams()
+    for dtype in HALVES:
+        x = torch.tensor([0.0, 1.0], dtype=dtype)
+        found = fake_quantize(x, scale.to(dtype), zero_point, spec.quant_min, spec.quant_max)
+        assert found[0] == 0
+        assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_pruned_channel_is_zero_in_half_precision(dtype):
+    net = build(lambda: nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)))
+    with torch.no_grad():
+        net[0].weight[2], net[0].bias[2], net[2].weight[:] = 0, 0, 0
+    calibrate(net, [seeded(1, 32, 8)], "w4a8")
+    inputs = seeded(2, 5, 8).to(dtype)
+    net.to(dtype)
+    with torch.no_grad():
+        hidden = net[0](inputs)
+        assert hidden.isfinite().all()
+        assert not hidden[:, 2].any()
+        assert torch.equal(net(inputs), net[2].bias.expand(5, 3))

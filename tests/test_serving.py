@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import pytest
 import torch
 from helpers import ResNet, Transformer, build, seeded, token_batches
 from torch import nn
+from torch.nn.utils import prune
 
 from lightning_ptq import QConfig, calibrate
 from lightning_ptq.network.op import ops_in_mode
@@ -236,6 +238,16 @@ def test_hooks_of_a_quantizer_run_every_time_and_tracing_keeps_nothing() -> None
         torch.testing.assert_close(traced(X), net(X))
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_trace_by_torch_passes_its_check_and_can_be_saved() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    calibrate(net, [seeded(0, 16, 4)], "w4a8").release()
+    x, file = seeded(1, 2, 4), io.BytesIO()
+    torch.jit.save(torch.jit.trace(net, (x,)), file)  # with gradients enabled, as it is by default
+    file.seek(0)
+    assert torch.equal(torch.jit.load(file)(x), net(x))
+
+
 def test_pruned_and_replicated_layers_compute() -> None:
     net = quantized()
     with torch.no_grad():
@@ -244,5 +256,5 @@ def test_pruned_and_replicated_layers_compute() -> None:
         for name, tensor in net.stem.named_parameters(recurse=False):
             setattr(replica, name, tensor.detach().clone())
         assert torch.equal(replica(X), net.stem(X))
-        nn.utils.prune.l1_unstructured(net.stem, "weight", 5)
+        prune.l1_unstructured(net.stem, "weight", 5)
         assert not torch.equal(net(X), expected)

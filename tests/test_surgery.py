@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +12,10 @@ import torch
 from models import ResidualBlock, Zoo, randomize_norms
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
-from lightning_ptq import QConfig, prepare
+from lightning_ptq import QConfig, calibrate, prepare
 from lightning_ptq.errors import (
     PTQError,
     PTQWarning,
@@ -20,6 +23,7 @@ from lightning_ptq.errors import (
     SurgeryError,
     TiedWeightWarning,
     UnfoldedBatchNormWarning,
+    UnreachedLayerWarning,
     UnsupportedLayerWarning,
 )
 from lightning_ptq.network.batch_norm import FoldableBatchNorm, fold_batch_norms
@@ -333,3 +337,164 @@ def test_folding_needs_no_symbolic_trace(sign: int, taken: str) -> None:
     folded, found = fold(net, x)
     assert folded == {"stem_bn": "stem", f"{taken}.bn1": f"{taken}.conv1", f"{taken}.bn2": f"{taken}.conv2"}
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+class Listed(nn.Module):
+    """Holds its layers in more places than the tree of modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.steps = [self.first, self.second]
+        self.call = self.second.__call__
+        self.reference = weakref.ref(self.first)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.reference()(self.steps[0](x)))
+
+
+def test_other_references_to_a_layer_see_the_quantized_one() -> None:
+    net, x = Listed().eval(), torch.randn(16, 4)
+    expected = net(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnreachedLayerWarning)
+        calibration = calibrate(net, [x], QConfig.parse("w2a8", first_last_bits=None))
+    assert net.steps[0] is net.first is net.reference()
+    assert calibration.trace.calls == {"": 1, "first": 2, "second": 1}
+    assert list(calibration.layers) == ["first", "second"]
+    assert not torch.allclose(net(x), expected)
+    calibration.prepared.undo()
+    assert torch.equal(net(x), expected)
+
+
+def test_hooks_keep_their_handles() -> None:
+    net, seen = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval(), []
+    before, during, kept = [net[0].register_forward_hook(lambda *_, i=i: seen.append(i)) for i in range(3)]
+    attributes = {name: (list(vars(child)), type(child)) for name, child in net.named_modules()}
+    dictionaries = [id(child._forward_hooks) for child in net]
+    prepared = prepare(net, "w4")
+    during.remove()
+    added = net[0].register_forward_pre_hook(lambda *_: seen.append("added"))
+    prepared.undo()
+    before.remove()
+    net(torch.randn(2, 4))
+    assert seen == ["added", 2]
+    added.remove()
+    kept.remove()
+    net(torch.randn(2, 4))
+    assert seen == ["added", 2]
+    assert {name: (list(vars(child)), type(child)) for name, child in net.named_modules()} == attributes
+    assert [id(child._forward_hooks) for child in net] == dictionaries
+
+
+class Slotted(nn.Linear):
+    __slots__ = ("gain",)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.gain
+
+
+def test_slots_are_kept_through_swaps_copies_and_pickles() -> None:
+    net, x = nn.Sequential(Slotted(4, 4)), torch.randn(16, 4)
+    net[0].gain = 3.0
+    expected = net(x)
+    prepared = prepare(net, "w8")
+    for twin in (net, copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert isinstance(twin[0], QuantLayer)
+        assert torch.equal(twin(x), expected)
+    prepared.undo()
+    assert type(net[0]) is Slotted
+    assert torch.equal(net(x), expected)
+
+
+class Guarded(nn.Linear):
+    """Takes no attributes but its own, and says how it is copied."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if getattr(self, "closed", False) and not hasattr(self, name):
+            raise AttributeError(f"no {name} here")
+        super().__setattr__(name, value)
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.in_features, self.out_features), self.__dict__
+
+
+def test_a_class_with_its_own_setattr_and_reduce_is_quantized() -> None:
+    net, x = nn.Sequential(Guarded(4, 4)).eval(), torch.randn(16, 4)
+    net[0].closed = True
+    calibrate(net, [x], QConfig.parse("w3a8", first_last_bits=None)).release()
+    assert net[0].qconfig is not None
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(twin(x), net(x))
+
+
+class Sealed(type):
+    def __new__(cls, name: str, bases: tuple[type, ...], namespace: Any) -> Any:
+        if any(isinstance(base, Sealed) for base in bases):
+            raise TypeError("sealed")
+        return super().__new__(cls, name, bases, namespace)
+
+
+class SealedLinear(nn.Linear, metaclass=Sealed):
+    pass
+
+
+class ModeLinear(nn.Linear):
+    mode = "fan_in"
+
+
+class ChannelConv(nn.Conv2d):
+    def __init__(self) -> None:
+        super().__init__(3, 3, 1)
+        self.channels = 3
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (SealedLinear(4, 4), "its class cannot be changed"),
+        (ModeLinear(4, 4), "its class defines 'mode', the name of"),
+        (ChannelConv(), "its attribute 'channels' has the name of"),
+        (parametrize.register_parametrization(nn.Linear(4, 4), "bias", nn.Identity()), "lazy or re-parametrized"),
+    ],
+    ids=["metaclass", "class_attribute", "attribute", "bias"],
+)
+def test_a_layer_that_cannot_be_swapped_stays_float_and_is_named(layer: nn.Module, reason: str) -> None:
+    net = nn.ModuleDict({"odd": layer, "plain": nn.Linear(4, 4)})
+    kind = type(layer)
+    with pytest.warns(UnsupportedLayerWarning, match=f"^odd: .*{reason}"):
+        prepared = prepare(net, "w4")
+    assert list(prepared.layers) == ["plain"]
+    assert type(layer) is kind
+
+
+@pytest.mark.parametrize("layer", [weight_norm(nn.Linear(4, 4)), nn.LazyLinear(4)], ids=["weight_norm", "lazy"])
+def test_if_no_layer_can_be_quantized_the_error_says_what_to_do(layer: nn.Module) -> None:
+    with pytest.raises(SurgeryError, match=r"nothing to quantize.*0: the weight is lazy or re-parametrized.*Run one"):
+        prepare(nn.Sequential(layer), "w4")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::lightning_ptq.errors.FunctionalOpWarning")
+def test_a_scripted_part_is_named_and_stays_float() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4))))
+    net = nn.Sequential(nn.Linear(4, 4), scripted, nn.Linear(4, 2)).eval()
+    x = torch.randn(16, 4)
+    expected = net(x)
+    with pytest.warns(UnsupportedLayerWarning, match=r"^1: it is scripted.*Script it after quantization"):
+        calibration = calibrate(net, [x], "w8a8")
+    assert list(calibration.layers) == ["0", "2"]
+    torch.testing.assert_close(net(x), expected, rtol=0.05, atol=0.05)
+    calibration.prepared.undo()
+    assert torch.equal(net(x), expected)
+
+
+def test_undo_follows_a_module_to_another_dtype_and_keeps_its_order() -> None:
+    net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
+    x = torch.randn(16, 4)
+    expected = net(x)
+    calibration = calibrate(net, [x], "w4a8")
+    net.double()
+    calibration.prepared.undo()
+    assert {tensor.dtype for tensor in (*net.parameters(), net[1].running_mean)} == {torch.float64}
+    torch.testing.assert_close(net(x.double()), expected.double())
+    assert list(net.state_dict())[:3] == ["0.weight", "1.weight", "1.bias"]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_ptq.activations.shards import Shard
@@ -22,6 +22,10 @@ from lightning_ptq.runtime.patching import hooked
 from lightning_ptq.runtime.ranks import Ranks
 
 Place = Literal["memory", "disk", "recomputed"]
+# Measured on residual networks: copies of a unit's weights in a step (its start, the variables, Adam's moments, the
+# gradients of the shards, tensors of the fake quantization), and copies of each layer's input and output.
+_COPIES = 20
+_TEMPORARY = 8
 _STEP = 6.0  # forwards of the float unit that take as long as a tuning step on the same samples, measured on ResNet-20
 
 
@@ -36,6 +40,9 @@ class MemoryPlan:
         where: ``"memory"``; ``"disk"``: what exceeds the limit goes to memory-mapped files; ``"recomputed"``: the disk
             is too small, so each unit's inputs come from a forward from the start.
         seconds: Estimated duration.
+        weights: Bytes of the weights: the module's tensors, the float reference, the quantized weights, and in parallel
+            mode the tuned state of each candidate.
+        tuning: Bytes that a step takes at the unit that takes most: gradients, optimizer state, temporary tensors.
     """
 
     most: int
@@ -43,6 +50,18 @@ class MemoryPlan:
     unit: str
     where: Place
     seconds: float
+    weights: int = 0
+    tuning: int = 0
+
+    @property
+    def rest(self) -> int:
+        """Bytes that no memory limit changes: weights and tuning."""
+        return self.weights + self.tuning
+
+    @property
+    def peak(self) -> int:
+        """Estimated peak of the memory of the run, without Python and its libraries."""
+        return self.rest + (self.most if self.where == "memory" else min(self.most, self.limit))
 
     def __str__(self) -> str:
         place = {
@@ -52,6 +71,8 @@ class MemoryPlan:
         }[self.where]
         return (
             f"up to {format_bytes(self.most)} of activations at a time (at {self.unit}), {place};"
+            f" about {format_bytes(self.peak)} in all, of which {format_bytes(self.weights)} are weights and"
+            f" {format_bytes(self.tuning)} tune the largest unit, whatever memory_limit is;"
             f" about {max(1, round(self.seconds))} s"
         )
 
@@ -64,6 +85,7 @@ def plan_memory(
     batch: int,
     sequential: bool,
     shards: Sequence[Shard],
+    states: int = 0,
 ) -> MemoryPlan:
     """Work out what tuning will hold, from one forward of the first batch.
 
@@ -75,6 +97,7 @@ def plan_memory(
         batch: Samples per step.
         sequential: True if two streams are kept, the float and the quantized one.
         shards: Shards of the calibration set that this rank holds.
+        states: Number of tuned states of each layer that the run keeps.
 
     Raises:
         CalibrationError: If what a single unit needs fits neither into the limit nor onto the disk.
@@ -98,7 +121,32 @@ def plan_memory(
     runs = streams * (len(units) / 2 if where == "recomputed" else 2)
     forwards = sum(per_sample.values()) * calibration.samples * runs
     tuning = sum(_STEP * per_sample[unit.name] * n * batch for unit, n in zip(units, steps, strict=True))
-    return MemoryPlan(round(most), limit, units[kept.index(most)].name, where, share * (forwards + tuning))
+    at, total = units[kept.index(most)].name, share * (forwards + tuning)
+    weights, step = _weights(calibration, states), _step(calibration, units, sizes, batch)
+    return MemoryPlan(round(most), limit, at, where, total, weights, step)
+
+
+def _weights(calibration: Calibration, states: int) -> int:
+    """Return the bytes of all tensors of the module, its reference, its quantized weights, states and observers."""
+    tensors = {id(t): t for t in (*calibration.module.parameters(), *calibration.module.buffers())}
+    observers = (state for observer in calibration.observers.values() for state in observer.metric_state.values())
+    layers = sum(_parameter_bytes(layer) for layer in calibration.layers.values())
+    return _size([*tensors.values(), *observers]) + (2 + states) * layers
+
+
+def _step(calibration: Calibration, units: Sequence[Unit], sizes: Mapping[str, tuple[int, int]], batch: int) -> int:
+    """Return the bytes that a tuning step takes at the unit that takes most."""
+    first = Batch(calibration.batches[0]).samples
+
+    def of(unit: Unit) -> float:
+        passing = sum(sum(sizes[name]) for name in unit.layers) * min(batch, calibration.samples) / first
+        return _COPIES * sum(map(_parameter_bytes, unit.layers.values())) + _TEMPORARY * passing
+
+    return round(max(map(of, units)))
+
+
+def _parameter_bytes(layer: nn.Module) -> int:
+    return _size(list(layer.parameters()))
 
 
 def keep_outputs(calibration: Calibration, units: Sequence[Unit], limit: int, whole: bool = False) -> bool:
@@ -162,9 +210,14 @@ def _held(
 
 
 def _measure(calibration: Calibration, units: Sequence[Unit]) -> tuple[dict[str, tuple[int, int]], dict[str, float]]:
-    """Return the bytes of inputs and outputs of each unit for the first batch, and the seconds of its forward."""
-    sizes = {unit.name: (0, 0) for unit in units}
-    seconds = {unit.name: 0.0 for unit in units}
+    """Return what the first batch takes, by one forward.
+
+    Returns:
+        The bytes of inputs and outputs of each unit and each layer, and the seconds of each unit.
+    """
+    modules: dict[str, nn.Module] = {**calibration.layers, **{unit.name: unit.module for unit in units}}
+    sizes = dict.fromkeys(modules, (0, 0))
+    seconds = dict.fromkeys(modules, 0.0)
     started: dict[str, float] = {}
 
     def before(name: str, module: Any, args: Any, kwargs: Any) -> None:
@@ -175,10 +228,9 @@ def _measure(calibration: Calibration, units: Sequence[Unit]) -> tuple[dict[str,
         seconds[name] += time.perf_counter() - started[name]
         sizes[name] = sizes[name][0], sizes[name][1] + _size(output)
 
-    modules = {unit.name: unit.module for unit in units}
     with hooked(modules, before, after), ops_in_mode(calibration.module, "float"):
         calibration.run(0)
-    return sizes, seconds
+    return sizes, {unit.name: seconds[unit.name] for unit in units}
 
 
 def _size(tree: Any) -> int:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_ptq.activations.calls import float_leaves, run_unit
-from lightning_ptq.activations.unit_data import Group, Minibatch, UnitData
+from lightning_ptq.activations.groups import Group
+from lightning_ptq.activations.unit_data import Minibatch, UnitData
+from lightning_ptq.runtime.structure import float_tensors_in
 
 DEFAULT_SHARDS = 2
 """Default number of shards."""
@@ -68,6 +69,7 @@ class ShardSamples:
 
     Attributes:
         generator: Source of all random numbers of this shard.
+        empty: True if the unit got no sample in this shard.
     """
 
     def __init__(self, shard: Shard, data: UnitData, held_out: float, seed: int) -> None:
@@ -75,14 +77,17 @@ class ShardSamples:
         self.generator = torch.Generator(data.device).manual_seed(seed)
         self._tuned, rest = data.split(held_out, self.generator)
         batches = data.batches(rest, 64)  # not shuffled: held-out errors are added in the same order every time
+        self.empty = not self._tuned
         self._held_out = [(group, rows) for group, all_rows in batches for rows, _ in data.chunks(all_rows)]
         self._queue: list[Minibatch] = []
 
     def draw(self) -> list[tuple[Group, Tensor | slice, float]]:
         """Return the samples of the next step: rows of a group, with their share of the step.
 
-        One epoch follows another, each in a new order.
+        One epoch follows another, each in a new order. An empty shard has no samples.
         """
+        if self.empty:
+            return []
         self._queue = self._queue or self.data.batches(self._tuned, self.shard.size, self.generator)
         group, all_rows = self._queue.pop()
         return [(group, rows, share) for rows, share in self.data.chunks(all_rows)]
@@ -95,5 +100,5 @@ class ShardSamples:
     def held_out(self, module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (output, target) of the quantized module on the held-out samples."""
         for group, rows in self._held_out:
-            outputs = float_leaves(run_unit(module, *group.arguments(rows), mode="quantized"))
+            outputs = float_tensors_in(self.data.run(module, group, rows, "quantized"))
             yield from zip(outputs, group.wanted(rows), strict=True)

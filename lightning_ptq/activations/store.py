@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import tempfile
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from lightning_ptq.errors import CalibrationError
 from lightning_ptq.runtime.memory import disk_room, parse_bytes, trim_heap
+from lightning_ptq.runtime.scratch import ScratchFolder, remove_abandoned
 
 _TRIM_EVERY = 2**23  # bytes stored between trims; forwards leave several times as much in the heap
 # MAP_PRIVATE: shared anonymous mappings, the default, fault pages more slowly.
@@ -25,7 +25,8 @@ class ActivationStore:
 
     Args:
         limit: Bytes to hold in memory; further tensors go to memory-mapped files.
-        directory: Parent of the temporary folder of the files, which :meth:`close` removes.
+        directory: Parent of the temporary folder of the files, which :meth:`close` removes. Folders of runs that were
+            killed are removed from it at once.
 
     Attributes:
         in_memory: Bytes held in memory now.
@@ -43,8 +44,9 @@ class ActivationStore:
         self.limit = parse_bytes(limit)
         self.in_memory = self.on_disk = self.peak = self._since_trim = 0
         self._parent = directory
-        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._directory: ScratchFolder | None = None
         self._files = 0
+        remove_abandoned(directory)
 
     def __enter__(self) -> ActivationStore:
         return self
@@ -55,7 +57,7 @@ class ActivationStore:
     def close(self) -> None:
         """Remove the folder and the files in it."""
         if self._directory is not None:
-            self._directory.cleanup()
+            self._directory.remove()
             self._directory = None
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -84,8 +86,8 @@ class ActivationStore:
                 " with fewer samples."
             )
         if self._directory is None:
-            self._directory = tempfile.TemporaryDirectory(prefix="lightning_ptq_", dir=self._parent)
-        path = os.path.join(self._directory.name, f"{self._files}.bin")
+            self._directory = ScratchFolder("activations", self._parent)
+        path = os.path.join(self._directory.path, f"{self._files}.bin")
         self._files += 1
         tensor = torch.from_file(path, shared=True, size=torch.Size(shape).numel(), dtype=dtype).view(tuple(shape))
         self.on_disk += size

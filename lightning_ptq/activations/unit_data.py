@@ -2,85 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_unflatten
 
-from lightning_ptq.activations.calls import Call, float_leaves, run_unit
+from lightning_ptq.activations.calls import Call, run_unit
+from lightning_ptq.activations.groups import Group, Target, rows_of, sample_wise, signature
 from lightning_ptq.activations.store import ActivationStore
+from lightning_ptq.errors import UnitError
 from lightning_ptq.network.op import Mode
+from lightning_ptq.runtime.isolation import Isolation, RandomState
 from lightning_ptq.runtime.patching import hooked
-
-
-@dataclass
-class Target:
-    """One output of the float unit, over all calls of a group.
-
-    Attributes:
-        calls: The output of each call.
-        whole: Their concatenation; None where their shapes do not fit.
-        device: Device on which the unit computes them.
-    """
-
-    calls: list[Tensor]
-    whole: Tensor | None
-    device: torch.device
-
-
-@dataclass
-class Group:
-    """Calls of one shape, concatenated.
-
-    Attributes:
-        inputs: Leaves of (args, kwargs). Sample-wise ones are concatenated over all calls, the others are shared.
-        devices: Device of each leaf in the unit; leaves of a GPU may be stored in files.
-        spec: Structure of the leaves.
-        sample_wise: True for leaves that have one row per sample.
-        bounds: First row of each call, and the end of the last call.
-        calls: (batch, call) of each call.
-        targets: Outputs of the float unit.
-    """
-
-    inputs: list[Any]
-    devices: list[torch.device | None]
-    spec: TreeSpec
-    sample_wise: list[bool]
-    bounds: list[int]
-    calls: list[tuple[int, int]]
-    targets: list[Target] | None = None
-
-    @property
-    def rows(self) -> int:
-        """Number of rows of all calls together."""
-        return self.bounds[-1]
-
-    def arguments(self, rows: Tensor | slice) -> tuple[Any, Any]:
-        """Return (args, kwargs) of some rows, copied, because a unit may change its inputs in place."""
-        picked = []
-        for leaf, device, wise in zip(self.inputs, self.devices, self.sample_wise, strict=True):
-            part = leaf[rows] if wise else leaf
-            is_view = isinstance(rows, slice) or not wise
-            picked.append(part if device is None else part.to(device, copy=is_view))
-        args, kwargs = tree_unflatten(picked, self.spec)
-        return args, kwargs
-
-    def wanted(self, rows: Tensor | slice) -> list[Tensor]:
-        """Return the targets of some rows, or of a whole call, whose outputs may have other rows than its inputs."""
-        if isinstance(rows, slice):
-            call = self.bounds.index(rows.start)
-            return [target.calls[call].to(target.device) for target in self.targets or []]
-        return [cast(Tensor, target.whole)[rows].to(target.device) for target in self.targets or []]
-
-    def slices(self) -> Iterator[slice]:
-        """Return the rows of each call."""
-        return (slice(a, b) for a, b in zip(self.bounds, self.bounds[1:], strict=False))
+from lightning_ptq.runtime.structure import float_tensors_in, is_float
 
 
 class UnitData:
@@ -90,26 +27,27 @@ class UnitData:
     (attention over the first dimension, for example) is tuned on whole calls.
     """
 
-    def __init__(self, calls: list[list[Call]], store: ActivationStore) -> None:
+    def __init__(self, calls: list[list[Call]], store: ActivationStore, isolation: Isolation | None = None) -> None:
         self.store = store
+        self.isolation = isolation or Isolation()
         self.groups: list[Group] = []
         self.separable = True
         self.row_bytes = 1  # bytes per row of the largest activation inside the unit
         gathered: dict[Any, list[tuple[tuple[int, int], Call]]] = {}
         for batch, of_batch in enumerate(calls):
             for index, call in enumerate(of_batch):
-                gathered.setdefault(_signature(call), []).append(((batch, index), call))
+                gathered.setdefault(signature(call), []).append(((batch, index), call))
             of_batch.clear()  # the groups own the calls now
         for key in list(gathered):
             self.groups.append(self._stack(gathered.pop(key)))
 
     def _stack(self, members: list[tuple[tuple[int, int], Call]]) -> Group:
         first = members[0][1]
-        sample_wise = _sample_wise(first)
-        sizes = [_rows(call) for _, call in members]
+        wise = sample_wise(first)
+        sizes = [rows_of(call) for _, call in members]
         leaves: list[Any] = []
-        for i, wise in enumerate(sample_wise):
-            if wise:
+        for i, is_wise in enumerate(wise):
+            if is_wise:
                 parts: list[Any] = []
                 for _, call in members:
                     parts.append(call.leaves[i])
@@ -118,16 +56,28 @@ class UnitData:
             else:
                 leaves.append(first.leaves[i])
         bounds = [0, *accumulate(sizes)]
-        return Group(leaves, first.devices, first.spec, sample_wise, bounds, [key for key, _ in members])
+        random = [call.random for _, call in members]
+        return Group(leaves, first.devices, first.spec, wise, bounds, [key for key, _ in members], random)
+
+    def run(self, unit: nn.Module, group: Group, rows: Tensor | slice, mode: Mode) -> Any:
+        """Return the unit's output on some rows of a group, without gradients."""
+        args, kwargs = group.arguments(rows)
+        return run_unit(unit, args, kwargs, mode, self.isolation, group.random_of(rows))
 
     def set_targets(self, outputs: list[list[Call]], unit: nn.Module) -> None:
-        """Use the float unit's outputs, by batch and call, as targets; the calls then hold views of the targets."""
+        """Use the float unit's outputs, by batch and call, as targets; the calls then hold views of the targets.
+
+        Raises:
+            UnitError: If the unit returns no floating-point tensor, or other numbers of them for calls of one shape.
+        """
         for group in self.groups:
             calls = [outputs[batch][index] for batch, index in group.calls]
-            group.targets = []
-            for column, first in enumerate(calls[0].leaves):
-                if isinstance(first, Tensor) and first.is_floating_point():
-                    group.targets.append(self._stack_column(calls, column))
+            columns = {tuple(i for i, leaf in enumerate(call.leaves) if is_float(leaf)) for call in calls}
+            if columns == {()} or len(columns) > 1:
+                raise UnitError("it returns no floating-point tensor" if columns == {()} else _VARY)
+            group.targets = [self._stack_column(calls, column) for column in columns.pop()]
+        if len({len(group.targets or []) for group in self.groups}) > 1:
+            raise UnitError(_VARY)
         self.separable = self._check_separable(unit)
 
     def _stack_column(self, calls: list[Call], column: int) -> Target:
@@ -157,11 +107,22 @@ class UnitData:
         outputs: dict[tuple[int, int], Call] = {}
         for group in self.groups:
             for key, rows in zip(group.calls, group.slices(), strict=True):
-                outputs[key] = Call.of(run_unit(unit, *group.arguments(rows), mode=mode), self.store.put)
+                outputs[key] = self._output(unit, group, rows, mode)
         return [[outputs[key] for key in sorted(outputs) if key[0] == batch] for batch in range(batches)]
+
+    def _output(self, unit: nn.Module, group: Group, rows: slice, mode: Mode) -> Call:
+        """Return the output of one call, with the random state after it."""
+        after: list[RandomState | None] = [None]
+        # Taken in a hook, because the state from before the run is back after it.
+        watched = {"": unit} if self.isolation.draws else {}
+        with hooked(watched, after=lambda *_: after.append(self.isolation.random_state())):
+            output = self.run(unit, group, rows, mode)
+        return Call.of(output, self.store.put, after[-1])
 
     def _check_separable(self, unit: nn.Module) -> bool:
         for group in self.groups:
+            if not group.rows:
+                continue
             rows = next(group.slices())
             size = rows.stop - rows.start
             # Rows of outputs must correspond to rows of inputs, or a mini-batch has no targets.
@@ -173,11 +134,11 @@ class UnitData:
             # The second half alone must give what it gives in the whole call; the first would hide position effects.
             part = slice(rows.start + size // 2, rows.stop)
             with _largest_output(unit) as largest:
-                outputs = float_leaves(run_unit(unit, *group.arguments(rows), mode="float"))
+                outputs = float_tensors_in(self.run(unit, group, rows, "float"))
             self.row_bytes = max(self.row_bytes, largest[0] // size)
             try:
-                half = float_leaves(run_unit(unit, *group.arguments(part), mode="float"))
-            except RuntimeError:  # the unit accepts whole calls only
+                half = float_tensors_in(self._half(unit, group, part))
+            except Exception:  # the unit accepts whole calls only
                 return False
             for all_rows, some in zip(outputs, half, strict=True):
                 expected = all_rows[size // 2 :]
@@ -187,18 +148,24 @@ class UnitData:
                     return False
         return True
 
+    def _half(self, unit: nn.Module, group: Group, part: slice) -> Any:
+        """Return the unit's float output on some rows of the first call, with the random state of that call."""
+        args, kwargs = group.arguments(part)
+        return run_unit(unit, args, kwargs, "float", self.isolation, group.random[0])
+
     def split(self, held_out: float, generator: torch.Generator) -> tuple[list[Sample], list[Sample]]:
         """Split into samples to tune on and samples held out: rows if separable, else whole calls."""
         samples = [
             (index, row)
             for index, group in enumerate(self.groups)
             for row in range(group.rows if self.separable else len(group.calls))
+            if group.rows  # an expert may be called without any row
         ]
         order = [
             samples[i] for i in torch.randperm(len(samples), generator=generator, device=generator.device).tolist()
         ]
         cut = max(1, round(len(samples) * held_out)) if held_out and len(samples) > 1 else 0
-        cut = min(cut, len(samples) - 1)  # one sample at least is left to tune on
+        cut = max(0, min(cut, len(samples) - 1))  # one sample at least is left to tune on
         return order[cut:], order[:cut] or order  # with nothing held out, all samples decide
 
     def chunks(self, rows: Tensor | slice) -> list[tuple[Tensor | slice, float]]:
@@ -243,6 +210,7 @@ Minibatch = tuple[Group, Tensor | slice]
 
 
 _CHUNK_BYTES = 2**24
+_VARY = "it returns other numbers of tensors in other calls"
 
 
 def _shuffle(count: int, generator: torch.Generator) -> Tensor:
@@ -255,34 +223,7 @@ def _largest_output(module: nn.Module) -> Iterator[list[int]]:
     largest = [1]
 
     def compare(name: str, child: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        largest[0] = max([largest[0], *(leaf.numel() * leaf.element_size() for leaf in float_leaves(output))])
+        largest[0] = max([largest[0], *(leaf.numel() * leaf.element_size() for leaf in float_tensors_in(output))])
 
     with hooked(dict(module.named_modules()), after=compare):
         yield largest
-
-
-def _rows(call: Call) -> int:
-    """Return the rows of the first floating-point tensor; samples may share integer inputs, such as an order."""
-    leaves = [leaf for leaf in call.leaves if isinstance(leaf, Tensor) and leaf.dim()]
-    return next((leaf.shape[0] for leaf in leaves if leaf.is_floating_point()), leaves[0].shape[0] if leaves else 1)
-
-
-def _sample_wise(call: Call) -> list[bool]:
-    rows = _rows(call)
-    return [isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == rows for leaf in call.leaves]
-
-
-def _signature(call: Call) -> Any:
-    """Return a key that is equal for calls whose rows can be concatenated."""
-    wise = _sample_wise(call)
-    parts: list[Any] = []
-    for leaf, device, is_wise in zip(call.leaves, call.devices, wise, strict=True):
-        if is_wise:
-            parts.append(("rows", tuple(leaf.shape[1:]), leaf.dtype, device))
-        elif isinstance(leaf, Tensor):
-            # Shared by all rows, so calls with other values must not be concatenated.
-            data = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            parts.append(("tensor", tuple(leaf.shape), leaf.dtype, hashlib.sha1(data).hexdigest()))
-        else:
-            parts.append(("value", repr(leaf)))
-    return str(call.spec), tuple(parts)

@@ -8,7 +8,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from lightning_ptq.arguments import is_number
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.candidates import Candidates, Choice
 from lightning_ptq.calibration.layer_costs import float_bytes, layer_work
@@ -24,7 +26,7 @@ class Cost:
 
     Attributes:
         name: Name of the cost, for example ``"size"``.
-        values: Cost by layer and candidate, 0 or more.
+        values: Cost by layer and candidate, 0 or more. An infinite cost forbids the candidate.
         fixed: Cost of the rest of the model, which no choice changes; it counts in every budget.
         of_float: Cost of the float model, to which budgets of at most 1 are relative; None if unknown.
         unit: Unit for tables and messages.
@@ -45,9 +47,9 @@ class Cost:
         Raises:
             AllocationError: If the budget is not a positive number.
         """
-        if not (isinstance(budget, (int, float)) and math.isfinite(budget) and budget > 0):
+        if not (is_number(budget) and math.isfinite(budget) and budget > 0):
             raise AllocationError(f"the budget for {self.name} must be a positive number, got {budget!r}.")
-        return budget * self.of_float if self.of_float is not None and budget <= 1 else float(budget)
+        return float(budget * self.of_float if self.of_float is not None and budget <= 1 else budget)
 
     def total(self, choice: Choice) -> float:
         """Return the cost of a choice, including :attr:`fixed`."""
@@ -98,43 +100,66 @@ def table_cost(name: str, table: Table | str | os.PathLike[str], choices: Candid
 
     Args:
         name: Name of the cost.
-        table: Cost by layer and candidate, or a CSV file with a column ``layer`` and a column per candidate.
+        table: Cost by layer and candidate, or a CSV file with a column ``layer`` and a column per candidate. Infinity
+            (``inf`` in a file) forbids a candidate.
         choices: The candidates; the table may have more of them, and more layers.
 
     Raises:
         FileNotFoundError: If there is no such file.
         AllocationError: If a layer or candidate is missing, or a value is negative or not a number.
     """
+    check_table(table)
     rows = table if isinstance(table, Mapping) else _read_csv(Path(table))
     values: dict[str, dict[str, float]] = {}
     for layer, candidates in choices.by_layer.items():
         if layer not in rows:
-            raise AllocationError(f"the {name} table has no layer {layer!r}. Its layers: {', '.join(list(rows)[:8])}.")
+            shown = ", ".join(map(str, list(rows)[:8]))
+            raise AllocationError(f"the {name} table has no layer {layer!r}. Its layers: {shown}.")
         if missing := [candidate for candidate in candidates if candidate not in rows[layer]]:
             raise AllocationError(f"the {name} table has no {missing} for layer {layer!r}, only {list(rows[layer])}.")
-        values[layer] = {candidate: float(rows[layer][candidate]) for candidate in candidates}
-        for candidate, value in values[layer].items():
-            if not (math.isfinite(value) and value >= 0):
-                raise AllocationError(
-                    f"the {name} table has {value} for layer {layer!r} at {candidate}. Write a number of 0 or more."
-                )
+        values[layer] = {
+            candidate: _cost_of(name, layer, candidate, rows[layer][candidate]) for candidate in candidates
+        }
     return Cost(name, values)
+
+
+def check_table(table: Any) -> None:
+    """Raise :class:`AllocationError` unless ``table`` is a table of costs, or the name of a file."""
+    if isinstance(table, (str, os.PathLike)):
+        return
+    if not isinstance(table, Mapping) or not all(isinstance(row, Mapping) for row in table.values()):
+        raise AllocationError(
+            f"a table must be a CSV file or a dictionary of costs by layer and candidate, got {table!r:.200}. Write for"
+            " example {'head': {'w8a8': 1.5, 'w4a4': 0.9}}."
+        )
+
+
+def _cost_of(name: str, layer: str, candidate: str, value: Any) -> float:
+    if is_number(value) and value >= 0:
+        return float(value)
+    raise AllocationError(
+        f"the {name} table has {value!r} for layer {layer!r} at {candidate}. Write a number of 0 or more, or infinity"
+        " to forbid the candidate."
+    )
 
 
 def _read_csv(path: Path) -> dict[str, dict[str, float]]:
     rows: dict[str, dict[str, float]] = {}
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if "layer" not in (reader.fieldnames or ()):
-            raise AllocationError(
-                f"{path} has the columns {reader.fieldnames}. One must be 'layer', the others candidates, for example"
-                " 'w8a8'."
-            )
-        try:
+    try:
+        # utf-8-sig: spreadsheets put a byte order mark before the first column's name.
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            if "layer" not in (reader.fieldnames or ()):
+                raise AllocationError(
+                    f"{path} has the columns {reader.fieldnames}. One must be 'layer', the others candidates, for"
+                    " example 'w8a8'."
+                )
             for row in reader:
                 layer = row.pop("layer")
                 # An empty cell means that the layer does not have the candidate.
                 rows[layer] = {candidate: float(text) for candidate, text in row.items() if text not in (None, "")}
-        except ValueError as error:
-            raise AllocationError(f"{path} has a value that is not a number ({error}). Write numbers only.") from error
+    except (ValueError, TypeError, csv.Error) as error:
+        if isinstance(error, AllocationError):
+            raise
+        raise AllocationError(f"{path} has a value that is not a number ({error}). Write numbers only.") from error
     return rows

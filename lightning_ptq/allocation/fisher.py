@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ def fisher_rises(
     ``KL ≈ ½ Σ_c p_c (δ · ∇ log p_c)²``, the quadratic form of the Fisher information (as in BRECQ, Li et al., 2021,
     eq. 10, but including the correlations within a sample). With random signs ``v``, the gradient ``g`` of
     ``Σ_c v_c √p_c log p_c``, with ``√p_c`` held constant, has ``E[(δ · g)²] = Σ_c p_c (δ · ∇ log p_c)²``. Labels drawn
-    from ``p`` would give the same expectation, but rare classes would then contribute rare, large values.
+    from ``p`` would give the same expectation, but rare classes would then contribute rare, large values. Where a
+    sample has several positions (tokens, pixels), the estimate is the mean over them, as the divergence is.
 
     The whole table takes one forward and one backward pass of the network, and a forward of each layer alone for each
     of its candidates. Several ranks (``calibration.ranks``) share the batches.
@@ -54,13 +56,13 @@ def fisher_rises(
         progress(batch, total, "backward pass")
         # A seed for each batch, so that the signs do not depend on which rank draws them.
         generator = torch.Generator(calibration.device).manual_seed(seed + batch)
-        calls = _calls(calibration, reader, batch, generator)
+        calls, samples = _calls(calibration, reader, batch, generator)
         measured[batch] = {}
         for name, layer in calibration.layers.items():
             row = measured[batch].setdefault(name, {})
             for candidate in choices.by_layer[name]:
                 choices.put(name, candidate)
-                row[candidate] = _rise(layer, calls[name])
+                row[candidate] = _rise(layer, calls[name], samples)
             choices.put(name, base[name])
     progress(total, total, "backward pass")
     measured = ranks.merge(measured)
@@ -80,8 +82,8 @@ class _Call:
 
 def _calls(
     calibration: Calibration, reader: OutputReader, batch: int, generator: torch.Generator
-) -> dict[str, list[_Call]]:
-    """Return all calls of each layer in a forward and a backward pass on one batch."""
+) -> tuple[dict[str, list[_Call]], int]:
+    """Return all calls of each layer in a forward and a backward pass on one batch, and the number of samples."""
     calls: dict[str, list[_Call]] = {name: [] for name in calibration.layers}
     outputs: list[tuple[_Call, Tensor]] = []
 
@@ -103,24 +105,46 @@ def _calls(
     gradients = torch.autograd.grad(projection, [output for _, output in outputs], allow_unused=True)
     for (call, _), gradient in zip(outputs, gradients, strict=True):
         call.gradient = gradient
-    return calls
+    return calls, len(logits)
 
 
 def _projection(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Return ``Σ v_c √p_c log p_c`` over all positions, with random signs ``v`` and constant ``√p_c``."""
+    """Return ``Σ v_c √p_c log p_c / √t`` over all positions, with random signs ``v`` and constant ``√p_c``.
+
+    A sample has ``t`` positions, so that squares of the gradient are means over them.
+    """
     classes_last = logits.movedim(1, -1) if logits.dim() > 3 else logits
     logs = classes_last.float().log_softmax(-1)
     flat = logs.reshape(-1, logs.shape[-1])  # (positions, classes)
     signs = torch.randint(0, 2, flat.shape, generator=generator, device=flat.device) * 2 - 1
-    return (flat * signs * (flat.detach() / 2).exp()).sum()
+    return (flat * signs * (flat.detach() / 2).exp()).sum() / math.sqrt(len(flat) / len(logits))
 
 
 @torch.no_grad()
-def _rise(layer: QuantizedOp, calls: list[_Call]) -> float:
+def _rise(layer: QuantizedOp, calls: list[_Call], samples: int) -> float:
     """Return ``½ mean (δ · g)²`` over the samples, where ``δ · g`` is summed over the calls of one forward."""
     total: Tensor | float = 0.0
+    apart = 0.0  # of calls on rows that cannot be told apart by sample, such as those routed to an expert
     for call in calls:
         if call.gradient is not None:
             change = layer.output_tensor(layer(*call.args, **call.kwargs)) - call.output
-            total = total + (change * call.gradient).flatten(1).sum(1)
-    return 0.5 * float(torch.as_tensor(total).double().square().mean())
+            products = _by_sample(change * call.gradient, samples)
+            if len(products) == samples:
+                total = total + products
+            else:
+                apart += float(products.double().square().sum()) / samples
+    return 0.5 * (float(torch.as_tensor(total).double().square().mean()) + apart)
+
+
+def _by_sample(products: Tensor, samples: int) -> Tensor:
+    """Return the sum of each sample: of the first dimension, or where that is the sequence, of the second one.
+
+    Where samples were joined with their positions, (samples * positions, ...), all rows of one are added. Any other
+    rows are added up on their own.
+    """
+    rows = len(products)
+    if rows != samples and products.dim() > 2 and products.shape[1] == samples:
+        products = products.movedim(1, 0)
+    elif rows > samples and rows % samples == 0:
+        products = products.unflatten(0, (samples, -1))
+    return products.flatten(1).sum(1) if products.dim() > 1 else products

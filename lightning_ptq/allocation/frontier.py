@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -173,7 +174,10 @@ def sweep(
         AllocationError: If no choice meets the other budgets.
     """
     cost = next(cost for cost in costs if cost.name == name)
-    low, high = (cost.fixed + sum(end(row.values()) for row in cost.values.values()) for end in (min, max))
+    rows = [[value for value in row.values() if value < math.inf] for row in cost.values.values()]
+    if not all(rows):  # infinite costs forbid every candidate of a layer
+        raise AllocationError(f"a layer has no candidate of a finite cost in {name}. Give one of them a finite cost.")
+    low, high = (cost.fixed + sum(map(end, rows)) for end in (min, max))
     budgets = [low + (high - low) * step / (points - 1) for step in range(points)]
     # A budget of at most 1 would be read as a fraction of the float model's cost.
     return frontier(sensitivity, costs, [max(budget, 1 + 1e-9) for budget in budgets], name, **options)

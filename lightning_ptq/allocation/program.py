@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,8 @@ import mip
 from lightning_ptq.allocation.costs import Table
 from lightning_ptq.errors import AllocationError
 
-TOLERANCE = 1e-9
-"""Relative tolerance of limits, and the optimality gap at which a solution counts as proven."""
+_GAP = 1e-9  # optimality gap at which a solution counts as proven
+_MARGIN = 1e-6  # about the tolerance of solvers, who may otherwise cut off a choice that meets a limit exactly
 
 
 @dataclass(frozen=True)
@@ -28,41 +28,49 @@ class Group:
 
 
 class Program:
-    """An integer program with a binary variable per group and candidate. Exactly one variable of each group is 1."""
+    """An integer program with a binary variable per group and candidate. Exactly one variable of each group is 1.
 
-    def __init__(self, groups: Sequence[Group]) -> None:
-        self.groups = groups
+    Args:
+        choices: The candidates of each group.
+    """
+
+    def __init__(self, choices: Sequence[Sequence[str]]) -> None:
+        self.choices = choices
         self.model, self.solver = _new_model()
-        self.rows = [[self.model.add_var(var_type=mip.BINARY) for _ in group.candidates] for group in groups]
+        self.rows = [[self.model.add_var(var_type=mip.BINARY) for _ in candidates] for candidates in choices]
         for row in self.rows:
             self.model += mip.xsum(row) == 1
 
-    def _scaled(self, table: Table) -> tuple[Any, float]:
-        """Return the sum of a table at the chosen candidates, divided by the largest entry, and that entry."""
-        values = [group.total(table, candidate) for group in self.groups for candidate in group.candidates]
-        variables = [variable for row in self.rows for variable in row]
-        # Solvers have absolute tolerances, which would swallow tables of tiny entries.
-        scale = max(map(abs, values), default=0.0) or 1.0
-        return mip.xsum(v / scale * x for v, x in zip(values, variables, strict=True)), scale
+    def _scaled(self, values: Sequence[Mapping[str, float]], scale: float) -> Any:
+        """Return the sum of the values at the chosen candidates, in units of ``scale``."""
+        terms = [
+            value[candidate] / scale * variable
+            for candidates, row, value in zip(self.choices, self.rows, values, strict=True)
+            for candidate, variable in zip(candidates, row, strict=True)
+            if value[candidate]
+        ]
+        return mip.xsum(terms)
 
-    def limit(self, table: Table, most: float) -> None:
-        """Require the sum of a table to be at most ``most``."""
-        total, scale = self._scaled(table)
-        self.model += total <= most / scale
+    def limit(self, values: Sequence[Mapping[str, float]], most: float) -> None:
+        """Require the sum of a value per group and candidate to be at most ``most``, or little more.
 
-    def minimize(self, table: Table) -> float:
-        """Make the sum of a table the objective; return the unit in which the solver states it."""
-        total, scale = self._scaled(table)
-        self.model.objective = mip.minimize(total)
-        return scale
+        Solvers have absolute tolerances, so the row is divided by ``most``. The caller checks the solution.
+        """
+        self.model += self._scaled(values, most) <= 1 + _MARGIN
 
-    def solution(self) -> dict[str, str]:
-        """Return the candidate of each layer."""
-        chosen: dict[str, str] = {}
-        for group, row in zip(self.groups, self.rows, strict=True):
+    def minimize(self, values: Sequence[Mapping[str, float]]) -> float:
+        """Make the sum of a value per group and candidate the objective; return the unit of the solver's objective."""
+        largest = max((value[c] for cs, value in zip(self.choices, values, strict=True) for c in cs), default=0.0)
+        self.model.objective = mip.minimize(self._scaled(values, largest or 1.0))
+        return largest or 1.0
+
+    def solution(self) -> list[str]:
+        """Return the candidate of each group."""
+        chosen = []
+        for candidates, row in zip(self.choices, self.rows, strict=True):
             # Solvers return binary variables up to their tolerance.
             values = [float(variable.x) for variable in row]
-            chosen.update(dict.fromkeys(group.layers, group.candidates[values.index(max(values))]))
+            chosen.append(candidates[values.index(max(values))])
         return chosen
 
 
@@ -76,7 +84,7 @@ def _new_model() -> tuple[mip.Model, str]:
             failures.append(f"{solver}: {error}")
             continue
         model.verbose = 0
-        model.max_mip_gap = model.max_mip_gap_abs = TOLERANCE
+        model.max_mip_gap = model.max_mip_gap_abs = _GAP
         return model, str(solver)
     raise AllocationError(
         f"no solver loads ({'; '.join(failures)}). Install one for this platform: pip install 'mip[highs]'."

@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import cast
 
+from lightning_ptq.activations.calls import same_up_to_rounding
 from lightning_ptq.activations.memory_plan import keep_outputs
-from lightning_ptq.activations.replay import Replay, same_up_to_rounding
+from lightning_ptq.activations.replay import Replay
 from lightning_ptq.activations.store import ActivationStore
 from lightning_ptq.activations.unit_data import UnitData
 from lightning_ptq.allocation.fisher import fisher_rises
@@ -215,18 +217,25 @@ class _Sweep:
 
     def _replaceable(self) -> bool:
         """Return True if stored outputs give the same result as a full run, on one batch of each trace."""
+        if self.calibration.varies:  # another candidate may change the course of the forward
+            return False
         last_batches = {id(trace): batch for batch, trace in enumerate(self.calibration.traces)}
         reader, replay = self.meter.reader, self.replay
         for batch in last_batches.values():
             full = reader.read(partial(replay.run, batch, replace=False))[0]
-            if not same_up_to_rounding(reader.read(partial(replay.run, batch))[0], full):
+            try:
+                replaced = reader.read(partial(replay.run, batch))[0]
+            except Exception:  # a finished unit was needed for more than its output
+                return False
+            if not same_up_to_rounding(replaced, full):
                 return False
         return True
 
     def _finish(self, index: int, unit: Unit) -> None:
         """Store the outputs of unit ``index`` at its base, so that it need not run for the layers after it."""
-        data = UnitData(self.replay.inputs(index), self.store)
-        self.replay.finish(index, data.outputs(unit.module, len(self.batches), "quantized"))
+        data = UnitData(self.replay.inputs(index), self.store, self.calibration.isolation)
+        with suppress(Exception):  # a unit that cannot run alone is not replaced by stored outputs
+            self.replay.finish(index, data.outputs(unit.module, len(self.batches), "quantized"))
 
 
 def _over_batches(

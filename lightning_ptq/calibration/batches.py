@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import pickle
-import tempfile
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_ptq.calibration.batch import Batch
+from lightning_ptq.calibration.containers import has_rows
 from lightning_ptq.network.trace import Trace
 from lightning_ptq.runtime.memory import disk_room
 from lightning_ptq.runtime.ranks import Ranks
+from lightning_ptq.runtime.scratch import ScratchFolder
 
 
 class Batches(Sequence[Any]):
@@ -37,7 +40,7 @@ class Batches(Sequence[Any]):
 
     def __init__(self, batches: Iterable[Any] = ()) -> None:
         self._entries: list[tuple[Any, Path | None]] = [(batch, None) for batch in batches]
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: ScratchFolder | None = None
 
     def append(self, batch: Any) -> None:
         """Append a batch that is kept in memory."""
@@ -50,8 +53,8 @@ class Batches(Sequence[Any]):
             self.append(batch)
             return
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="lightning_ptq_batches_")
-        path = Path(self._folder.name, f"{len(self)}.pickle")
+            self._folder = ScratchFolder("batches")
+        path = self._folder.path / f"{len(self)}.pickle"
         path.write_bytes(data)
         self._entries.append((None, path))
 
@@ -63,7 +66,7 @@ class Batches(Sequence[Any]):
         """Remove all batches, and the folder with its files."""
         self._entries.clear()
         if self._folder is not None:
-            self._folder.cleanup()
+            self._folder.remove()
             self._folder = None
 
     def __len__(self) -> int:
@@ -82,19 +85,29 @@ class Batches(Sequence[Any]):
         return batch if path is None else pickle.loads(path.read_bytes())  # trusted: this process wrote it
 
 
-def merge_batches(ranks: Ranks, batches: Batches, traces: list[Trace]) -> tuple[Batches, list[Trace]]:
+def merge_batches(
+    ranks: Ranks, batches: Batches, traces: list[Trace], repeated: bool = False
+) -> tuple[Batches, list[Trace]]:
     """Return the calibration batches of all ranks with their traces, in the order of the dataset.
 
     Batches are re-cut to the number and size that a single process would have had, if they are divisible and fit
     together, and the forward took the same course on all of them. Otherwise they are interleaved whole, rank by rank.
     Each rank keeps every ``world``-th batch in memory, which are those that it tunes on in sequential mode, and the
     others on disk.
+
+    Args:
+        ranks: Processes of the run.
+        batches: Batches of this rank.
+        traces: Trace of the forward on each of them.
+        repeated: True if all ranks were given the same batches, of which only those of rank 0 count.
     """
     if ranks.world == 1:
         return batches, traces
+    if repeated and ranks.rank:
+        batches, traces = Batches(), []
     same = len(set().union(*ranks.gather({trace.digest() for trace in traces}))) == 1
     layouts = ranks.gather([_layout(batch) for batch in batches])
-    recut = same and all(_fit_together(turn) for turn in zip_longest(*layouts, fillvalue=()))
+    recut = same and not repeated and all(_fit_together(turn) for turn in zip_longest(*layouts, fillvalue=()))
     size = next(samples for samples in ranks.gather(Batch(batches[0]).samples if batches else 0) if samples)
     merged = Batches()
     for turn in range(max(map(len, layouts))):  # by turns, so that no rank holds the whole set twice
@@ -122,7 +135,7 @@ def _layout(batch: Any) -> tuple[Any, ...] | None:
     if not Batch(batch).is_divisible:
         return None
     columns = Batch(batch).columns()
-    return tuple((c.dtype, c.shape[1:]) if isinstance(c, Tensor) else type(c) for c in columns)
+    return tuple((type(c), c.dtype, c.shape[1:]) if has_rows(c) else type(c) for c in columns)
 
 
 def _fit_together(layouts: Sequence[tuple[Any, ...] | None]) -> bool:
@@ -145,7 +158,18 @@ def _split(column: Any, size: int) -> list[Any]:
 def _interleave_samples(columns: list[Any]) -> Any:
     """Join one column of each rank's batch: first samples of all ranks, then second ones, as a sampler dealt them."""
     order = sorted((row, rank) for rank, column in enumerate(columns) for row in range(len(column)))
-    if not isinstance(columns[0], Tensor):
+    if not has_rows(columns[0]):
         return type(columns[0])(columns[rank][row] for row, rank in order)
     starts = torch.tensor([0, *map(len, columns)]).cumsum(0).tolist()
-    return torch.cat(columns)[[starts[rank] + row for row, rank in order]]
+    joined = torch.cat(columns) if isinstance(columns[0], Tensor) else np.concatenate(columns)
+    return joined[[starts[rank] + row for row, rank in order]]
+
+
+def own_share(rank: int, world: int, samples: float) -> float:
+    """Return how many of the first ``samples`` samples of the whole set belong to a rank.
+
+    Example:
+        >>> [own_share(rank, 3, 10) for rank in range(3)]
+        [4, 3, 3]
+    """
+    return samples if samples == math.inf else (samples - rank + world - 1) // world

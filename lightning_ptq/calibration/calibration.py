@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -10,13 +12,14 @@ from torch import Tensor, nn
 
 from lightning_ptq.calibration.batch import Batch
 from lightning_ptq.calibration.batches import Batches
-from lightning_ptq.calibration.forward import Forward, run_forward
+from lightning_ptq.calibration.forward import Forward, fresh_batch, run_forward
 from lightning_ptq.network.op import QuantizedOp
 from lightning_ptq.network.prepare import Prepared
-from lightning_ptq.network.trace import Trace
+from lightning_ptq.network.trace import Trace, merge_traces
 from lightning_ptq.numerics.fake_quantize import FakeQuantize
 from lightning_ptq.numerics.observers import MinMaxObserver
 from lightning_ptq.numerics.qconfig import LayerQConfig
+from lightning_ptq.runtime.isolation import Isolation
 from lightning_ptq.runtime.ranks import Ranks
 
 Observers = dict[tuple[str, str], MinMaxObserver]
@@ -38,6 +41,7 @@ class Calibration:
         observers: The observer of each input of each layer.
         samples: Number of samples in the batches.
         ranks: Processes that share the work; each has all batches.
+        isolation: What makes a forward depend on its batch alone.
     """
 
     prepared: Prepared
@@ -50,12 +54,23 @@ class Calibration:
     observers: Observers
     samples: int
     ranks: Ranks = field(default_factory=Ranks)
+    isolation: Isolation = field(default_factory=Isolation)
     _qparams: dict[tuple[str, LayerQConfig], list[tuple[Tensor, Tensor]]] = field(default_factory=dict, repr=False)
 
-    @property
+    @cached_property
     def trace(self) -> Trace:
-        """Trace of the forward on the first batch."""
-        return self.traces[0]
+        """What the forwards on all batches did together; see :func:`~lightning_ptq.network.trace.merge_traces`."""
+        return merge_traces(self.traces)
+
+    @property
+    def varies(self) -> bool:
+        """True if the forward took different courses on different batches."""
+        return len({id(trace) for trace in self.traces}) > 1
+
+    def one_batch_per_course(self) -> dict[int, float]:
+        """Return the index of the first batch of each course of the forward, with the share of batches that took it."""
+        courses = [id(trace) for trace in self.traces]
+        return {courses.index(course): courses.count(course) / len(courses) for course in dict.fromkeys(courses)}
 
     @property
     def module(self) -> nn.Module:
@@ -65,6 +80,8 @@ class Calibration:
     def run(self, index: int, gradients: bool = False, rows: slice | None = None) -> Any:
         """Run the calibration forward on batch ``index``, or on some of its rows, in eval mode.
 
+        Each run gets a copy of the batch and the random state that belongs to it, and leaves the module unchanged.
+
         Args:
             index: Index of the batch.
             gradients: Whether autograd records the forward.
@@ -72,7 +89,8 @@ class Calibration:
         """
         batch = self.batches[index]
         batch = batch if rows is None else Batch(batch).rows(rows)
-        return run_forward(self.module, self.forward, Batch(batch).to(self.device), gradients)
+        with self.isolation.forward(self.module, seed=index):
+            return run_forward(self.module, self.forward, fresh_batch(batch, self.device), gradients)
 
     def qconfig_at(self, name: str, candidate: LayerQConfig | None = None) -> LayerQConfig:
         """Return the specs of layer ``name`` where ``candidate`` takes the place of the default.
@@ -114,3 +132,27 @@ def _set_activation_scale(quantizer: FakeQuantize, observer: MinMaxObserver) -> 
     scale, zero_point = observer.qparams(quantizer.spec)
     quantizer.scale.copy_(scale)
     quantizer.zero_point.copy_(zero_point)
+
+
+def merge_observers(ranks: Ranks, observers: Observers, make: Callable[[tuple[str, str]], MinMaxObserver]) -> Observers:
+    """Merge the observers over the ranks, by the reductions that their states declare.
+
+    Args:
+        ranks: Processes of the run.
+        observers: Observers of this rank; changed in place.
+        make: Returns a new observer for an input that this rank never saw.
+    """
+    if ranks.world == 1:
+        return observers
+
+    def gather(state: Tensor, group: Any = None) -> list[Tensor]:
+        return [found.to(state.device) for found in ranks.gather(state.cpu())]
+
+    names = list(dict.fromkeys(name for found in ranks.gather(list(observers)) for name in found))
+    for name in names:
+        observer = observers.setdefault(name, make(name))
+        with observer.sync_context(dist_sync_fn=gather, distributed_available=lambda: True):
+            merged = observer.metric_state
+        for state, value in merged.items():  # unlike a permanent sync, this keeps no unmerged states
+            setattr(observer, state, value)
+    return {name: observers[name] for name in names}

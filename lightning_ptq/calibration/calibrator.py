@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_ptq.calibration.batch import Batch
-from lightning_ptq.calibration.batches import Batches, merge_batches
-from lightning_ptq.calibration.calibration import Calibration, Observers
-from lightning_ptq.calibration.forward import Forward, default_forward, run_forward
-from lightning_ptq.errors import CalibrationError, FewSamplesWarning, FunctionalOpWarning, UnreachedLayerWarning, warn
-from lightning_ptq.network.batch_norm import fold_batch_norms
+from lightning_ptq.calibration.batches import Batches, merge_batches, own_share
+from lightning_ptq.calibration.calibration import Calibration, Observers, merge_observers
+from lightning_ptq.calibration.forward import Forward, default_forward, fresh_batch, run_forward
+from lightning_ptq.calibration.repeatability import Recording, warn_if_different
+from lightning_ptq.calibration.repeats import Repeats
+from lightning_ptq.errors import (
+    CalibrationError,
+    FewSamplesWarning,
+    FunctionalOpWarning,
+    UnreachedLayerWarning,
+    warn,
+)
+from lightning_ptq.network.batch_norm import fold_batch_norms, folded_ahead
 from lightning_ptq.network.op import QuantizedOp
 from lightning_ptq.network.prepare import Prepared, prepare
 from lightning_ptq.network.trace import Trace, trace
+from lightning_ptq.numerics.fake_quantize import FakeQuantize
 from lightning_ptq.numerics.observers import MinMaxObserver, make_observer
 from lightning_ptq.numerics.qconfig import LayerQConfig, QConfig
-from lightning_ptq.runtime.patching import hooked
+from lightning_ptq.runtime.isolation import Isolation
+from lightning_ptq.runtime.patching import Before, hooked
 from lightning_ptq.runtime.ranks import Ranks
 
 
@@ -50,12 +61,15 @@ class Calibrator:
         self.num_samples = num_samples
         self.ranks = ranks or Ranks()
         self.dataset_size = dataset_size
+        self._repeats = Repeats(self.ranks, sharded=dataset_size is not None)
         self.samples = 0
         self.batches = Batches()
         self.device = next((p.device for p in prepared.module.parameters()), torch.device("cpu"))
         self._first_size = self._seen = 0
         self._observers: Observers = {}
         self._traces: list[Trace] = []
+        gpus = {p.device.index for p in prepared.module.parameters() if p.device.type == "cuda"}
+        self.isolation = Isolation((FakeQuantize,), sorted(gpus))
 
     @property
     def done(self) -> bool:
@@ -65,7 +79,7 @@ class Calibrator:
     def _share(self, rank: int) -> float:
         """Return a rank's number of samples: those a single process would have seen, distributed round-robin."""
         whole = math.inf if self.num_samples is None else self.num_samples
-        if self.ranks.world == 1:
+        if self.ranks.world == 1 or self._repeats.alike:
             return whole
         if self._first_size and self.num_samples is not None:  # a single process would have stopped after a whole batch
             size = self._first_size
@@ -84,29 +98,50 @@ class Calibrator:
         """
         # Every rank counts all samples that it is given, so that all are done after the same batch. Beyond its share it
         # counts without observing, since a single process would not have seen these samples.
+        self._repeats.compare(batch)
         self._first_size = self._first_size or Batch(batch).samples
         self._seen += Batch(batch).samples
-        if self.ranks.world > 1:
+        if self.ranks.world > 1 and not self._repeats.alike:
             room = self._share(self.ranks.rank) - self.samples
             if room <= 0:
                 return None
             if Batch(batch).samples > room and Batch(batch).is_divisible:
                 batch = Batch(batch).rows(slice(0, int(room)))
+        kept = fresh_batch(batch, torch.device("cpu"))
+        recordings = [] if self._traces else [Recording(), Recording()]
+        result, watched = self._trace(kept, self._watch, *recordings[:1])
+        if recordings:
+            for recording, run in zip(recordings, ((result, watched), self._trace(kept, *recordings[1:])), strict=True):
+                recording.finish(*run)
+            warn_if_different(*recordings)
+        self._traces.append(next((known for known in self._traces if known.same_course(watched)), watched))
+        self.batches.append(kept)
+        self.samples += Batch(kept).samples
+        return result
+
+    def _trace(self, batch: Any, *watches: Before) -> tuple[Any, Trace]:
+        """Run the forward on the next batch; return its result and its trace.
+
+        Args:
+            batch: The batch.
+            watches: Functions that are called before each operation that is to be quantized.
+        """
+        module, qconfig = self.prepared.module, self.prepared.qconfig
+        observed = {name: op for name, op in self.prepared.layers.items() if qconfig.for_layer(name) is not None}
+        seed = self._repeats.turn(len(self.batches))
         result: list[Any] = []
-        qconfig, layers = self.prepared.qconfig, self.prepared.layers
-        observed = {name: layer for name, layer in layers.items() if qconfig.for_layer(name) is not None}
 
         def run() -> Any:
-            # Registered after the hooks of the trace, so that what observers compute counts as the layer's own.
-            with hooked(observed, before=self._watch):
-                result.append(run_forward(self.prepared.module, self.forward, Batch(batch).to(self.device)))
+            with ExitStack() as stack:
+                # Registered after the hooks of the trace, so that what observers compute counts as the layer's own.
+                for watch in watches:
+                    stack.enter_context(hooked(observed, before=watch))
+                result.append(run_forward(module, self.forward, fresh_batch(batch, self.device)))
             return result[0]
 
-        watched = trace(self.prepared.module, run)
-        self._traces.append(next((known for known in self._traces if known.same_course(watched)), watched))
-        self.batches.append(Batch(batch).to(torch.device("cpu")))
-        self.samples += Batch(batch).samples
-        return result[0]
+        with self.isolation.forward(module, seed, learn=True):  # around the trace, which records operators
+            watched = trace(module, run)
+        return result[0], watched
 
     def _observer(self, name: str) -> MinMaxObserver:
         config = cast(LayerQConfig, self.prepared.qconfig.for_layer(name))
@@ -140,38 +175,52 @@ class Calibrator:
             )
         module = self.prepared.module
 
-        def run() -> Any:
-            return run_forward(module, self.forward, Batch(self.batches[0]).to(self.device))
-
-        watched = self._traces[0]
-        folded = fold_batch_norms(module, watched, run)
-        layers = self._quantized_layers(watched)
-        _warn_of_float_parts(self.prepared, watched)
         calibration = Calibration(
             self.prepared,
             self.forward,
             self.batches,
             self.device,
             self._traces,
-            layers,
-            folded,
+            {},
+            {},
             self._observers,
             self.samples,
             self.ranks,
+            self.isolation,
         )
+        watched, courses = calibration.trace, calibration.one_batch_per_course()
+        run = lambda: [calibration.run(index) for index in courses]  # noqa: E731
+        calibration.folded = fold_batch_norms(module, self._traces, run)
+        self._observe_again(calibration)
+        calibration.layers = layers = self._quantized_layers(watched)
+        _warn_of_float_parts(self.prepared, watched)
         for name, layer in layers.items():
             layer.keep_reference()
             calibration.round_to_nearest(name, calibration.qconfig_at(name))
         return calibration
 
+    def _observe_again(self, calibration: Calibration) -> None:
+        """Observe the inputs of layers that the batch norm before them went into: these are the norm's inputs now."""
+        ahead = folded_ahead(self.prepared.module, calibration.folded).values()
+        names = [name for layers in ahead for name in layers if self.prepared.qconfig.for_layer(name) is not None]
+        for key in [key for key in self._observers if key[0] in names]:
+            del self._observers[key]
+        with hooked({name: self.prepared.layers[name] for name in names}, before=self._watch):
+            for index in range(len(self.batches) if names else 0):
+                calibration.run(index)
+
     def _exchange(self) -> None:
-        """Merge the batches, traces and observers of all ranks."""
+        """Merge the batches, traces and observers of all ranks; those of rank 0 count alone if all are the same."""
+        repeated = self._repeats.end(self.samples)
         if not any(self.ranks.gather(len(self.batches))):
             raise CalibrationError("the calibration loader is empty: no batch was seen. Give it at least one sample.")
         here = self.device
-        self._observers = merge_observers(self.ranks, self._observers, lambda key: self._observer(key[0]).to(here))
-        self.batches, self._traces = merge_batches(self.ranks, self.batches, self._traces)
+        own = {} if repeated and self.ranks.rank else self._observers
+        self._observers = merge_observers(self.ranks, own, lambda key: self._observer(key[0]).to(here))
+        self.batches, self._traces = merge_batches(self.ranks, self.batches, self._traces, repeated)
         self.samples = sum(Batch(batch).samples for batch in self.batches)
+        learned = self.ranks.gather((self.isolation.draws, self.isolation.leaves_traces))
+        self.isolation.learned(*map(any, zip(*learned, strict=True)))
 
     def _quantized_layers(self, watched: Trace) -> dict[str, QuantizedOp]:
         all_layers, qconfig = self.prepared.layers, self.prepared.qconfig
@@ -252,37 +301,3 @@ def _warn_of_float_parts(prepared: Prepared, watched: Trace) -> None:
             scopes.setdefault(op, []).append(scope or "the module itself")
         listed = "; ".join(f"{op} in {', '.join(names)}" for op, names in scopes.items())
         warn(f"computed outside any layer, so they stay float: {listed}.", FunctionalOpWarning, stacklevel=3)
-
-
-def own_share(rank: int, world: int, samples: float) -> float:
-    """Return how many of the first ``samples`` samples of the whole set belong to a rank.
-
-    Example:
-        >>> [own_share(rank, 3, 10) for rank in range(3)]
-        [4, 3, 3]
-    """
-    return samples if samples == math.inf else (samples - rank + world - 1) // world
-
-
-def merge_observers(ranks: Ranks, observers: Observers, make: Callable[[tuple[str, str]], MinMaxObserver]) -> Observers:
-    """Merge the observers over the ranks, by the reductions that their states declare.
-
-    Args:
-        ranks: Processes of the run.
-        observers: Observers of this rank; changed in place.
-        make: Returns a new observer for an input that this rank never saw.
-    """
-    if ranks.world == 1:
-        return observers
-
-    def gather(state: Tensor, group: Any = None) -> list[Tensor]:
-        return [found.to(state.device) for found in ranks.gather(state.cpu())]
-
-    names = list(dict.fromkeys(name for found in ranks.gather(list(observers)) for name in found))
-    for name in names:
-        observer = observers.setdefault(name, make(name))
-        with observer.sync_context(dist_sync_fn=gather, distributed_available=lambda: True):
-            merged = observer.metric_state
-        for state, value in merged.items():  # unlike a permanent sync, this keeps no unmerged states
-            setattr(observer, state, value)
-    return {name: observers[name] for name in names}

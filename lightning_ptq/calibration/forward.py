@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_ptq.calibration.batch import Batch
-from lightning_ptq.errors import CalibrationError
+from lightning_ptq.errors import CalibrationError, PTQError, add_note
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -35,11 +35,29 @@ def default_forward(module: nn.Module, batch: Any) -> Any:
                 f"a calibration batch is an empty {type(batch).__name__}, so there is no input to run the module on."
                 " Return the inputs as its first entry from the loader."
             )
-        return module(batch[0])
+        return _called(module, "the first entry of the batch", batch[0])
     # A mapping that moves its own entries, such as a TensorDict, is the argument of modules that are made for it.
     if isinstance(batch, (dict, UserDict)) or (isinstance(batch, Mapping) and not hasattr(batch, "to")):
-        return module(**batch)
-    return module(batch)
+        return _called(module, "the entries of the batch by keyword", **batch)
+    return _called(module, "the whole batch", batch)
+
+
+def _called(module: nn.Module, what: str, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return module(*args, **kwargs)
+    except Exception as error:
+        if not isinstance(error, PTQError):
+            add_note(
+                error,
+                f"Calibration called {type(module).__name__} in eval mode with {what}. To call it in another way, pass"
+                " a function of module and batch: forward=, or step= of CalibrationCapture and inspect.",
+            )
+        raise
+
+
+def fresh_batch(batch: Any, device: torch.device) -> Any:
+    """Return a copy of a batch on ``device``, so that a step may change its batch in place."""
+    return Batch(Batch(batch).copy()).to(device)
 
 
 def run_forward(module: nn.Module, forward: Forward, batch: Any, gradients: bool = False) -> Any:
@@ -51,12 +69,18 @@ def run_forward(module: nn.Module, forward: Forward, batch: Any, gradients: bool
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put every module below ``module`` into eval mode inside the ``with`` block, and restore each flag after it."""
+    """Put every module below ``module`` into eval mode inside the ``with`` block, and restore each flag after it.
+
+    Torch's fused attention is off meanwhile. It would use float weights, and nested tensors between the layers.
+    """
     before = [(child, child.training) for child in module.modules()]
+    fused = torch.backends.mha.get_fastpath_enabled()
     try:
         for child, _ in before:
             child.training = False
+        torch.backends.mha.set_fastpath_enabled(False)
         yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         for child, flag in before:
             child.training = flag

@@ -4,73 +4,78 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from lightning_ptq.calibration.batch import Batch
 from lightning_ptq.calibration.calibration import Calibration
-from lightning_ptq.network.batch_norm import folded_norms
+from lightning_ptq.calibration.operator_macs import OperatorCounter
+from lightning_ptq.network.batch_norm import NORM_TENSORS, folded_norms
 from lightning_ptq.network.op import QuantizedOp, quantized_ops
 from lightning_ptq.runtime.patching import hooked
 
 
-def count_macs(module: nn.Module, run: Callable[[], Any]) -> dict[str, float]:
-    """Count the multiply-accumulates of one ``run()``, functional matrix products and attention included.
+@dataclass(frozen=True)
+class Work:
+    """The products that one run computes, by the module that computes them outside the modules inside it.
 
-    Torch counts the operators that it knows a formula for: convolutions, matrix products, attention. An operator
-    without a formula, such as a fused recurrent layer, counts as nothing.
+    What is computed outside all modules belongs to the root, ``""``.
+
+    Attributes:
+        macs: Multiply-accumulates.
+        counted: Names of the operators that these are of.
+        uncounted: Names of the operators without a formula, whose multiply-accumulates are missing.
+    """
+
+    macs: dict[str, float] = field(default_factory=dict)
+    counted: dict[str, set[str]] = field(default_factory=dict)
+    uncounted: dict[str, set[str]] = field(default_factory=dict)
+
+
+def count_work(module: nn.Module, run: Callable[[], Any]) -> Work:
+    """Count the products of one ``run()``, functional ones included.
+
+    These are convolutions, matrix products, attention and recurrent layers. What works element by element, reduces,
+    normalizes, pools or looks up rows of a table counts as nothing.
 
     Args:
         module: The root; qualified names are relative to it.
         run: A forward of the root.
+    """
+    work = Work()
+    stack = [""]
 
-    Returns:
-        For each module the multiply-accumulates outside the modules inside it. What is computed outside all modules
-        belongs to the root, ``""``.
+    def enter(name: str, *_: Any) -> None:
+        stack.append(name)
+
+    def leave(*_: Any) -> None:
+        stack.pop()
+
+    def count(operator: str, macs: float | None) -> None:
+        place = stack[-1]
+        if macs is None:
+            work.uncounted.setdefault(place, set()).add(operator)
+        elif macs:
+            work.counted.setdefault(place, set()).add(operator)
+            work.macs[place] = work.macs.get(place, 0.0) + macs
+
+    with hooked(dict(module.named_modules()), enter, leave), _attention_in_parts(), OperatorCounter(count):
+        run()
+    return work
+
+
+def count_macs(module: nn.Module, run: Callable[[], Any]) -> dict[str, float]:
+    """Return :attr:`Work.macs` of :func:`count_work`.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
         >>> count_macs(net, lambda: net(torch.zeros(3, 4)))
         {'0': 96.0, '1': 48.0}
     """
-    counts: dict[str, float] = {}
-    stack = [""]
-    counted = 0
-
-    def settle() -> None:
-        """Credit the innermost module with what was counted since the last module boundary."""
-        nonlocal counted
-        now = counter.get_total_flops()
-        if now > counted:
-            # A multiply-accumulate is two floating-point operations.
-            counts[stack[-1]] = counts.get(stack[-1], 0.0) + (now - counted) / 2
-        counted = now
-
-    def enter(name: str, *_: Any) -> None:
-        settle()
-        stack.append(name)
-
-    def leave(*_: Any) -> None:
-        settle()
-        stack.pop()
-
-    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
-    with hooked(dict(module.named_modules()), enter, leave), _attention_in_parts(), counter:
-        run()
-        settle()
-    return counts
-
-
-def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
-    return sdpa_flop_count(query, key, value)
-
-
-# Older torch (2.11, for example) has no formula for this operator.
-_FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+    return count_work(module, run).macs
 
 
 @contextmanager
@@ -103,16 +108,18 @@ class LayerWork:
 
 
 def layer_work(calibration: Calibration) -> dict[str, LayerWork]:
-    """Return the work of each layer for one sample, from the shapes in one calibration forward."""
+    """Return the work of each layer for one sample, from the shapes in one forward of each course."""
     work = {name: LayerWork() for name in calibration.layers}
-    samples = Batch(calibration.batches[0]).samples
+    samples, share = 1, 1.0
 
     def count(name: str, op: Any, args: Any, kwargs: Any, output: Any) -> None:
-        work[name].macs += op.macs(args, kwargs, output) / samples
-        work[name].outputs += op.output_tensor(output).numel() / samples
+        work[name].macs += op.macs(args, kwargs, output) / samples * share
+        work[name].outputs += op.output_tensor(output).numel() / samples * share
 
     with hooked(calibration.layers, after=count):
-        calibration.run(0)
+        for batch, share in calibration.one_batch_per_course().items():  # noqa: B007 (read by `count`)
+            samples = Batch(calibration.batches[batch]).samples
+            calibration.run(batch)
     return work
 
 
@@ -130,13 +137,24 @@ def float_keys(module: nn.Module, layers: Collection[str], folded: Collection[st
     skipped: set[str] = set()
     for alias, child in module.named_modules(remove_duplicate=False):
         name = first[id(child)]
-        if name in folded or (name in layers and name != alias):
+        if (name in folded or name in layers) and name != alias:
             skipped.update(state_key(alias, key) for key in child.state_dict())
+        elif name in folded:  # an activation inside the norm may have parameters, which are kept
+            skipped.update(state_key(alias, key) for key in NORM_TENSORS)
         elif name in layers and isinstance(child, QuantizedOp):
             quantized = (*child.input_names, *child.weight_names)
             grids = (f"{which}_fake_quant.{buffer}" for which in quantized for buffer in ("scale", "zero_point"))
             skipped.update(state_key(alias, key) for key in (*child.weight_names, "qconfig_json", *grids))
-    return [key for key, value in module.state_dict().items() if key not in skipped and isinstance(value, Tensor)]
+    state = module.state_dict(keep_vars=True)
+    own = {
+        state_key(alias, key): tensor
+        for alias, child in module.named_modules(remove_duplicate=False)
+        for key, tensor in (*child._parameters.items(), *child._buffers.items())
+    }
+    # State dict hooks may rename keys; activation checkpointing does.
+    renamed = {id(own[key]) for key in skipped - state.keys() if own.get(key) is not None}
+    skipped.update(key for key, value in state.items() if key not in own and id(value) in renamed)
+    return [key for key, value in state.items() if key not in skipped and isinstance(value, Tensor)]
 
 
 def state_key(name: str, key: str) -> str:

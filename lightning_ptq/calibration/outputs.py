@@ -7,14 +7,14 @@ from functools import partial
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.errors import QConfigError, SensitivityError
 from lightning_ptq.network.op import ops_in_mode
 from lightning_ptq.runtime.patching import hooked
+from lightning_ptq.runtime.structure import float_tensors_in
 
 Divergence = Literal["kl", "mse"]
 ChooseOutput = Callable[[Any], Any] | int | str  # jsonargparse tries to parse a value as these types in this order
@@ -33,10 +33,13 @@ class OutputReader:
 
     def __init__(self, calibration: Calibration, choose: ChooseOutput | None = None) -> None:
         self.choose = choose
-        outermost = [event.name for event in calibration.trace.events if event.kind == "exit" and not event.scope]
         layers = tuple(calibration.layers)
-        holders = [n for n in outermost if any(n in ("", layer) or layer.startswith(n + ".") for layer in layers)]
-        self.network = calibration.module.get_submodule(holders[-1])
+        self.networks: dict[str, nn.Module] = {}
+        for trace in calibration.traces:  # a step may call another network on other batches
+            outermost = [event.name for event in trace.events if event.kind == "exit" and not event.scope]
+            holders = [n for n in outermost if any(n in ("", layer) or layer.startswith(n + ".") for layer in layers)]
+            if holders:
+                self.networks[holders[-1]] = calibration.module.get_submodule(holders[-1])
 
     def read(self, run: Callable[[], Any]) -> tuple[Tensor, Any]:
         """Run a forward.
@@ -52,8 +55,10 @@ class OutputReader:
         def record(name: str, module: Any, args: Any, kwargs: Any, output: Any) -> None:
             outputs.append(output)
 
-        with hooked({"": self.network}, after=record):
+        with hooked(self.networks, after=record):
             result = run()
+        if not outputs:
+            raise SensitivityError("the calibration forward called no module with quantized layers on some batch.")
         return self._tensor(outputs[-1]), result
 
     def _tensor(self, output: Any) -> Tensor:
@@ -69,7 +74,7 @@ class OutputReader:
             if tensor is None:
                 raise SensitivityError(f"the network's output has no {self.choose!r}. {_described(output)}")
         elif not isinstance(output, Tensor):
-            leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+            leaves = float_tensors_in(output)
             tensor = leaves[0] if len(leaves) == 1 else None
         if not (isinstance(tensor, Tensor) and tensor.dim()):
             raise SensitivityError(

@@ -30,6 +30,9 @@ ORDER = (
 )
 """Roles of the callbacks in their order, each with the modes that it may have at that place."""
 
+AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
+"""Lightning callbacks that keep a float copy of the weights; ``EMAWeightAveraging`` derives from the first."""
+
 _SUPPORTED = ("SingleDeviceStrategy", "DDPStrategy")
 _REMEDY = "Use strategy='ddp', or strategy='auto' on one device."
 
@@ -157,3 +160,18 @@ def check_trainer(trainer: Trainer) -> None:
             f"PTQ needs float32 weights, but the Trainer has precision={trainer.precision!r}."
             " Use precision='32-true', or a mixed precision such as 'bf16-mixed'."
         )
+
+
+def check_callbacks(trainer: Trainer) -> None:
+    """Check that no callback holds a float copy of the weights, which would overwrite the tuned ones at the end.
+
+    Raises:
+        CallbackError: If one does; the message names it.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector of the Trainer
+        if {cls.__name__ for cls in type(callback).__mro__}.intersection(AVERAGING):
+            name = type(callback).__name__
+            raise CallbackError(
+                f"{name} keeps a float copy of the weights, with which it would overwrite the tuned weights at the end"
+                f" of fit. Leave {name} out of the PTQ run: load the averaged weights before, and fit without it."
+            )

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_ptq import arguments
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.calibrator import Calibrator
 from lightning_ptq.calibration.forward import Forward, default_forward
-from lightning_ptq.callbacks.base import PTQCallback, check_order, check_trainer, ptq_callbacks
-from lightning_ptq.callbacks.trainer.checkpoints import quantized_on_load, save_quantized
+from lightning_ptq.callbacks.base import PTQCallback, check_callbacks, check_order, check_trainer, ptq_callbacks
+from lightning_ptq.callbacks.trainer.checkpoints import no_optimizer_states, write_checkpoint
 from lightning_ptq.callbacks.trainer.dataloading import check_same_length, dataset_size, no_waiting, unshuffled
 from lightning_ptq.callbacks.trainer.lightning import isolate_rng
 from lightning_ptq.callbacks.trainer.loggers import log_ranges, log_settings
 from lightning_ptq.callbacks.trainer.muting import Step, calibration_forward, training_disabled
-from lightning_ptq.callbacks.trainer.reporting import check_report_dir, publish
-from lightning_ptq.callbacks.trainer.resuming import FOLDER, Journals, settings_of
+from lightning_ptq.callbacks.trainer.reporting import check_report_dir, finish, publish, warn_if_changed
+from lightning_ptq.callbacks.trainer.resuming import Journals, check_resume_dir, forward_fingerprint, settings_of
 from lightning_ptq.callbacks.trainer.signals import StopRequest
 from lightning_ptq.errors import CalibrationError, noted_warnings
 from lightning_ptq.network.prepare import Prepared, prepare
@@ -27,7 +30,8 @@ from lightning_ptq.numerics.spec import ObserverName
 from lightning_ptq.report import PTQReport
 from lightning_ptq.report.ptq_report import plain
 from lightning_ptq.runtime.journal import NO_JOURNAL, Journal
-from lightning_ptq.runtime.ranks import Ranks, current_ranks
+from lightning_ptq.runtime.ranks import DEFAULT_TIMEOUT, Ranks, current_ranks
+from lightning_ptq.runtime.scratch import remove_abandoned
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -40,7 +44,11 @@ class CalibrationCapture(PTQCallback):
 
     Stands first among the library's callbacks; the others continue from the calibrated module. The module's own
     optimizers, schedulers and training hooks do not run. Calibration computes in float32 at any precision of the
-    Trainer. If the run fails, the float module is restored.
+    Trainer.
+
+    The run is complete when, in ``on_train_end`` of this callback, the quantized module and ``quantized.ckpt`` are. An
+    exception or a signal before restores the float module and keeps the progress. Afterwards the module stays
+    quantized, also if a later callback or a logger raises, and a report that fails is a warning.
 
     Args:
         qconfig: What to quantize: a text such as ``"w4a8"``, a :class:`~lightning_ptq.numerics.qconfig.QConfig`, or its
@@ -62,6 +70,8 @@ class CalibrationCapture(PTQCallback):
         resume: True to save the progress of the run until it is finished, and to resume an interrupted run.
         resume_dir: Folder of the progress; by default ``ptq_progress`` in the Trainer's ``default_root_dir``.
         report_dir: Folder for the files of the report; by default no files are written.
+        timeout: Seconds without a sign of life after which a rank counts as dead, which ends the run on all others. A
+            rank that computes or loads data for longer is alive; one whose process is stopped is not.
 
     Attributes:
         report: The :class:`~lightning_ptq.report.PTQReport` of the last run.
@@ -97,6 +107,7 @@ class CalibrationCapture(PTQCallback):
         resume: bool = True,
         resume_dir: str | None = None,
         report_dir: str | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
     ) -> None:
         super().__init__()
         self.qconfig = QConfig.parse(
@@ -118,27 +129,33 @@ class CalibrationCapture(PTQCallback):
         self.resume = resume
         self.resume_dir = resume_dir
         self.report_dir = report_dir
+        self.timeout = arguments.number("timeout", timeout, "be a positive number of seconds", (1e-3, math.inf), "1800")
         self.report: PTQReport | None = None
         self.calibration: Calibration | None = None
         self._prepared: Prepared | None = None
         self._forward: Forward = default_forward
         self._calibrator: Calibrator | None = None
-        self._restore = ExitStack()
-        self._pass = ExitStack()
+        self._restore, self._pass, self._watch = ExitStack(), ExitStack(), ExitStack()
         self._ranks = Ranks()
         self._stop = StopRequest()
         self._error: Exception | None = None
         self._journals: Journals | None = None
+        self._progress_folder: Path | None = None
+        self._fingerprint = ""
+        self._checksums: dict[str, bytes] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the Trainer, swap the layers and disable training; in other stages, await a quantized checkpoint."""
+        """Check the Trainer, swap the layers and disable training; do nothing in other stages than fit."""
         if stage != "fit":
-            self._restore.enter_context(quantized_on_load(pl_module, self.qconfig))
             return
         check_order(trainer)
         check_trainer(trainer)
+        check_callbacks(trainer)
         check_report_dir(self.report_dir)
-        self._ranks, self._stop, self._error, self._journals = current_ranks(), StopRequest(), None, None
+        self._progress_folder = check_resume_dir(trainer, self.resume_dir) if self.resume else None
+        remove_abandoned()
+        self._stop, self._error, self._journals, self._checksums = StopRequest(), None, None, {}
+        self._ranks = current_ranks(self.timeout, partial(self._stop.check, trainer))
         pl_module.configure_model()
         self.calibration = self._calibrator = None
         settings = plain({callback.title: settings_of(callback) for callback in ptq_callbacks(trainer)})
@@ -146,11 +163,13 @@ class CalibrationCapture(PTQCallback):
         # An error inside this block undoes everything. Afterwards, teardown and on_exception do.
         with ExitStack() as stack:
             stack.enter_context(noted_warnings(self.report.warnings, first=self._ranks.rank == 0))
+            self._fingerprint = forward_fingerprint(pl_module, self.step)
             self._forward = calibration_forward(pl_module, self.step)
             self._prepared = prepare(pl_module, self.qconfig)
             stack.callback(self._undo_unless_finished)
             stack.enter_context(isolate_rng())
             stack.enter_context(unshuffled(trainer))
+            stack.enter_context(no_optimizer_states(pl_module))
             stack.enter_context(training_disabled(pl_module, self._observe, self._done))
             self._restore = stack.pop_all()
 
@@ -159,8 +178,9 @@ class CalibrationCapture(PTQCallback):
         if self._prepared is not None and self.report is not None and not self._restored():
             log_settings(trainer, self.report)
             self._pass.enter_context(self.report.stage(self.title))
+            self._restore.callback(self._watch.close)
+            self._watch.enter_context(self._stop.watching(self._ranks.world))
             check_same_length(trainer, self._ranks)
-            self._restore.enter_context(self._stop.watching(self._ranks.world))
             self._restore.enter_context(no_waiting(trainer))
             self._calibrator = Calibrator(
                 self._prepared, self._forward, self.num_samples, self._ranks, dataset_size(trainer)
@@ -178,10 +198,9 @@ class CalibrationCapture(PTQCallback):
             self._pass.close()
             self.report.calibrated(self.calibration)
             log_ranges(trainer, self.report)
-        if self.resume:
-            folder = Path(self.resume_dir or Path(trainer.default_root_dir) / FOLDER)
+        if self._progress_folder is not None:
             stages = [callback for callback in ptq_callbacks(trainer) if callback is not self]
-            self._journals = Journals(folder, self.calibration, stages)
+            self._journals = Journals(self._progress_folder, self.calibration, stages, self._fingerprint)
         trainer.should_stop = True
         log.info(
             "calibrated %d layers on %d samples, folded %d batch norms",
@@ -189,20 +208,24 @@ class CalibrationCapture(PTQCallback):
         )  # fmt: skip
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the quantized layers, write the checkpoint, and report the run."""
+        """Write the checkpoint, keep the quantized layers, and report the run.
+
+        Raises:
+            CallbackError: If the checkpoint cannot be written; the float module is restored and the progress kept.
+        """
         if self.calibration is None:
             return
         self._ranks.check_same(dict(pl_module.state_dict()))
-        if self.report is not None:
-            self.report.finish(self.calibration)
-        self.calibration.release()
-        self._prepared = None  # the run is finished: nothing is undone any more
+        if self.save_checkpoint:
+            write_checkpoint(trainer, self._ranks, self._progress_folder)
+        self._prepared = None  # the run is complete: nothing is undone any more
         if self._journals is not None:
             self._journals.remove()
-        if self.save_checkpoint:
-            save_quantized(trainer)
-        if self.report is not None:  # last, so that a failing logger costs neither the module nor the checkpoint
+        if self.report is not None:
+            self._checksums = finish(self.report, self.calibration)
             publish(trainer, self.report, self.report_dir)
+        self.calibration.release()
+        self._watch.close()  # before Lightning restores the handlers of signals, which is before teardown
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that a calibration pass took place.
@@ -213,6 +236,7 @@ class CalibrationCapture(PTQCallback):
             CalibrationError: If there was none, and no quantized checkpoint was loaded.
         """
         if self._prepared is None:
+            warn_if_changed(pl_module, self._checksums)
             return
         if self._restored():
             log.info("the checkpoint is that of a finished run: the module is quantized already, nothing is left to do")
@@ -227,6 +251,7 @@ class CalibrationCapture(PTQCallback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Enable training again, and drop the process groups of the run."""
         self._restore.close()
+        self._ranks.close()
         self._ranks = Ranks()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -257,16 +282,17 @@ class CalibrationCapture(PTQCallback):
                     holder.batches.clear()
             self._prepared = self._calibrator = self.calibration = None
 
-    def _observe(self, batch: Any) -> None:
+    def _observe(self, batch: Any) -> Any:
         if self._calibrator is None or self._error is not None:
-            return
+            return None
         try:
-            self._calibrator.observe(batch)
+            return self._calibrator.observe(batch)
         except Exception as error:
             if self._ranks.world == 1:
                 raise
             # Raised when the pass is over, because Lightning's loop waits for all ranks at every batch.
             self._error = error
+            return None
 
     def _done(self) -> bool:
-        return self._calibrator is None or self._calibrator.done
+        return self._calibrator is None or self._error is not None or self._calibrator.done

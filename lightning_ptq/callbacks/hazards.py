@@ -5,22 +5,22 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_ptq.callbacks.adaquant import AdaQuantLayerwise
-from lightning_ptq.callbacks.base import capture_of, check_order, check_trainer, ptq_callbacks
+from lightning_ptq.callbacks.base import capture_of, check_callbacks, check_order, check_trainer, ptq_callbacks
 from lightning_ptq.callbacks.statistics import StatsTuning
 from lightning_ptq.callbacks.trainer.muting import lightning_base
-from lightning_ptq.callbacks.trainer.resuming import FOLDER
+from lightning_ptq.callbacks.trainer.resuming import progress_folder
 from lightning_ptq.errors import CallbackError
-from lightning_ptq.report.preflight import Finding, Preflight
+from lightning_ptq.report.facts import Finding
+from lightning_ptq.report.preflight import Preflight
 from lightning_ptq.runtime.memory import format_bytes
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-_NEED_TRAINING = ("GradientAccumulationScheduler", "LearningRateFinder", "SpikeDetection", "WeightAveraging")
+_NEED_TRAINING = ("GradientAccumulationScheduler", "LearningRateFinder", "SpikeDetection")
 """Lightning callbacks that fail when no optimizer step is taken."""
 
 
@@ -84,6 +84,10 @@ def _few_batches(trainer: Trainer, module: LightningModule, preflight: Preflight
 
 
 def _other_callbacks(trainer: Trainer, module: LightningModule, preflight: Preflight) -> Iterator[Finding]:
+    try:
+        check_callbacks(trainer)
+    except CallbackError as error:
+        yield Finding("callbacks", str(error))
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector of the Trainer
         bases = {cls.__name__ for cls in type(callback).__mro__}
         name = type(callback).__name__
@@ -158,7 +162,7 @@ def _progress(trainer: Trainer, module: LightningModule, preflight: Preflight) -
     capture = capture_of(trainer)
     if capture is None or not capture.resume:
         return
-    folder = Path(capture.resume_dir or Path(trainer.default_root_dir) / FOLDER).absolute()
+    folder = progress_folder(trainer, capture.resume_dir)
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not os.access(existing, os.W_OK):
         yield Finding(

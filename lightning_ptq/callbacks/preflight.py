@@ -72,6 +72,7 @@ def inspect(
         >>> preflight.folded, preflight.covered, preflight.hazards
         ({'1': '0'}, 1.0, [])
     """
+    module = _unwrapped(module)
     given = {
         "qconfig": qconfig, "step": step, "samples": samples, "granularity": granularity, "blocks": blocks,
         "config": config, "memory_limit": memory_limit,
@@ -85,6 +86,12 @@ def inspect(
     if trainer is None:
         return preflight
     return replace(preflight, hazards=[*preflight.hazards, *find_hazards(trainer, cast(Any, module), preflight)])
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """Return the LightningModule that ``torch.compile`` has wrapped, or the module itself."""
+    original = vars(module).get("_modules", {}).get("_orig_mod")
+    return original if original is not None and _is_lightning(original) else module
 
 
 def _is_lightning(module: nn.Module) -> bool:

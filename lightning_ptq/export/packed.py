@@ -1,43 +1,38 @@
-"""The packed checkpoint: one safetensors file with integers at their bit width, and the config as JSON.
-
-The file holds tensors and text only; nothing in it is ever unpickled.
-"""
+"""The packed checkpoint: one safetensors file with integers at their bit width, and the config as JSON."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from math import prod
-from pathlib import Path
 from typing import Any, cast
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch
 from torch import Tensor, nn
 
 from lightning_ptq.calibration.layer_costs import float_keys, state_key
 from lightning_ptq.errors import PackedFileError, SurgeryError
 from lightning_ptq.export.bits import pack_bits, unpack_bits
+from lightning_ptq.export.file import FORMAT_VERSION, Contents, Entry, read, write
+from lightning_ptq.export.fit import Fit, kind
+from lightning_ptq.export.state_dicts import writable
 from lightning_ptq.network.batch_norm import FoldableBatchNorm, folded_norms
-from lightning_ptq.network.layers import QuantLayer
 from lightning_ptq.network.op import QuantizedOp, quantized_ops
 from lightning_ptq.network.prepare import Prepared, is_prepared, prepare
-from lightning_ptq.network.swapping import registered_types
+from lightning_ptq.numerics.fake_quantize import FakeQuantize
 from lightning_ptq.numerics.qconfig import LayerQConfig, QConfig
-from lightning_ptq.numerics.spec import QuantSpec
+from lightning_ptq.runtime.patching import TensorSnapshot
 
-FORMAT = "lightning_ptq"
-FORMAT_VERSION = 2
-_ERRORS = (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OSError)
+__all__ = ["FORMAT_VERSION", "load_packed", "packed_tensors", "save_packed"]
 
 
 def save_packed(module: nn.Module, path: str | os.PathLike[str]) -> int:
     """Write a quantized module to one file, with weights packed at their bit width.
 
+    Tensors that stay float keep their dtype, and the file holds a checksum over everything in it.
+
     Args:
-        module: A quantized module.
+        module: A quantized module, in float32, float64, float16 or bfloat16.
         path: The file, by convention ``*.safetensors``.
 
     Returns:
@@ -45,13 +40,10 @@ def save_packed(module: nn.Module, path: str | os.PathLike[str]) -> int:
 
     Raises:
         SurgeryError: If the module is not quantized.
+        PackedFileError: If the module holds what such a file cannot hold, or the file cannot be written.
     """
     tensors, header = packed_tensors(module)
-    metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "ptq": json.dumps(header, separators=(",", ":"))}
-    temporary = Path(f"{os.fspath(path)}.part")
-    save_file(tensors, temporary, metadata)
-    os.replace(temporary, path)  # a reader never sees half a file
-    return Path(path).stat().st_size
+    return write(path, header, tensors)
 
 
 def packed_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -59,24 +51,33 @@ def packed_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]
     layers = {name: layer for name, layer in quantized_ops(module).items() if layer.is_quantized}
     if not layers:
         raise SurgeryError(f"{type(module).__name__} is not quantized, so there is nothing to pack. Run PTQ first.")
-    folded = folded_norms(module)
+    folded, state = folded_norms(module), module.state_dict()
+    if meta := [key for key, value in state.items() if isinstance(value, Tensor) and value.is_meta]:
+        raise _not_packable(meta[0], state[meta[0]], "it is on the meta device and has no values")
     tensors: dict[str, Tensor] = {}
     header = {"layers": {name: _pack_layer(name, layer, tensors) for name, layer in layers.items()}, "folded": folded}
-    state = module.state_dict()
     for key in float_keys(module, layers, folded):
-        tensors[key] = state[key].detach().cpu().contiguous().clone()
+        try:
+            tensors[key] = state[key].detach().cpu().contiguous().clone()
+        except (RuntimeError, NotImplementedError) as error:
+            raise _not_packable(key, state[key], str(error)) from error
+    if extra := {key: _plain(key, value) for key, value in state.items() if not isinstance(value, Tensor)}:
+        header["extra"] = extra
     return tensors, header
 
 
 def load_packed(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Quantize a float module from a packed file, without callbacks and calibration data.
 
+    The module keeps its own dtype and device. In the dtype of the packed module its outputs are those of the packed one
+    bit for bit. In another dtype it has the same integers and scales, and computes in that dtype.
+
     Args:
         module: A float module of the architecture that was packed. Its layers are swapped in place.
         path: The file that :func:`save_packed` wrote.
 
     Returns:
-        The module, whose outputs are those of the packed one bit for bit.
+        The module.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -84,64 +85,28 @@ def load_packed(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             unchanged.
         SurgeryError: If the module is quantized already.
     """
-    header, tensors = _read(path)
+    contents = read(path)
     if is_prepared(module):
         raise SurgeryError(f"{type(module).__name__} has quantized layers already. Load into a new float instance.")
-    entries = {name: _Entry.of(entry) for name, entry in header["layers"].items()}
-    fit = _Fit(os.fspath(path), entries, header["folded"], tensors)
+    fit = Fit(os.fspath(path), contents)
     try:
-        prepared = prepare(module, QConfig(next(iter(entries.values())).qconfig))
+        prepared = prepare(module, QConfig(next(iter(contents.layers.values())).qconfig))
     except SurgeryError as error:
         raise fit.other_model(str(error)) from error
+    before = TensorSnapshot({})
     try:
         fit.check(prepared)
-    except PackedFileError:
+        with writable(module):
+            before = TensorSnapshot(fit.overwritten(module))
+            _unpack(module, prepared, contents)
+    except BaseException as error:
+        with writable(module):
+            before.restore()
         prepared.undo()
-        raise
-    for name in header["folded"]:
-        cast(FoldableBatchNorm, module.get_submodule(name)).set_folded(True)
-    for name, entry in entries.items():
-        _unpack_layer(name, prepared.layers[name], entry, tensors)
-    # The rest is what stays float: buffers, norms, embeddings, biases.
-    packed = fit.packed_keys()
-    module.load_state_dict({key: value for key, value in tensors.items() if key not in packed}, strict=False)
+        if isinstance(error, PackedFileError) or not isinstance(error, Exception):
+            raise
+        raise fit.other_model(f"{type(module).__name__} does not take it ({error})") from error
     return module
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A layer as the header describes it.
-
-    Attributes:
-        kind: Name of the float class.
-        shapes: Shape of each weight.
-        qconfig: Specs of weights and inputs.
-        inputs: Scale and zero point of each quantized input.
-    """
-
-    kind: str
-    shapes: dict[str, tuple[int, ...]]
-    qconfig: LayerQConfig
-    inputs: dict[str, tuple[float, int]]
-
-    @classmethod
-    def of(cls, data: Mapping[str, Any]) -> _Entry:
-        qconfig = LayerQConfig.from_dict({"activation": None, **data})
-        if "shape" in data:  # format version 1: one weight, one input, and no key for a float input
-            inputs = {} if qconfig.activation is None else {"input": (data["scale"], data["zero_point"])}
-            return cls(data["kind"], {"weight": tuple(data["shape"])}, qconfig, inputs)
-        shapes = {name: tuple(shape) for name, shape in data["shapes"].items()}
-        return cls(data["kind"], shapes, qconfig, {name: (s, z) for name, (s, z) in data["inputs"].items()})
-
-    def weight_keys(self, name: str, weight: str) -> dict[str, str]:
-        """Return the keys of the packed weight of layer ``name``; an affine grid has zero points too."""
-        parts = ("packed", "scale") if self.qconfig.weight.symmetric else ("packed", "scale", "zero_point")
-        return {part: state_key(name, f"{weight}.{part}") for part in parts}
-
-
-def _kind(layer: nn.Module) -> str:
-    kinds = registered_types(QuantLayer)
-    return next((kind.__name__ for kind in kinds if isinstance(layer, kind)), type(layer).__name__)
 
 
 def _pack_layer(name: str, layer: QuantizedOp, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -150,128 +115,89 @@ def _pack_layer(name: str, layer: QuantizedOp, tensors: dict[str, Tensor]) -> di
     for which, quantizer in layer.weight_quantizers.items():
         spec = quantizer.spec
         # Tuned and statistics-corrected weights lie on their grid, so rounding again gives the same integers.
-        integers = quantizer.integers(weights[which].detach()) - spec.quant_min  # from 0 upwards
+        integers = quantizer.integers(_computed(weights[which].detach())) - spec.quant_min  # from 0 upwards
+        if not bool(integers.isfinite().all()):
+            raise _not_packable(state_key(name, which), weights[which], "it is not a number in places")
         tensors[state_key(name, f"{which}.packed")] = pack_bits(integers, spec.bits)
         tensors[state_key(name, f"{which}.scale")] = quantizer.scale.detach().float().flatten().cpu()
         if not spec.symmetric:
             tensors[state_key(name, f"{which}.zero_point")] = quantizer.zero_point.detach().flatten().cpu()
     return {
-        "kind": _kind(layer),
+        "kind": kind(layer),
         "shapes": {which: list(weight.shape) for which, weight in weights.items()},
         "inputs": {which: [q.scale.item(), int(q.zero_point.item())] for which, q in layer.input_quantizers.items()},
         **cast(LayerQConfig, layer.qconfig).to_dict(),
     }
 
 
-def _unpack_layer(name: str, layer: QuantizedOp, entry: _Entry, tensors: Mapping[str, Tensor]) -> None:
+def _plain(key: str, value: Any) -> Any:
+    """Return an extra state of a module, which has to be what JSON keeps."""
+    try:
+        kept = json.loads(json.dumps(value)) == value
+    except (TypeError, ValueError):
+        kept = False
+    if not kept:
+        raise _not_packable(key, value, "it is neither a tensor nor of plain types")
+    return value
+
+
+def _not_packable(key: str, value: Any, why: str) -> PackedFileError:
+    return PackedFileError(
+        f"{key!r}, a {type(value).__name__}, cannot be packed: {why}. A packed file holds tensors and JSON."
+        " Change the module, or save its state dict by torch.save(module.state_dict(), path)."
+    )
+
+
+def _computed(weight: Tensor) -> Tensor:
+    """Return a weight in the dtype in which it is rounded: half precision is rounded in float32."""
+    return weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
+
+
+def _unpack(module: nn.Module, prepared: Prepared, contents: Contents) -> None:
+    """Make a prepared module the one that the contents of a file describe."""
+    for name in contents.folded:
+        cast(FoldableBatchNorm, module.get_submodule(name)).set_folded(True)
+    tensors, layers = contents.tensors, prepared.layers
+    for name, layer in layers.items():
+        if name in contents.layers:
+            _unpack_layer(name, layer, contents.layers[name], tensors)
+        layer.add_biases(tensors, state_key(name, ""))
+    # The rest is what stays float: buffers, norms, embeddings, biases.
+    packed = contents.packed_keys()
+    rest = {key: value for key, value in tensors.items() if key not in packed}
+    module.load_state_dict({**rest, **contents.extra}, strict=False)
+
+
+def _unpack_layer(name: str, layer: QuantizedOp, entry: Entry, tensors: Mapping[str, Tensor]) -> None:
     """Make a float layer what its entry and its packed weights describe."""
+    weights = layer.weights
     layer.attach(entry.qconfig)
     parameters: dict[str, Tensor | None] = {}
     for which, quantizer in layer.weight_quantizers.items():
-        weight, spec, keys = layer.weights[which], quantizer.spec, entry.weight_keys(name, which)
+        weight, spec, keys = weights[which], quantizer.spec, entry.weight_keys(name, which)
         integers = unpack_bits(tensors[keys["packed"]], spec.bits, weight.numel()).view(weight.shape).float()
         quantizer.scale.copy_(tensors[keys["scale"]].view_as(quantizer.scale))
         if not spec.symmetric:
             quantizer.zero_point.copy_(tensors[keys["zero_point"]].view_as(quantizer.zero_point))
         # A weight that was shared becomes this layer's own: each layer may have another grid.
-        parameters[which] = quantizer.values((integers + spec.quant_min).to(weight.device))
-    for which in layer.bias_names:
-        bias = tensors.get(state_key(name, which), layer._parameters.get(which))
-        device = next((weight.device for weight in parameters.values() if weight is not None), None)
-        parameters[which] = None if bias is None else bias.to(device)
+        parameters[which] = _on_grid(quantizer, (integers + spec.quant_min).to(weight.device), weight.dtype)
     layer.set_parameters(parameters)
     for which, (scale, zero_point) in entry.inputs.items():
         layer.input_quantizers[which].scale.fill_(scale)
         layer.input_quantizers[which].zero_point.fill_(zero_point)
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return header and tensors of a file whose header is complete."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {os.fspath(path)}. Write one with save_packed(module, path).")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise PackedFileError(f"{os.fspath(path)} is not a packed file of lightning_ptq.")
-            if int(metadata["version"]) > FORMAT_VERSION:
-                raise PackedFileError(
-                    f"{os.fspath(path)} has format version {metadata['version']}, this lightning_ptq reads up to"
-                    f" {FORMAT_VERSION}. Upgrade with: pip install -U lightning-ptq"
-                )
-            keys = list(file.keys())
-            header, tensors = json.loads(metadata["ptq"]), {key: file.get_tensor(key) for key in keys}
-        if not header["layers"] or not isinstance(header["folded"], list):
-            raise KeyError("layers")
-        for entry in header["layers"].values():
-            _Entry.of(entry)
-    except PackedFileError:
-        raise
-    except _ERRORS as error:
-        raise PackedFileError(
-            f"{os.fspath(path)} is damaged or not a safetensors file ({error}). Copy or write it again."
-        ) from error
-    return header, tensors
+def _on_grid(quantizer: FakeQuantize, integers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return values of a dtype that are rounded to these integers.
 
-
-@dataclass(frozen=True)
-class _Fit:
-    """Compares the tensors of a file with those of a module."""
-
-    path: str
-    entries: Mapping[str, _Entry]
-    folded: list[str]
-    tensors: Mapping[str, Tensor]
-
-    def other_model(self, what: str) -> PackedFileError:
-        """Return the error that the file belongs to another model."""
-        return PackedFileError(
-            f"{self.path} belongs to another model: {what}. Build the model as it was when it was packed."
-        )
-
-    def packed_keys(self) -> set[str]:
-        """Return the keys of all packed weights."""
-        keys = (entry.weight_keys(name, w) for name, entry in self.entries.items() for w in entry.shapes)
-        return {key for of_weight in keys for key in of_weight.values()}
-
-    def check(self, prepared: Prepared) -> None:
-        """Raise :class:`PackedFileError` where file and module differ."""
-        layers, modules = prepared.layers, dict(prepared.module.named_modules())
-        for name, entry in self.entries.items():
-            layer = layers.get(name)
-            shapes = layer and {which: tuple(weight.shape) for which, weight in layer.weights.items()}
-            present = None if layer is None else (_kind(layer), shapes)
-            if layer is None or present != (entry.kind, entry.shapes):
-                raise self.other_model(
-                    f"its layer {name!r} is a {entry.kind} with weights {entry.shapes}, here it is {present}"
-                )
-            for which in entry.shapes:
-                self._check_weight(name, layer, which)
-        for name in self.folded:
-            if not isinstance(modules.get(name), FoldableBatchNorm):
-                raise self.other_model(f"there is no batch norm {name!r} here")
-        self._check_float_tensors(prepared.module, layers)
-
-    def _check_weight(self, name: str, layer: QuantizedOp, which: str) -> None:
-        entry = self.entries[name]
-        spec: QuantSpec = entry.qconfig.weight
-        keys = entry.weight_keys(name, which)
-        if missing := [part for part, key in keys.items() if key not in self.tensors]:
-            raise PackedFileError(f"{self.path} is damaged: the weight of layer {name!r} is missing ({missing}).")
-        size, scales = self.tensors[keys["packed"]].numel(), self.tensors[keys["scale"]].numel()
-        wanted = prod(layer.layout(which, spec.granularity).shape)
-        if size != -(-layer.weights[which].numel() * spec.bits // 8) or scales != wanted:
-            raise PackedFileError(
-                f"{self.path} is damaged: the weight of layer {name!r} has {size} bytes, {scales} scales."
-            )
-
-    def _check_float_tensors(self, module: nn.Module, layers: Mapping[str, QuantizedOp]) -> None:
-        state = module.state_dict()
-        expected = set(float_keys(module, self.entries, self.folded))
-        given = set(self.tensors) - self.packed_keys()
-        # Folded batch norms and statistics tuning give layers biases that the float layers may not have.
-        biases = {state_key(name, bias) for name in self.entries for bias in layers[name].bias_names}
-        if wrong := sorted((expected - given) | (given - expected - biases)):
-            raise self.other_model(f"{wrong[:4]} are in one and not in the other")
-        if wrong := sorted(key for key in given & set(state) if state[key].shape != self.tensors[key].shape):
-            raise self.other_model(f"{wrong[:4]} have other shapes")
+    A value of bfloat16 has 8 significant bits, so the value next to ``(q - z) · s`` may belong to another integer.
+    """
+    values = quantizer.values(integers).to(dtype)
+    for end in (float("inf"), -float("inf")):
+        wrong = quantizer.integers(_computed(values)) != integers
+        if not bool(wrong.any()):
+            break
+        neighbours = torch.nextafter(values, torch.full_like(values, end))
+        right = wrong & (quantizer.integers(_computed(neighbours)) == integers)
+        values = torch.where(right, neighbours, values)
+    return values

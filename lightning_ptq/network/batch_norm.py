@@ -1,163 +1,117 @@
-"""Fold batch norms into the preceding layers, and verify the result by forward passes."""
+"""Fold batch norms into the layers before or after them, where that is proven to change nothing.
+
+The algebra follows from who reads which values. Classes with a forward of their own are tested with random inputs,
+alone: an activation that does nothing on one batch of data does something there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from lightning_ptq.errors import UnfoldedBatchNormWarning, warn
-from lightning_ptq.network.op import QuantizedOp, quantized_ops
-from lightning_ptq.network.swapping import Swapped, register_swap
+from lightning_ptq.network.fold_check import RecordedCalls, close, why_not
+from lightning_ptq.network.fold_plan import Fold, plan_folds
+from lightning_ptq.network.foldable import NORM_TENSORS, FoldableBatchNorm, folded_norms, is_folded
+from lightning_ptq.network.op import quantized_ops
 from lightning_ptq.network.trace import Trace
 from lightning_ptq.runtime.patching import hooked
 
+__all__ = ["NORM_TENSORS", "FoldableBatchNorm", "fold_batch_norms", "folded_ahead", "folded_norms", "is_folded"]
 
-class FoldableBatchNorm(Swapped):
-    """A batch norm that becomes the identity once it is folded into the layer before it.
-
-    Its affine parameters stay: they are the mean and the standard deviation that each channel of the folded layer's
-    output should have. The state dict records ``folded``.
-    """
-
-    prefix = "Foldable"
-
-    def _init_swapped(self) -> None:
-        self.is_folded = False
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the batch norm's output, or the input if it is folded."""
-        return input if self.is_folded else cast(Tensor, super().forward(input))
-
-    def set_folded(self, folded: bool) -> None:
-        """Switch between identity and batch norm."""
-        self.is_folded = folded
-        self._buffers.pop("folded", None)
-        if folded:
-            self.register_buffer("folded", torch.tensor(True))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if prefix + "running_mean" in state_dict:  # a partial state dict without this norm says nothing about it
-            self.set_folded(prefix + "folded" in state_dict)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+_CHANGES = "changes the model's output"
 
 
-register_swap(_BatchNorm, FoldableBatchNorm)
+def fold_batch_norms(module: nn.Module, traces: Trace | Sequence[Trace], run: Callable[[], Any]) -> dict[str, str]:
+    """Fold batch norms into the layers before or after them, where that changes nothing.
 
-
-def is_folded(module: nn.Module) -> bool:
-    """Return True if ``module`` is a batch norm that was folded."""
-    return isinstance(module, FoldableBatchNorm) and module.is_folded
-
-
-def folded_norms(module: nn.Module) -> list[str]:
-    """Return the qualified names of the folded batch norms below ``module``."""
-    return [name for name, child in module.named_modules() if is_folded(child)]
-
-
-def fold_batch_norms(module: nn.Module, trace: Trace, run: Callable[[], Any]) -> dict[str, str]:
-    """Fold batch norms into the layers whose outputs they normalize, where that changes nothing.
-
-    The candidates are the pairs that ``trace`` saw. A forward proves them: the inputs of all layers and the result must
-    stay the same. A pair that fails is unfolded again.
+    The traces show which values feed which modules, so that folding is a matter of algebra; layers and norms with a
+    forward of their own are tested with random inputs. At last a forward compares the inputs of all layers and the
+    result. A norm that fails is unfolded again.
 
     Args:
         module: A prepared module in eval mode, before any quantizer is attached.
-        trace: The trace of a forward.
-        run: The same forward on the same batch; its result is compared too.
+        traces: The traces of the forward on all batches.
+        run: The forward on some batches; its result is compared too.
 
     Returns:
-        The layer that each folded batch norm went into, by qualified names.
+        The layer that each folded batch norm went into, by qualified names; several layers after it are separated by
+        ``", "``.
 
     Warns:
         UnfoldedBatchNormWarning: Naming the batch norms that stay, and why.
     """
     modules = dict(module.named_modules())
-    pairs, refused = _candidates(modules, trace)
-    expected = _fingerprint(module, run)
-    unfold = {name: _fold(modules[layer], modules[name]) for name, layer in pairs.items()}
-    if pairs and not _close(_fingerprint(module, run), expected):
-        for name in reversed(pairs):  # last first: two batch norms may have gone into one layer
+    distinct = {id(trace): trace for trace in ([traces] if isinstance(traces, Trace) else traces)}
+    folds, refused = plan_folds(modules, list(distinct.values()))
+    calls = RecordedCalls(modules, folds.values())
+    expected = _fingerprint(module, run, calls)
+    for name in list(folds):
+        if why := why_not(folds[name], modules, calls):
+            refused[name] = f"folding it into {', '.join(folds[name].layers)} {_CHANGES} ({why})"
+            del folds[name]
+    unfold = {name: fold.apply(modules) for name, fold in folds.items()}
+    if folds and not _same(_fingerprint(module, run), expected, folds.values()):
+        for name in reversed(folds):  # last first: two batch norms may have gone into one layer
             unfold[name]()
-        kept = {}
-        for name, layer in pairs.items():  # one at a time, to keep those that hold
-            unfold_again = _fold(modules[layer], modules[name])
-            if _close(_fingerprint(module, run), expected):
-                kept[name] = layer
+        kept: dict[str, Fold] = {}
+        for name, fold in folds.items():  # one at a time, to keep those that hold
+            unfold_again = fold.apply(modules)
+            if _same(_fingerprint(module, run), expected, [*kept.values(), fold]):
+                kept[name] = fold
             else:
                 unfold_again()
-                refused[name] = f"folding it into {layer} changes the model's output"
-        pairs = kept
+                refused[name] = f"folding it into {', '.join(fold.layers)} {_CHANGES}"
+        folds = kept
     if refused:
         listed = "; ".join(f"{name}: {why}" for name, why in refused.items())
         warn(f"batch norms that stay float layers: {listed}.", UnfoldedBatchNormWarning, 2, details=refused)
-    return pairs
+    return {name: ", ".join(fold.layers) for name, fold in folds.items()}
 
 
-def _candidates(modules: dict[str, nn.Module], trace: Trace) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the layer that each batch norm may be folded into, and why others may not."""
-    pairs: dict[str, str] = {}
-    refused: dict[str, str] = {}
-    for name, norm in modules.items():
-        if not isinstance(norm, FoldableBatchNorm) or not trace.calls.get(name):
-            continue
-        layer = modules.get(trace.batch_norm_after.get(name, ""))
-        if not isinstance(layer, QuantizedOp) or not len(layer.weights) == len(layer.bias_names) == 1:
-            refused[name] = "it does not directly follow a layer that runs once"
-        elif cast(Any, norm).running_mean is None:
-            refused[name] = "it has no running statistics"
-        elif layer.tied:
-            refused[name] = "the layer before it shares its weight"
-        else:
-            pairs[name] = trace.batch_norm_after[name]
-    return pairs, refused
+def folded_ahead(module: nn.Module, folded: dict[str, str]) -> dict[str, list[str]]:
+    """Return the layers after each batch norm that was folded into these; their inputs are those of the norm now.
+
+    Args:
+        module: The module.
+        folded: What :func:`fold_batch_norms` returned.
+    """
+    ahead = {name: cast(FoldableBatchNorm, module.get_submodule(name)).is_folded_ahead for name in folded}
+    return {name: layers.split(", ") for name, layers in folded.items() if ahead[name]}
 
 
-@torch.no_grad()
-def _fold(layer: Any, norm: Any) -> Callable[[], None]:
-    """Fold ``norm`` into ``layer``; return the function that takes it back."""
-    parameters = dict(layer._parameters)
-    ((name, weight),) = layer.weights.items()
-    (bias_name,) = layer.bias_names
-    deviation = (norm.running_var + norm.eps).sqrt()
-    gain = (norm.weight if norm.affine else torch.ones_like(deviation)) / deviation
-    shift = norm.bias if norm.affine else torch.zeros_like(deviation)
-    bias = parameters.get(bias_name)
-    bias = torch.zeros_like(shift) if bias is None else bias
-    layer.set_parameters({
-        name: layer.scale_channels(name, weight, gain), bias_name: (bias - norm.running_mean) * gain + shift
-    })  # fmt: skip
-    norm.set_folded(True)
-
-    def unfold() -> None:
-        layer._parameters.update(parameters)
-        norm.set_folded(False)
-
-    return unfold
-
-
-def _fingerprint(module: nn.Module, run: Callable[[], Any]) -> list[Tensor]:
+def _fingerprint(
+    module: nn.Module, run: Callable[[], Any], calls: RecordedCalls | None = None
+) -> dict[str, list[Tensor]]:
     """Return sum and absolute sum of every layer's inputs, and the result itself."""
-    sums: list[Tensor] = []
+    sums: dict[str, list[Tensor]] = {}
 
     def record(name: str, op: Any, args: Any, kwargs: Any) -> None:
         for tensor in op.input_tensors(args, kwargs).values():
             x = tensor.detach().double()
-            sums.append(torch.stack([x.sum(), x.abs().sum()]) / x.numel())
+            if x.numel():
+                sums.setdefault(name, []).append(torch.stack([x.sum(), x.abs().sum()]) / x.numel())
 
-    with hooked(quantized_ops(module), before=record):
+    with ExitStack() as stack:
+        stack.enter_context(hooked(quantized_ops(module), before=record))
+        if calls is not None:
+            stack.enter_context(hooked(calls.modules, before=calls.record))
         result = run()
     tensors = [leaf.detach().double() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-    return sums + [t for t in tensors if t.numel()]
+    return {**sums, "": [t for t in tensors if t.numel()]}
 
 
-def _close(values: list[Tensor], expected: list[Tensor], tolerance: float = 1e-3) -> bool:
-    if len(values) != len(expected):
-        return False
-    return all(
-        bool((f - e).abs().max() <= tolerance * e.abs().max() + 1e-6) for f, e in zip(values, expected, strict=True)
+def _same(found: dict[str, list[Tensor]], expected: dict[str, list[Tensor]], folds: Any) -> bool:
+    """Return True if two fingerprints agree; the inputs of layers after a folded norm are expected to differ."""
+    changed = {layer for fold in folds if fold.ahead for layer in fold.layers}
+    return found.keys() == expected.keys() and all(
+        len(found[name]) == len(expected[name])
+        and all(close(f, e, 1e-3) for f, e in zip(found[name], expected[name], strict=True))
+        for name in expected
+        if name not in changed
     )

@@ -1,8 +1,8 @@
 """Quantized layers: the float layer's own class with quantizers for its input and its weight.
 
-A quantized layer is made by :meth:`QuantLayer.from_float`, shares the float layer's parameters and keeps their names.
-It starts as a float operation and then computes exactly what the float layer does. Classes that derive from a torch
-layer and bring their own ``forward`` (static "same" padding, for example) keep it: they only see another weight.
+:meth:`QuantLayer.swap` turns a float layer into a quantized one, in place; it keeps its parameters and their names. It
+starts as a float operation and then computes exactly what the float layer does. Classes that derive from a torch layer
+and bring their own ``forward`` (static "same" padding, for example) keep it: they only see another weight.
 """
 
 from __future__ import annotations
@@ -12,10 +12,17 @@ from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar, cast
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_ptq.errors import QConfigError
 from lightning_ptq.network.op import QuantizedOp
-from lightning_ptq.network.swapping import ReplaceableTensor, Swapped, register_swap, tensors_replaced
+from lightning_ptq.network.swapping import (
+    ReplaceableTensor,
+    Swapped,
+    float_class_of,
+    register_swap,
+    tensors_replaced,
+)
 from lightning_ptq.numerics.fake_quantize import FakeQuantize
 from lightning_ptq.numerics.granularity import ChannelLayout
 
@@ -24,9 +31,7 @@ Kind = TypeVar("Kind", bound="type[QuantLayer]")
 
 def _first_keyword(layer: nn.Module, kwargs: dict[str, Any]) -> str:
     """Return the keyword that comes first among the parameters of the float class's forward."""
-    bases = type(layer).__mro__
-    float_class: Any = next(base for base in bases if not issubclass(base, Swapped) and base is not QuantizedOp)
-    parameters = list(inspect.signature(float_class.forward).parameters)[1:]
+    parameters = list(inspect.signature(float_class_of(layer).forward).parameters)[1:]
     return next((name for name in parameters if name in kwargs), next(iter(kwargs)))
 
 
@@ -45,6 +50,7 @@ class QuantLayer(Swapped, QuantizedOp):
     """
 
     prefix = "Quant"
+    added_names = ("qconfig", "mode", "reference", "tied", "weight_fake_quant", "input_fake_quant", "qconfig_json")
     input_names = ("input",)
     weight_names = ("weight",)
     bias_names = ("bias",)
@@ -63,10 +69,23 @@ class QuantLayer(Swapped, QuantizedOp):
     def _init_swapped(self) -> None:
         self.init_op()
         for name in (*self.weight_names, *self.input_names):
-            setattr(self, f"{name}_fake_quant", None)
+            self.__dict__[f"{name}_fake_quant"] = None
         # A class that has no bias at all would ignore one; nn.Linear(bias=False) has an empty one, and can get it.
         self.__dict__["bias_names"] = tuple(name for name in self.bias_names if name in self._parameters)
-        self.register_forward_pre_hook(_keep_slow_path)
+        nn.Module.register_forward_pre_hook(self, _keep_slow_path)
+
+    def _leave_swapped(self) -> None:
+        hooks = self._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is _keep_slow_path]:
+            del hooks[key]
+
+    @classmethod
+    def reason_against(cls, module: nn.Module) -> str:
+        """Return why ``module`` cannot be quantized, or an empty text."""
+        weights = [module._parameters.get(name) for name in cls.weight_names]
+        if any(weight is None or nn.parameter.is_lazy(weight) for weight in weights) or is_parametrized(module):
+            return "the weight is lazy or re-parametrized"
+        return super().reason_against(module)
 
     def channels(self, name: str) -> ChannelLayout:
         """Return where the output channels of weight ``name`` lie."""

@@ -15,18 +15,24 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from lightning_ptq.errors import SurgeryError
 from lightning_ptq.numerics.fake_quantize import FakeQuantize
 from lightning_ptq.numerics.granularity import ChannelLayout, Granularity, ScaleLayout
 from lightning_ptq.numerics.qconfig import LayerQConfig
 from lightning_ptq.numerics.spec import QuantSpec
 from lightning_ptq.numerics.weight_scales import weight_qparams
+from lightning_ptq.runtime.structure import float_tensors_in
 
 Mode = Literal["float", "quantized"]
 
+_STATE = ("qconfig", "mode", "reference", "tied")
+
 FLOAT_BITS = 32
 """Bit width that float values count with."""
+
+RECORD = "qconfig_json"
+"""Name of the buffer that holds the specs of a quantized operation."""
 
 State = dict[str, Tensor]
 """Tensors of one operation by name: its parameters, scales and zero points."""
@@ -63,10 +69,13 @@ class QuantizedOp(nn.Module):
 
     def init_op(self) -> None:
         """Start as a float operation."""
-        self.qconfig = None
-        self.mode = "quantized"
-        self.reference = None
-        self.tied = False
+        self.__dict__.update(dict.fromkeys(_STATE), mode="quantized", tied=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _STATE:  # the float class may have a __setattr__ that does not know these names
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
 
     # To be defined by each kind of operation.
 
@@ -80,7 +89,7 @@ class QuantizedOp(nn.Module):
 
     def output_tensor(self, output: Any) -> Tensor:
         """Return the main tensor of an output: the first floating-point one."""
-        return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+        return float_tensors_in(output)[0]
 
     def input_tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the inputs that are quantized, by name, of a call with these arguments."""
@@ -155,19 +164,19 @@ class QuantizedOp(nn.Module):
     def attach(self, qconfig: LayerQConfig) -> None:
         """Become a quantized operation: add quantizers in place of existing ones, with scales still to be chosen.
 
-        The specs are kept in the buffer ``qconfig_json``, so that a state dict describes the structure it was saved
+        The specs are kept in the buffer :data:`RECORD`, so that a state dict describes the structure it was saved
         from.
         """
         for name, weight in self.weights.items():
             quantizer = FakeQuantize(qconfig.weight, self.layout(name, qconfig.weight.granularity))
-            setattr(self, f"{name}_fake_quant", quantizer.to(weight.device))  # replaces one of other specs
+            # Replaces one of other specs, past any __setattr__ of the float class.
+            nn.Module.__setattr__(self, f"{name}_fake_quant", quantizer.to(weight.device))
         device = next((weight.device for weight in self.weights.values()), torch.device("cpu"))
         for name in self.input_names:
             activation = qconfig.activation and FakeQuantize(qconfig.activation).to(device)
-            setattr(self, f"{name}_fake_quant", activation)
+            nn.Module.__setattr__(self, f"{name}_fake_quant", cast(nn.Module, activation))  # None is no quantizer
         self.qconfig = qconfig
-        record = torch.frombuffer(bytearray(json.dumps(qconfig.to_dict()).encode()), dtype=torch.uint8)
-        self.register_buffer("qconfig_json", record.clone().to(device))
+        self.register_buffer(RECORD, _record(qconfig).to(device))
 
     def choose_weight_scales(self) -> None:
         """Set scale and zero point of every weight quantizer from the weight."""
@@ -216,18 +225,44 @@ class QuantizedOp(nn.Module):
         for name, tensor in self.tensors().items():
             tensor.copy_(state[name])
 
+    def add_biases(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
+        """Add the biases that ``tensors`` has and the operation has not, as zeros of the weights' dtype.
+
+        Folded batch norms and statistics tuning give biases to layers that had none.
+
+        Args:
+            tensors: Tensors to be loaded, by key.
+            prefix: Start of the keys of this operation's tensors.
+        """
+        for name in self.bias_names:
+            bias, weights = tensors.get(prefix + name), list(self.weights.values())
+            if bias is not None and self._parameters.get(name) is None and weights:
+                self.set_parameters({name: weights[0].new_zeros(bias.shape)})
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take the structure from the state dict: a layer saved quantized gets quantizers of the saved specs."""
-        saved = state_dict.get(prefix + "qconfig_json")
+        saved = state_dict.get(prefix + RECORD)
         if saved is not None:
-            self.attach(LayerQConfig.from_dict(json.loads(bytes(saved.cpu().tolist()))))
+            self.attach(_recorded(saved, prefix))
             # Records of earlier versions are shorter; load_state_dict passes a copy of the user's dictionary.
-            state_dict[prefix + "qconfig_json"] = self.qconfig_json
-            for name in self.bias_names:
-                if prefix + name in state_dict and self._parameters.get(name) is None:  # from a folded batch norm
-                    device = next(iter(self.weights.values())).device
-                    self.set_parameters({name: torch.zeros_like(state_dict[prefix + name], device=device)})
+            state_dict[prefix + RECORD] = _record(cast(LayerQConfig, self.qconfig)).to(saved.device)
+            self.add_biases(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _record(qconfig: LayerQConfig) -> Tensor:
+    """Return specs as a tensor of bytes."""
+    return torch.frombuffer(bytearray(json.dumps(qconfig.to_dict()).encode()), dtype=torch.uint8).clone()
+
+
+def _recorded(record: Tensor, prefix: str) -> LayerQConfig:
+    """Return the specs of :func:`_record`."""
+    try:
+        return LayerQConfig.from_dict(json.loads(bytes(record.cpu().tolist())))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SurgeryError(
+            f"the state dict's entry {prefix + RECORD!r} is damaged ({error}). Save the quantized module again."
+        ) from error
 
 
 def quantized_ops(module: nn.Module) -> dict[str, QuantizedOp]:

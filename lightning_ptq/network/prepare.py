@@ -1,22 +1,23 @@
-"""Preparing a module: quantized layers take the place of float ones, and can be taken back."""
+"""Preparing a module: its float layers become quantized ones, and can be made float again."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_ptq.errors import SurgeryError, TiedWeightWarning, UnsupportedLayerWarning, warn
 from lightning_ptq.network.op import QuantizedOp, quantized_ops
-from lightning_ptq.network.swapping import Swapped, swapped_class
+from lightning_ptq.network.swapping import FloatState, Swapped, registered_counterpart, swapped_class
 from lightning_ptq.numerics.qconfig import QConfig
 from lightning_ptq.runtime.patching import TensorSnapshot
 
 
 @dataclass
 class Prepared:
-    """A module whose layers were swapped for their quantized counterparts, and how to undo that.
+    """A module whose layers were turned into their quantized counterparts, and how to undo that.
 
     Attributes:
         module: The root module.
@@ -27,7 +28,8 @@ class Prepared:
     module: nn.Module
     qconfig: QConfig
     float_bytes: int = 0
-    _originals: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list, repr=False)
+    _originals: list[FloatState] = field(default_factory=list, repr=False)
+    _places: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list, repr=False)
     _others: TensorSnapshot = field(default_factory=lambda: TensorSnapshot({}), repr=False)
 
     @property
@@ -40,12 +42,18 @@ class Prepared:
         self._others.add(str(id(tensor)), tensor)  # the snapshot holds the tensor, so that its id is not reused
 
     def undo(self) -> None:
-        """Put the float layers back, with the parameters they had; do nothing the second time."""
+        """Make the layers float again, with the parameters they had; do nothing the second time.
+
+        The layers are the same objects as before :func:`prepare`. Hooks that were added or removed since stay so.
+        """
         self._others.restore()
         self._others = TensorSnapshot({})
-        for parent, name, original in reversed(self._originals):
-            parent._modules[name] = original
+        for original in reversed(self._originals):
+            original.restore()
+        for parent, name, layer in self._places:  # such as conversions to SyncBatchNorm have replaced
+            parent._modules[name] = layer
         self._originals.clear()
+        self._places.clear()
 
 
 def is_prepared(module: nn.Module) -> bool:
@@ -54,10 +62,10 @@ def is_prepared(module: nn.Module) -> bool:
 
 
 def prepare(module: nn.Module, qconfig: QConfig | str) -> Prepared:
-    """Swap the quantizable layers of ``module``, in place, for quantized counterparts; they still compute in float.
+    """Turn the quantizable layers of ``module`` into quantized counterparts, in place; they still compute in float.
 
     A prepared module has the state dict of the float one and loads the state dict of a float or of a quantized module.
-    It shares its parameters with the layers that :meth:`Prepared.undo` puts back.
+    Each layer stays the same object and changes its class, so that other references to it and its hooks keep working.
 
     Args:
         module: Any module. Convolutions (1-3 d), transposed convolutions (1-2 d), linear layers, batch norms, layers
@@ -85,16 +93,11 @@ def prepare(module: nn.Module, qconfig: QConfig | str) -> Prepared:
         )
     prepared = Prepared(module, qconfig, _state_bytes(module))
     modules = len(list(module.modules()))
-    skipped = _swap(prepared)
     try:
-        _check(prepared, modules)
+        skipped = _swap(prepared)
+        _check(prepared, modules, skipped)
         if skipped:
-            warn(
-                f"{', '.join(skipped)}: the weight is lazy or re-parametrized, so the layer stays float. Run one"
-                " forward first, or call torch.nn.utils.parametrize.remove_parametrizations on it.",
-                UnsupportedLayerWarning,
-                stacklevel=2,
-            )
+            warn(_describe(skipped), UnsupportedLayerWarning, stacklevel=2)
         _mark_tied(module)
     except BaseException:  # filters may turn a warning into an error
         prepared.undo()
@@ -102,40 +105,75 @@ def prepare(module: nn.Module, qconfig: QConfig | str) -> Prepared:
     return prepared
 
 
-def _swap(prepared: Prepared) -> list[str]:
-    """Swap all layers and return the names of those that cannot be swapped."""
+def _swap(prepared: Prepared) -> dict[str, str]:
+    """Swap all layers and return why others cannot be swapped, by qualified name."""
     module = prepared.module
-    counterparts: dict[int, nn.Module] = {}
-    skipped = []
-    names = {id(child): name for name, child in module.named_modules()}
-    for parent in reversed(list(module.modules())):  # inner modules first: a counterpart takes over the children
-        for name, child in list(parent._modules.items()):
-            quantized_class = None if child is None else swapped_class(type(child))
-            if child is None or quantized_class is None:
-                continue
-            if not _has_weights(child, quantized_class):
-                skipped.append(names[id(child)])
-                continue
-            if id(child) not in counterparts:  # a layer that is registered twice keeps being one layer
-                counterparts[id(child)] = quantized_class.from_float(child)
-            prepared._originals.append((parent, name, child))
-            parent._modules[name] = counterparts[id(child)]
+    skipped: dict[str, str] = {}
+    scripted: tuple[str, ...] = ()
+    for name, child in module.named_modules():
+        if isinstance(child, torch.jit.ScriptModule):
+            if not name.startswith(scripted) and next(child.parameters(), None) is not None:
+                skipped[name] = _SCRIPTED
+            scripted += (f"{name}.",)
+        elif child is not module and (reason := _swap_one(prepared, child)):
+            skipped[name] = reason
+    swapped = {id(original.module) for original in prepared._originals}
+    prepared._places += [
+        (parent, name, child)
+        for parent in module.modules()
+        for name, child in parent._modules.items()
+        if child is not None and id(child) in swapped
+    ]
     return skipped
 
 
-def _check(prepared: Prepared, modules: int) -> None:
+def _swap_one(prepared: Prepared, child: nn.Module) -> str:
+    """Swap a module that has a counterpart; return why it stays float, or an empty text."""
+    kind = registered_counterpart(type(child))
+    if kind is None:
+        return ""
+    is_layer = issubclass(kind, QuantizedOp)  # other modules stay as they are without a word
+    if reason := kind.reason_against(child):
+        return reason if is_layer else ""
+    counterpart = swapped_class(type(child))
+    original = FloatState(child)
+    try:
+        if counterpart is None:
+            raise TypeError(f"{type(child).__name__} cannot be derived from")
+        counterpart.swap(child)
+    except Exception as error:  # classes can forbid to be derived from, or have another layout in memory
+        original.restore()
+        return f"its class cannot be changed ({error})" if is_layer else ""
+    prepared._originals.append(original)
+    return ""
+
+
+def _check(prepared: Prepared, modules: int, skipped: Mapping[str, str]) -> None:
     if not prepared.layers:
+        hint = f" These could not be quantized: {_describe(skipped)}" if skipped else ""
         raise SurgeryError(
             f"{type(prepared.module).__name__} has nothing to quantize: no layer of a registered class (nn.Conv2d,"
-            f" nn.Linear, ...) with weights of its own among its {modules} modules."
+            f" nn.Linear, ...) with weights of its own among its {modules} modules.{hint}"
         )
     prepared.qconfig.check_patterns(prepared.layers)
 
 
-def _has_weights(module: nn.Module, quantized_class: Any) -> bool:
-    """Return True if all weights that the quantized class names are parameters with a shape."""
-    weights = [module._parameters.get(name) for name in getattr(quantized_class, "weight_names", ())]
-    return all(weight is not None and not nn.parameter.is_lazy(weight) for weight in weights)
+_SCRIPTED = "it is scripted by torch.jit"
+_REMEDIES = {
+    "the weight is lazy or re-parametrized": "Run one forward first, or call"
+    " torch.nn.utils.parametrize.remove_parametrizations on it.",
+    _SCRIPTED: "Script it after quantization instead.",
+}
+
+
+def _describe(skipped: Mapping[str, str]) -> str:
+    """Return the layers that stay float, by reason, and what to do about each reason."""
+    lines = []
+    for reason in dict.fromkeys(skipped.values()):
+        names = [name for name, why in skipped.items() if why == reason]
+        remedy = _REMEDIES.get(reason, "Register its class with a counterpart of your own, or change the class.")
+        lines.append(f"{', '.join(names)}: {reason}, so the layer stays float. {remedy}")
+    return " ".join(lines)
 
 
 def _mark_tied(module: nn.Module) -> None:

@@ -7,18 +7,18 @@ operators are included. It identifies values by their storage, so it follows vie
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lightning_ptq.network.op import QuantizedOp, quantized_ops
+from lightning_ptq.network.readers import Output, OutputTracker
 from lightning_ptq.runtime.patching import hooked
+from lightning_ptq.runtime.structure import dense, tensors_in
 
 _ADDS = ("aten::add.Tensor", "aten::add_.Tensor")
 _PRODUCTS = (
@@ -36,6 +36,15 @@ RESULT = "<result>"
 """Name of the forward's result among the units."""
 
 _READ_BY_PYTHON = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero")
+
+# Operators that pick rows of their first argument by the values of the others, and those that put rows back.
+_PICK = (
+    "aten::index", "aten::index_select", "aten::gather", "aten::masked_select", "aten::take", "aten::take_along_dim",
+)  # fmt: skip
+_PUT_BACK = (
+    "aten::index_add", "aten::index_add_", "aten::index_put", "aten::index_put_", "aten::index_copy_", "aten::scatter",
+    "aten::scatter_", "aten::scatter_add", "aten::scatter_add_", "aten::masked_scatter", "aten::masked_scatter_",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,21 @@ class Event:
 
 
 @dataclass
+class Flow:
+    """How values flow between units in a forward.
+
+    Attributes:
+        needed: For each unit, and for :data:`RESULT`, the other units whose outputs reach its inputs without passing
+            through a third unit.
+        picked: Units whose inputs are rows that were picked by values which other units computed, as the experts of a
+            mixture are. Other rows may be picked when those units are quantized.
+    """
+
+    needed: dict[str, set[str]]
+    picked: set[str] = field(default_factory=set)
+
+
+@dataclass
 class Trace:
     """The record of one forward pass.
 
@@ -70,6 +94,7 @@ class Trace:
             operation's own output tensor.
         float_products: (operator, module) of matrix products and convolutions outside any quantizable operation.
         result: Storages of the tensors that the forward returned.
+        outputs: Who reads the outputs of each layer and batch norm; not merged over forwards.
     """
 
     events: list[Event] = field(default_factory=list)
@@ -79,6 +104,7 @@ class Trace:
     batch_norm_after: dict[str, str] = field(default_factory=dict)
     float_products: set[tuple[str, str]] = field(default_factory=set)
     result: tuple[int, ...] = ()
+    outputs: dict[str, Output] = field(default_factory=dict)
 
     def same_course(self, other: Trace) -> bool:
         """Return True if the same modules, and operators outside quantizable operations, ran in the same order."""
@@ -94,14 +120,17 @@ class Trace:
         return [(e.kind, e.name) for e in self.events if e.kind != "op" or layers.isdisjoint(e.scope)]
 
     def needed_outputs(self, units: Iterable[str]) -> dict[str, set[str]]:
-        """Return, for each unit, the other units whose outputs reach its inputs without passing through a third unit.
+        """Return :attr:`Flow.needed` of :meth:`flow`."""
+        return self.flow(units).needed
 
-        :data:`RESULT` stands for what the forward returned.
-        """
+    def flow(self, units: Iterable[str]) -> Flow:
+        """Follow the values between units; :data:`RESULT` stands for what the forward returned."""
         names, layers = set(units), set(self.layer_order)
         sources: dict[int, set[str]] = {}  # by storage: the units whose outputs its values were computed from
+        picked: set[int] = set()  # storages of rows that were picked by values which units computed
         decisive: set[str] = set()  # units whose values Python has read, and may have branched on
-        needed: dict[str, set[str]] = {name: set() for name in (*names, RESULT)}
+        flow = Flow({name: set() for name in (*names, RESULT)})
+        needed = flow.needed
         for event in self.events:
             unit = next((name for name in event.scope if name in names), None)
             if event.kind == "op" and unit is None:  # what a unit computes inside is replaced by its stored output
@@ -109,16 +138,72 @@ class Trace:
                 if event.name in _READ_BY_PYTHON and layers.isdisjoint(event.scope):  # else an observer read them
                     decisive |= union
                 sources.update((key, union) for key in event.writes)
+                _mark(picked, event.writes, _picks(event, sources, picked))
             elif event.kind == "enter" and event.name == unit:
                 needed[unit].update(decisive, *(sources.get(key, set()) for key in event.reads))
+                if not picked.isdisjoint(event.reads):
+                    flow.picked.add(unit)
             elif event.kind == "exit" and event.name in names and unit is None:
                 sources.update((key, {event.name}) for key in event.writes)
+                _mark(picked, event.writes, event.name in flow.picked)
             elif event.kind == "exit" and not event.scope:  # the output of an outermost module may be compared
                 needed[RESULT].update(*(sources.get(key, set()) for key in event.writes))
         needed[RESULT].update(decisive, *(sources.get(key, set()) for key in self.result))
         for name in names:  # a unit that runs several times may feed itself; it is captured as a whole
             needed[name].discard(name)
-        return needed
+        return flow
+
+
+def _picks(event: Event, sources: dict[int, set[str]], picked: set[int]) -> bool:
+    """Return True if an operator writes rows that were picked by values which units computed."""
+    if event.name in _PICK and any(sources.get(key) for key in event.reads[1:]):
+        return True
+    reads = event.reads[:1] if event.name in _PUT_BACK else event.reads
+    return not picked.isdisjoint(reads)
+
+
+def _mark(keys: set[int], writes: tuple[int, ...], marked: bool) -> None:
+    (keys.update if marked else keys.difference_update)(writes)
+
+
+def merge_traces(traces: Sequence[Trace]) -> Trace:
+    """Return what several forwards did together; a module counts with its most calls in one of them.
+
+    The result has no events, since these have an order within one forward only. A module that runs in few forwards
+    takes its place after the module that ran before it there.
+    """
+    distinct = list({id(one): one for one in traces}.values())
+    if len(distinct) == 1:
+        return distinct[0]
+    order = _merge_orders([list(one.calls) for one in distinct])
+    return Trace(
+        calls={name: max(one.calls.get(name, 0) for one in distinct) for name in order},
+        layer_order=_merge_orders([one.layer_order for one in distinct]),
+        residual=set().union(*(one.residual for one in distinct)),
+        batch_norm_after=_agreed_pairs(distinct),
+        float_products=set().union(*(one.float_products for one in distinct)),
+    )
+
+
+def _merge_orders(orders: list[list[str]]) -> list[str]:
+    merged = list(orders[0])
+    for order in orders[1:]:
+        place = 0
+        for name in order:
+            if name not in merged:
+                merged.insert(place, name)
+            place = merged.index(name) + 1
+    return merged
+
+
+def _agreed_pairs(traces: list[Trace]) -> dict[str, str]:
+    """Return the pairs of norm and layer that hold in every forward that runs either of them."""
+    pairs = {norm: layer for one in traces for norm, layer in one.batch_norm_after.items()}
+    return {
+        norm: layer
+        for norm, layer in pairs.items()
+        if all(one.batch_norm_after.get(norm) == layer for one in traces if one.calls.get(norm) or one.calls.get(layer))
+    }
 
 
 def trace(module: nn.Module, run: Callable[[], Any]) -> Trace:
@@ -133,6 +218,7 @@ def trace(module: nn.Module, run: Callable[[], Any]) -> Trace:
         result = run()
     recorder.finish()
     recorder.trace.result = storages(result)
+    recorder.trace.outputs = recorder.tracker.finish(recorder.trace.result)
     return recorder.trace
 
 
@@ -143,13 +229,16 @@ class _Recorder(TorchDispatchMode):
         self.stack: list[str] = []
         self.modules = dict(module.named_modules())
         self.ops = quantized_ops(module)
+        self.tracker = OutputTracker(self.modules)
         self.outputs: dict[str, Tensor] = {}  # of operations; the reference keeps the storage from being reused
         self.followed: dict[str, str] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func._schema.name
-        self._record("op", name, storages((args, kwargs)), storages(result))
+        reads, writes = storages((args, kwargs)), storages(result)
+        self._record("op", name, reads, writes)
+        self.tracker.operator(func, self.stack, reads, writes, args, result)
         full_name = f"{name}.{func._schema.overload_name}"  # add.Scalar, for example, is not a residual connection
         if full_name in _ADDS and self.stack and _same_shape(*args[:2]):
             self.trace.residual.add(self.stack[-1])
@@ -164,6 +253,7 @@ class _Recorder(TorchDispatchMode):
         self.stack.append(name)
         self.trace.calls[name] = self.trace.calls.get(name, 0) + 1
         self._record("enter", name, storages((args, kwargs)), ())
+        self.tracker.enter(name, module, args, kwargs)
         if isinstance(module, QuantizedOp) and name not in self.trace.layer_order:
             self.trace.layer_order.append(name)
         if isinstance(module, _BatchNorm):
@@ -174,6 +264,7 @@ class _Recorder(TorchDispatchMode):
     def exit_module(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self.stack.pop()
         self._record("exit", name, storages((args, kwargs)), storages(output))
+        self.tracker.exit(name, module, output)
         if isinstance(module, QuantizedOp):
             self.outputs[name] = output
 
@@ -193,8 +284,7 @@ def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def storages(tree: Any) -> tuple[int, ...]:
     """Return keys of the storages of all tensors in a nested structure."""
     # Sparse tensors have no storage, so their values are not followed.
-    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.layout is torch.strided)
-    return tuple(leaf.untyped_storage()._cdata for leaf in tensors)
+    return tuple(leaf.untyped_storage()._cdata for leaf in dense(tensors_in(tree)))
 
 
 def _same_shape(left: Any, right: Any) -> bool:

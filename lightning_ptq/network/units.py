@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Literal, cast
 
 from torch import nn
 
 from lightning_ptq.network.op import QuantizedOp
 from lightning_ptq.network.trace import Trace
-from lightning_ptq.numerics.qconfig import LayerQConfig, check_patterns
+from lightning_ptq.numerics.qconfig import LayerQConfig, check_patterns, matches
 from lightning_ptq.runtime.journal import LayerStates
 
 UnitKind = Literal["layer", "block"]
@@ -68,7 +67,7 @@ def find_units(
         chosen = [name for name, child in modules.items() if blocks(name, child)]
     else:
         check_patterns(blocks, modules, "blocks")
-        chosen = [name for name in modules if any(fnmatchcase(name, pattern) for pattern in blocks)]
+        chosen = [name for name in modules if any(matches(name, pattern) for pattern in blocks)]
     units = []
     taken: set[str] = set()
     # A shorter name is that of an outer block, so outer blocks take their layers before inner ones and single layers.

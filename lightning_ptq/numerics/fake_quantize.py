@@ -32,7 +32,7 @@ class FakeQuantize(nn.Module):
         super().__init__()
         self.spec = spec
         self.layout = layout
-        self.register_buffer("scale", torch.ones(layout.shape))
+        self.register_buffer("scale", torch.ones(layout.shape, dtype=torch.float32))
         self.register_buffer("zero_point", torch.zeros(layout.shape, dtype=torch.int32))
         self.drop: Callable[[Tensor, Tensor], Tensor] | None = None
         self.enabled = True
@@ -103,6 +103,15 @@ class FakeQuantize(nn.Module):
     def rows(self, x: Tensor) -> Tensor:
         """Return ``x`` as (scales, values per scale), in the order of the flattened scales."""
         return self.layout.rows(x)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FakeQuantize:
+        """Move the buffers, but keep their dtypes: in half precision a scale would give other integers."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        return super()._apply(moved, recurse)
 
     def extra_repr(self) -> str:
         """Return what ``print`` shows."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_ptq.numerics.quantize import choose_qparams, fake_quantize
+from lightning_ptq.numerics.quantize import EMPTY_SCALE, choose_qparams, fake_quantize
 from lightning_ptq.numerics.spec import QuantSpec
 
 _BINS = 2**16
@@ -69,7 +69,9 @@ class MinMaxObserver(Metric):
     def qparams(self, spec: QuantSpec | None = None) -> tuple[Tensor, Tensor]:
         """Return scale and zero point for the range, at the observer's own spec or another."""
         spec = spec or self.spec
-        return choose_qparams(*self.range_for(spec), spec)
+        scale, zero_point = choose_qparams(*self.range_for(spec), spec)
+        # Any scale fits inputs that are all 0, or that never came; this one is not lost in a module of half precision.
+        return scale.masked_fill((self.minimum >= 0) & (self.maximum <= 0), EMPTY_SCALE), zero_point
 
 
 class HistogramObserver(MinMaxObserver):

@@ -163,10 +163,10 @@ class QConfig:
             name: Qualified name of the layer.
             edge: True for the first and the last layer in execution order.
         """
-        if any(fnmatchcase(name, pattern) for pattern in self.exclude):
+        if any(matches(name, pattern) for pattern in self.exclude):
             return None
         for pattern, pair in reversed(self.overrides):  # the last match wins
-            if fnmatchcase(name, pattern):
+            if matches(name, pattern):
                 return pair
         if edge and self.first_last_bits is not None:
             return self.default.at_least(self.first_last_bits)
@@ -210,10 +210,15 @@ class QConfig:
             ) from error
 
 
+def matches(name: str, pattern: str) -> bool:
+    """Return True if a pattern matches a qualified name, with or without what ``torch.compile`` inserts into it."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name.replace("_orig_mod.", ""), pattern)
+
+
 def check_patterns(patterns: Iterable[str], names: Iterable[str], where: str) -> None:
     """Raise :class:`QConfigError` for the patterns that match none of ``names``."""
     known = list(names)
-    unmatched = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in known)]
+    unmatched = [pattern for pattern in patterns if not any(matches(name, pattern) for name in known)]
     if unmatched:
         shown = ", ".join(known[:8]) + (f", ... ({len(known)} in all)" if len(known) > 8 else "")
         raise QConfigError(

@@ -14,6 +14,9 @@ from torch.autograd.function import once_differentiable
 from lightning_ptq.numerics.spec import Grid
 
 _MIN_SCALE = float(torch.finfo(torch.float32).tiny) * 2**10
+EMPTY_SCALE = 2.0**-17
+"""Scale of weights or inputs that are all 0, such as those of a pruned channel; float16 and bfloat16 can hold it."""
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def choose_qparams(minimum: Tensor, maximum: Tensor, spec: Grid) -> tuple[Tensor, Tensor]:
@@ -44,15 +47,22 @@ def choose_qparams(minimum: Tensor, maximum: Tensor, spec: Grid) -> tuple[Tensor
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
-    """Return the integers of ``x`` on the grid, as floats of its dtype; scale and zero point broadcast against ``x``.
+    """Return the integers of ``x`` on the grid, as floats; scale and zero point broadcast against ``x``.
 
-    As in torch's kernels, ``x`` is multiplied by the reciprocal of the scale, so both agree bit for bit.
+    As in torch's kernels, ``x`` is multiplied by the reciprocal of the scale, so both agree bit for bit. Half precision
+    is computed in float32: in float16, the reciprocal of a scale below 1.5e-5 is infinite.
 
     Example:
         >>> quantize(torch.tensor([-9.0, 0.26, 9.0]), torch.tensor(0.5), torch.tensor(0), -8, 7)
         tensor([-8.,  1.,  7.])
     """
+    x, scale = _single(x), _single(scale)
     return (x * scale.reciprocal()).round_().add_(zero_point.round()).clamp_(quant_min, quant_max)
+
+
+def _single(x: Tensor) -> Tensor:
+    """Return a tensor of half precision in float32, any other as it is."""
+    return x.float() if x.dtype in _HALF else x
 
 
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -80,9 +90,8 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, 
         7.4
     """
     dtype = x.dtype
-    if dtype in (torch.float16, torch.bfloat16):
-        x = x.float()
-    if torch.is_grad_enabled():
+    x, scale = _single(x), _single(scale)
+    if torch.is_grad_enabled() and not torch.jit.is_tracing():  # a trace could neither check nor save the function
         result: Tensor = _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max)
     else:
         zero_point = zero_point.to(x.dtype)

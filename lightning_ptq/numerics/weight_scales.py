@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_ptq.numerics.observers import MSE_RANGES
-from lightning_ptq.numerics.quantize import choose_qparams, fake_quantize
+from lightning_ptq.numerics.quantize import EMPTY_SCALE, choose_qparams, fake_quantize
 from lightning_ptq.numerics.spec import QuantSpec
 
 
@@ -32,6 +32,8 @@ def weight_qparams(rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """
     rows = rows.detach().float()
     scale, zero_point = _unsigned_qparams(rows, spec)
+    # Any scale fits a row of zeros; this one is not lost in a module of half precision.
+    scale = scale.masked_fill((rows == 0).all(1), EMPTY_SCALE)
     if not (spec.symmetric and spec.signed_scale and spec.bits < 8):
         return scale, zero_point
     mirrored, _ = _unsigned_qparams(-rows, spec)

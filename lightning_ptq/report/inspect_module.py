@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,14 +16,15 @@ from lightning_ptq.allocation.costs import multiply_accumulates
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.calibrator import calibrate
 from lightning_ptq.calibration.forward import Forward, default_forward
-from lightning_ptq.calibration.layer_costs import count_macs, macs_below, packed_size
+from lightning_ptq.calibration.layer_costs import Work, count_work, macs_below, packed_size
 from lightning_ptq.errors import CalibrationError, PTQWarning, SurgeryError, UnfoldedBatchNormWarning, noted_warnings
 from lightning_ptq.network.batch_norm import FoldableBatchNorm
 from lightning_ptq.network.op import QuantizedOp, ops_in_mode
 from lightning_ptq.network.swapping import swapped_class
 from lightning_ptq.network.units import BlockRule, Unit, UnitKind, find_units, unit_qconfigs
 from lightning_ptq.numerics.qconfig import QConfig
-from lightning_ptq.report.preflight import Finding, FloatProduct, LayerFacts, Preflight, UnitFacts
+from lightning_ptq.report.facts import Finding, FloatParameters, FloatProduct, LayerFacts, UnitFacts
+from lightning_ptq.report.preflight import Preflight
 from lightning_ptq.runtime.memory import DEFAULT_MEMORY_LIMIT, parse_bytes
 from lightning_ptq.runtime.patching import left_unchanged
 from lightning_ptq.tuning.adaquant import check_arguments
@@ -72,12 +73,15 @@ def inspect_module(
         raise CalibrationError(f"samples must be 1 or more, got {samples}.")
     _check_not_lazy(module)
     notes: list[PTQWarning] = []
-    with left_unchanged(module), noted_warnings(notes), _warnings_ignored():
-        float_layers = _describe(module)
+    with ExitStack() as stack:
+        for context in (left_unchanged(module), noted_warnings(notes), _warnings_ignored()):
+            stack.enter_context(context)
+        float_layers, parameters = _describe(module), _parameters(module)
         calibration = calibrate(module, [batch], qconfig, forward=forward)
+        stack.callback(calibration.prepared.undo)
         units = find_units(module, calibration.trace, granularity, blocks)
         outlook = _plan(calibration, units, samples, config or ReconstructionConfig(), parse_bytes(memory_limit))
-        return _preflight(calibration, float_layers, outlook, notes)
+        return _preflight(calibration, float_layers, parameters, outlook, notes)
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,18 @@ def _describe(module: nn.Module) -> dict[str, _FloatLayer]:
     return layers
 
 
+def _parameters(module: nn.Module) -> list[FloatParameters]:
+    """Return the parameters that each module holds itself; shared ones belong to the first module that has them."""
+    found: list[FloatParameters] = []
+    visited: set[int] = set()
+    for name, child in module.named_modules():
+        own = [p for p in child._parameters.values() if p is not None and id(p) not in visited]
+        visited.update(map(id, own))
+        if own:
+            found.append(FloatParameters(name, type(child).__name__, sum(p.numel() for p in own)))
+    return found
+
+
 def _plan(
     calibration: Calibration, units: list[Unit], samples: int, config: ReconstructionConfig, limit: int
 ) -> _Outlook:
@@ -159,34 +175,46 @@ def _plan(
 
 
 def _preflight(
-    calibration: Calibration, float_layers: dict[str, _FloatLayer], outlook: _Outlook, notes: list[PTQWarning]
+    calibration: Calibration,
+    float_layers: dict[str, _FloatLayer],
+    parameters: list[FloatParameters],
+    outlook: _Outlook,
+    notes: list[PTQWarning],
 ) -> Preflight:
-    macs = _macs_of_one_sample(calibration)
+    work = _work_of_one_sample(calibration)
     return Preflight(
         module=type(calibration.module).__name__,
         device=str(calibration.device),
         batch_size=calibration.samples,
         samples=outlook.samples,
-        layers=_layers(calibration, float_layers, macs),
+        layers=_layers(calibration, float_layers, work.macs),
         folded=calibration.folded,
         unfolded=_unfolded(calibration, notes),
-        products=_products(calibration, set(float_layers), macs),
+        products=_products(calibration, float_layers, work),
         units=outlook.units,
-        macs=sum(macs.values()),
+        macs=sum(work.macs.values()),
         float_bytes=calibration.prepared.float_bytes,
         packed_bytes=packed_size(calibration.module),
         bops=_bit_operations(calibration),
         plan=outlook.plan,
         warnings=[Finding(type(note).__name__, str(note), note.remedy) for note in notes],
         hazards=outlook.hazards,
+        parameters=sum(row.parameters for row in parameters),
+        float_parameters=_unquantized(calibration, parameters),
     )
 
 
-def _macs_of_one_sample(calibration: Calibration) -> dict[str, float]:
-    """Return the multiply-accumulates of each module, the modules inside it excluded."""
+def _work_of_one_sample(calibration: Calibration) -> Work:
     with ops_in_mode(calibration.module, "float"):
-        counts = count_macs(calibration.module, lambda: calibration.run(0))
-    return {name: macs / calibration.samples for name, macs in counts.items()}
+        work = count_work(calibration.module, lambda: calibration.run(0))
+    return replace(work, macs={name: macs / calibration.samples for name, macs in work.macs.items()})
+
+
+def _unquantized(calibration: Calibration, parameters: list[FloatParameters]) -> list[FloatParameters]:
+    """Return the parameters that stay float, without those that a folded batch norm loses; most of them first."""
+    quantized = {name: layer.weight_count for name, layer in calibration.layers.items()}
+    rest = [replace(row, parameters=row.parameters - quantized.get(row.module, 0)) for row in parameters]
+    return sorted((row for row in rest if row.parameters > 0), key=lambda row: -row.parameters)
 
 
 def _bit_operations(calibration: Calibration) -> float:
@@ -199,7 +227,7 @@ def _bit_operations(calibration: Calibration) -> float:
 
 def _layers(calibration: Calibration, layers: dict[str, _FloatLayer], macs: dict[str, float]) -> list[LayerFacts]:
     prepared, order = calibration.prepared, calibration.trace.layer_order
-    norms = {layer: norm for norm, layer in calibration.folded.items()}
+    norms = {layer: norm for norm, layers in calibration.folded.items() for layer in layers.split(", ")}
 
     def status(name: str) -> str:
         if name in calibration.layers:
@@ -236,12 +264,21 @@ def _unfolded(calibration: Calibration, notes: list[PTQWarning]) -> dict[str, st
     return {name: reasons.get(name, "it was never called") for name in norms if name not in calibration.folded}
 
 
-def _products(calibration: Calibration, layers: set[str], macs: dict[str, float]) -> list[FloatProduct]:
-    operators: dict[str, list[str]] = {}
-    for operator, scope in sorted(calibration.trace.float_products):
-        operators.setdefault(scope, []).append(operator)
+def _products(calibration: Calibration, layers: Collection[str], work: Work) -> list[FloatProduct]:
+    """Return what is computed outside the layers: per module a row of what is counted, and a row of what is not."""
     # Layers that cannot be swapped compute products too, but are among the layers already.
-    products = [FloatProduct(name, tuple(own), macs.get(name)) for name, own in operators.items() if name not in layers]
+    places = {name for name in (*work.counted, *work.uncounted) if not _is_in(name, layers)}
     order = list(calibration.trace.calls)
+    products = []
     # In execution order; the root, which has no entry if it was not called itself, comes first.
-    return sorted(products, key=lambda product: order.index(product.module) if product.module in order else -1)
+    for name in sorted(places, key=lambda name: (order.index(name) if name in order else -1, name)):
+        if counted := work.counted.get(name):
+            products.append(FloatProduct(name, tuple(sorted(counted)), work.macs[name]))
+        if uncounted := work.uncounted.get(name):
+            products.append(FloatProduct(name, tuple(sorted(uncounted)), None))
+    return products
+
+
+def _is_in(name: str, layers: Collection[str]) -> bool:
+    """Return True for a layer and for a module inside one."""
+    return any(name == layer or name.startswith(f"{layer}.") for layer in layers)

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from lightning_ptq.activations.memory_plan import MemoryPlan
+from lightning_ptq.report.facts import Finding, FloatParameters, FloatProduct, LayerFacts, UnitFacts
 from lightning_ptq.report.table import ReportTable
 from lightning_ptq.runtime.memory import format_bytes
 
@@ -17,81 +18,7 @@ ESTIMATE = (
 )
 """Note on the accuracy of the estimates."""
 
-
-@dataclass(frozen=True)
-class Finding:
-    """A warning or a hazard.
-
-    Attributes:
-        category: Class of the warning, or topic of the hazard.
-        message: The finding.
-        remedy: What the user can do about it.
-    """
-
-    category: str
-    message: str
-    remedy: str = ""
-
-
-@dataclass(frozen=True)
-class LayerFacts:
-    """A layer of a quantizable type.
-
-    Attributes:
-        name: Qualified name.
-        kind: Class of the float layer.
-        shape: Shape of the weight, or of the first one if there are several; empty without a weight.
-        widths: Bit widths, such as ``"w4a8"``, or ``"float"``.
-        parameters: Number of parameters.
-        macs: Multiply-accumulates for one sample.
-        place: ``"first"`` or ``"last"`` in execution order; otherwise empty.
-        norm: Name of the batch norm that is folded into the layer; empty if there is none.
-        status: ``"quantized"``, ``"excluded"``, ``"never called"`` or ``"not supported"``.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    widths: str
-    parameters: int
-    macs: float
-    place: str
-    norm: str
-    status: str
-
-
-@dataclass(frozen=True)
-class FloatProduct:
-    """Matrix products, convolutions and attention that a module computes outside any layer.
-
-    Attributes:
-        module: Qualified name of the module; empty for the root.
-        operators: Names of the operators.
-        macs: Multiply-accumulates for one sample; None if torch has no formula for these operators.
-    """
-
-    module: str
-    operators: tuple[str, ...]
-    macs: float | None
-
-
-@dataclass(frozen=True)
-class UnitFacts:
-    """A block or layer that AdaQuant tunes as one unit.
-
-    Attributes:
-        name: Qualified name of the block or layer.
-        layers: Names of its layers.
-        widths: Bit widths of its layers, without repeats.
-        steps: Number of optimization steps.
-        calls: Number of calls in one forward.
-    """
-
-    name: str
-    layers: tuple[str, ...]
-    widths: tuple[str, ...]
-    steps: int
-    calls: int
+_MOST = 3  # modules that the overview names
 
 
 @dataclass(frozen=True)
@@ -115,6 +42,9 @@ class Preflight:
         plan: Memory and time of sequential AdaQuant; None if it cannot run, which a hazard explains.
         warnings: Warnings that the run will raise.
         hazards: What will fail, or behave in an unexpected way.
+        parameters: Number of parameters of the whole module; shared ones count once.
+        float_parameters: Parameters that stay float, by module, most of them first. A quantized layer's bias and the
+            parameters of folded batch norms are among them.
     """
 
     module: str
@@ -133,16 +63,24 @@ class Preflight:
     plan: MemoryPlan | None = None
     warnings: list[Finding] = field(default_factory=list)
     hazards: list[Finding] = field(default_factory=list)
+    parameters: int = 0
+    float_parameters: list[FloatParameters] = field(default_factory=list)
 
     @property
     def covered(self) -> float:
-        """Fraction of all multiply-accumulates that quantized layers compute."""
+        """Fraction of the multiply-accumulates that quantized layers compute, of those that torch can count."""
         inside = sum(layer.macs for layer in self.layers if layer.status == "quantized")
         return inside / self.macs if self.macs else 0.0
 
     @property
+    def covered_parameters(self) -> float:
+        """Fraction of all parameters that are quantized."""
+        rest = sum(row.parameters for row in self.float_parameters)
+        return 1 - rest / self.parameters if self.parameters else 0.0
+
+    @property
     def uncounted(self) -> bool:
-        """True if an operator ran that torch has no formula for; all sums lack it."""
+        """True if an operator ran that there is no formula for; all sums lack it."""
         return any(product.macs is None for product in self.products)
 
     def percent(self, macs: float | None) -> float | None:
@@ -151,7 +89,7 @@ class Preflight:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the findings in types that JSON knows."""
-        return {**asdict(self), "covered": self.covered}
+        return {**asdict(self), "covered": self.covered, "covered_parameters": self.covered_parameters}
 
     def print(self, console: Console | None = None) -> None:
         """Print the tables, the overview last, where it stays visible above the prompt.
@@ -176,13 +114,18 @@ def _overview(preflight: Preflight) -> ReportTable:
     quantized = [layer for layer in preflight.layers if layer.status == "quantized"]
     norms = len(preflight.folded) + len(preflight.unfolded)
     countable = " of those that torch can count" if preflight.uncounted else ""
+    missing = sorted({name for row in preflight.products if row.macs is None for name in row.operators})
     steps = sum(unit.steps for unit in preflight.units)
     sizes = format_bytes(preflight.float_bytes), format_bytes(preflight.packed_bytes)
     plan = str(preflight.plan) if preflight.plan else "does not fit; see the hazards"
     rows = [
         ("layers quantized", f"{len(quantized)} of {len(preflight.layers)}"),
         ("multiply-accumulates for one sample", f"{preflight.macs:,.0f}"),
-        ("share in quantized layers", f"{preflight.covered:.1%}{countable}"),
+        ("share in quantized layers", f"{_percent(preflight.covered)}{countable}"),
+        *([("operators not counted", ", ".join(missing))] if missing else []),
+        ("parameters", f"{preflight.parameters:,}"),
+        ("share of the parameters that is quantized", _percent(preflight.covered_parameters)),
+        *([("float parameters are in", _where(preflight))] if preflight.float_parameters else []),
         ("bit operations of quantized layers", f"{preflight.bops:.1%} of those in float"),
         ("batch norms folded", f"{len(preflight.folded)} of {norms}" if norms else "there are none"),
         ("size", f"{sizes[0]} in float, {sizes[1]} packed"),
@@ -193,6 +136,21 @@ def _overview(preflight: Preflight) -> ReportTable:
     ]
     title = f"Preflight: {preflight.module} on {preflight.device}, from a batch of {preflight.batch_size}"
     return ReportTable("overview", title, ("quantity", "value"), rows, ESTIMATE if preflight.plan else "")
+
+
+def _percent(share: float) -> str:
+    """Return a share as text that says neither 0 nor 100 % of something close to it."""
+    return f"{share:.1%}" if share in (0, 1) or 0.001 <= share < 0.999 else f"{share:.3%}"
+
+
+def _where(preflight: Preflight) -> str:
+    """Name the modules with the most float parameters."""
+    rows = preflight.float_parameters
+    named = [
+        f"{row.module or preflight.module} ({row.kind}, {_percent(row.parameters / preflight.parameters)})"
+        for row in rows[:_MOST]
+    ]
+    return ", ".join(named) + (f", and {len(rows) - _MOST} other modules" if len(rows) > _MOST else "")
 
 
 def _hazards(preflight: Preflight) -> ReportTable:
@@ -216,7 +174,7 @@ def _widths(preflight: Preflight) -> ReportTable:
     rows: list[tuple[Any, ...]] = [
         (widths, count, round(macs), preflight.percent(macs)) for widths, (count, macs) in groups.items()
     ]
-    if preflight.products:
+    if any(product.macs for product in preflight.products):
         rest = preflight.macs - sum(macs for _, macs in groups.values())
         rows.append(("float, outside any layer", None, round(rest), preflight.percent(rest)))
     columns = ("bit widths", "layers", "MACs", "MACs, %")

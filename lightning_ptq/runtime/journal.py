@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ class Journal:
 
     Args:
         directory: Folder of the files; created with the first entry.
-        fingerprint: Checksum of everything that the entries depend on; entries of another fingerprint are ignored.
+        fingerprint: Checksum of everything that the entries depend on. Entries of another fingerprint are refused with
+            a warning, if their file has a name of this journal, or else ignored.
         prefix: Text that is put before all keys.
 
     Example:
@@ -56,17 +58,23 @@ class Journal:
         self.directory = Path(directory)
         self.fingerprint = fingerprint
         self.prefix = prefix
+        self._failed = False
 
     def inner(self, name: str) -> Journal:
         """Return a journal in the same directory for one part of the work."""
         return Journal(self.directory, self.fingerprint, f"{self.prefix}{name} ")
 
     def write(self, key: str, entry: JournalEntry) -> None:
-        """Save an entry; a process killed while writing leaves no entry."""
+        """Save an entry; a process killed while writing leaves no entry.
+
+        Warns:
+            ProgressWarning: If it cannot be written, for example because the disk is full; the run goes on.
+        """
         # safetensors has flat names only, and refuses tensors that share memory; the header keeps the two names.
         named = {(a, b): tensor for a, tensors in entry.states.items() for b, tensor in tensors.items()}
         tensors = {str(i): tensor.detach().cpu().contiguous().clone() for i, tensor in enumerate(named.values())}
         header = {
+            "fingerprint": self.fingerprint,
             "key": self.prefix + key,
             "names": list(named),
             "facts": entry.facts,
@@ -74,34 +82,40 @@ class Journal:
         }
         text = json.dumps(header)
         checksum = hashlib.sha256(text.encode()).hexdigest()
-        data = save(tensors, {"fingerprint": self.fingerprint, "header": text, "checksum": checksum})
-        self.directory.mkdir(parents=True, exist_ok=True)
-        path = self._path(key)
-        temporary = path.with_suffix(f".{os.getpid()}.part")
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())  # on disk before the rename, or a power cut could leave an empty file
-        os.replace(temporary, path)
+        try:
+            write_whole(self._path(self.prefix + key), save(tensors, {"header": text, "checksum": checksum}))
+        except OSError as error:
+            if not self._failed:
+                warn(
+                    f"finished work cannot be saved in {self.directory} ({error}), so a run that is interrupted would"
+                    " repeat it.",
+                    ProgressWarning,
+                    stacklevel=2,
+                )
+            self._failed = True
 
     def read(self, key: str) -> JournalEntry | None:
         """Return an entry, or None if there is none.
 
         Warns:
-            ProgressWarning: If its file is damaged, naming it.
+            ProgressWarning: If its file is damaged or holds another entry, naming it.
         """
-        loaded = _load(self._path(key))
+        loaded = self._load(self._path(self.prefix + key))
         return loaded[1] if loaded else None
 
     def keys(self) -> set[str]:
         """Return the keys of all undamaged entries.
 
         Warns:
-            ProgressWarning: Naming each damaged file.
+            ProgressWarning: Naming each file that is damaged or holds another entry.
         """
-        entries = [_load(path) for path in sorted(self.directory.glob(f"{self._stem}-*.safetensors"))]
+        entries = [self._load(path) for path in self.files()]
         keys = [loaded[0] for loaded in entries if loaded]
         return {key.removeprefix(self.prefix) for key in keys if key.startswith(self.prefix)}
+
+    def files(self) -> list[Path]:
+        """Return the paths of all entries, those of inner journals included."""
+        return sorted(self.directory.glob(f"{self._stem}-*.safetensors"))
 
     def remove(self) -> None:
         """Delete the files of all entries, those of inner journals included."""
@@ -112,10 +126,30 @@ class Journal:
     def _stem(self) -> str:
         return self.fingerprint[:16]
 
-    def _path(self, key: str) -> Path:
+    def _path(self, whole_key: str) -> Path:
         # A digest, since keys hold characters that file names must not.
-        name = hashlib.sha256((self.prefix + key).encode()).hexdigest()[:16]
+        name = hashlib.sha256(whole_key.encode()).hexdigest()[:16]
         return self.directory / f"{self._stem}-{name}.safetensors"
+
+    def _load(self, path: Path) -> tuple[str, JournalEntry] | None:
+        """Return the whole key and the entry in a file; None if it is absent, damaged, or of another journal or key."""
+        try:
+            header, tensors = _read(path)
+            if header["fingerprint"] != self.fingerprint or self._path(header["key"]) != path:
+                raise ValueError("it was saved by another run or for other work")
+            states: LayerStates = {}
+            for (first, second), tensor in zip(header["names"], tensors, strict=True):
+                states.setdefault(first, {})[second] = tensor
+            return header["key"], JournalEntry(states, header["facts"])
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+            warn(
+                f"the saved progress {path} cannot be used ({error}), so this work is done again.",
+                ProgressWarning,
+                stacklevel=3,
+            )
+            return None
 
 
 class _NoJournal(Journal):
@@ -147,27 +181,34 @@ NO_JOURNAL: Journal = _NoJournal()
 """The journal of a run that does not save its progress."""
 
 
-def _load(path: Path) -> tuple[str, JournalEntry] | None:
-    """Return the key and the entry in a file; None if the file is absent or damaged."""
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file, and its folder if there is none; a process killed meanwhile leaves no file of this name.
+
+    Raises:
+        OSError: If it cannot be written; nothing is left of it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.part")
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        header = json.loads(metadata["header"])
-        sound = hashlib.sha256(metadata["header"].encode()).hexdigest() == metadata["checksum"]
-        ordered = [tensors[str(i)] for i in range(len(tensors))]
-        if not sound or digest(ordered) != header["tensors"]:
-            raise ValueError("its checksum does not match")
-    except FileNotFoundError:
-        return None
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        warn(
-            f"the saved progress {path} is damaged ({error}), so this work is done again.",
-            ProgressWarning,
-            stacklevel=3,
-        )
-        return None
-    states: LayerStates = {}
-    for (first, second), tensor in zip(header["names"], ordered, strict=True):
-        states.setdefault(first, {})[second] = tensor
-    return header["key"], JournalEntry(states, header["facts"])
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # on disk before the rename, or a power cut could leave an empty file
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[Tensor]]:
+    """Return the header and the tensors in a file, after a check of their checksums."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    header = json.loads(metadata["header"])
+    sound = hashlib.sha256(metadata["header"].encode()).hexdigest() == metadata["checksum"]
+    ordered = [tensors[str(i)] for i in range(len(tensors))]
+    if not sound or digest(ordered) != header["tensors"]:
+        raise ValueError("its checksum does not match")
+    return header, ordered

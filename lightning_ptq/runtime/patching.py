@@ -55,6 +55,8 @@ def hooked(
 ) -> Iterator[None]:
     """Call ``before`` and ``after`` around every forward of the modules inside the ``with`` block.
 
+    Scripted modules are left out, since they take no hooks.
+
     Args:
         modules: Modules by the names that the functions are given.
         before: Called before each forward.
@@ -76,6 +78,8 @@ def hooked(
 
     with ExitStack() as stack:
         for name, module in modules.items():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
             if before is not None:
                 stack.callback(module.register_forward_pre_hook(enter(name), with_kwargs=True).remove)
             if after is not None:

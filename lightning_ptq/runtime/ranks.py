@@ -1,16 +1,18 @@
 """The processes of a run: the only module that uses ``torch.distributed``.
 
 A rank that fails announces it (:meth:`Ranks.leave`). Ranks that wait for it in an exchange poll for that announcement,
-so all ranks end with its message instead of waiting forever.
+so all ranks end with its message instead of waiting forever. They also end if a rank gives no sign of life for long.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import pickle
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -22,14 +24,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_ptq.errors import RankError
+from lightning_ptq.runtime.heartbeat import Heartbeat
 
 K = TypeVar("K")
 T = TypeVar("T")
+
+DEFAULT_TIMEOUT = 1800.0
+"""Default number of seconds without a sign of life after which a rank counts as dead."""
 
 _PATIENCE = timedelta(days=7)  # a rank may have to wait for as long as another one tunes
 _LOOK = timedelta(seconds=1)  # interval at which a waiting rank checks whether another one has failed
 _SPIN = 0.02  # seconds of busy waiting; a sleeping rank would wake up late, or on another core
 _FAREWELL = 20.0  # seconds that a failed rank waits for the others to notice
+
+
+def _go_on() -> None:
+    """Do nothing: nobody has asked the run to stop."""
+
 
 _yield: Callable[[], None] = getattr(os, "sched_yield", partial(time.sleep, 0))  # Windows has none
 
@@ -50,15 +61,21 @@ class Ranks:
     rank = 0
     world = 1
 
+    def close(self) -> None:
+        """End the exchanges: this process has finished its part of the run."""
+
     def owns(self, index: int) -> bool:
         """True if this rank owns item ``index`` of work that is distributed round-robin."""
         return index % self.world == self.rank
 
     def poll(self) -> None:
-        """Raise :class:`RankError` if another rank has failed; checks at most once a second and never blocks."""
+        """Raise if the run is to stop, or :class:`RankError` if another rank has failed or is silent."""
 
     def leave(self, error: BaseException) -> None:
         """Announce to the other ranks, which may still be working, that this one has failed; wait until they know."""
+
+    def explain_loss(self) -> None:
+        """Raise :class:`RankError` if a rank that has ended, or whose connection broke, announced the reason."""
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all ranks, by rank; a value is anything that can be pickled."""
@@ -95,41 +112,52 @@ class ProcessRanks(Ranks):
     """The processes of the default process group.
 
     Exchanges use process groups of their own, so that they cannot be confused with those of Lightning or the user.
+
+    Args:
+        timeout: Seconds without a sign of life after which a rank counts as dead; see
+            :class:`~lightning_ptq.runtime.heartbeat.Heartbeat`.
+        check_stop: Called while this rank waits for others; raises if the run is to stop.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: float = DEFAULT_TIMEOUT, check_stop: Callable[[], None] = _go_on) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self._timeout, self._check_stop = timeout, check_stop
+        self._heartbeat: Heartbeat | None = None
         # gloo carries objects and CPU tensors; other tensors use the backend of the default group, for example NCCL.
         self._control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
         self._data = self._control
         if dist.get_backend() != "gloo":
             self._data = cast(dist.ProcessGroup, dist.new_group(timeout=_PATIENCE))
-        self._looked = 0.0
-        self._store = dist.distributed_c10d._get_default_store()
-        self._key = "lightning_ptq"
-        self._key += self._objects(uuid.uuid4().hex)[0]
+        key = f"lightning_ptq {self._objects(uuid.uuid4().hex)[0]}"
+        store = dist.distributed_c10d._get_default_store()
+        self._heartbeat = Heartbeat(store, key, self.rank, self.world, timeout)
+        self._close = weakref.finalize(self, Heartbeat.close, self._heartbeat)
+
+    def close(self) -> None:
+        """See :class:`Ranks`."""
+        self._close()
+        self._check_stop = _go_on
 
     def poll(self) -> None:
         """See :class:`Ranks`."""
-        if time.monotonic() - self._looked < _LOOK.total_seconds():
+        self._check_stop()
+        if self._heartbeat is None:
             return
-        self._looked = time.monotonic()
-        try:
-            failed = self._store.get(self._key).decode() if self._store.check([self._key]) else ""
-        except RuntimeError as lost:
-            raise RankError(f"rank {self.rank} has lost rank 0: {lost}.") from lost
-        if failed:
-            raise RankError(f"another rank failed, so all stop. {failed}")
+        if self._heartbeat.failure:
+            raise RankError(f"another rank failed, so all stop. {self._heartbeat.failure}")
+        if self._heartbeat.lost:
+            raise RankError(f"rank {self.rank} has lost rank 0: {self._heartbeat.lost}.")
+        if silent := self._heartbeat.silent():
+            raise RankError(
+                f"rank {', '.join(map(str, silent))} has given no sign of life for {self._timeout:.0f} seconds, so all"
+                " stop. Its process is stopped, or its node is dead or cut off. Start the run again to resume."
+            )
 
     def leave(self, error: BaseException) -> None:
         """See :class:`Ranks`."""
-        with suppress(Exception):  # no failure here may hide the error that ends this rank
-            if not self._store.check([self._key]):
-                self._store.set(self._key, f"Rank {self.rank} says: {type(error).__name__}: {error}")
-            self._store.add(f"{self._key} known", 1)  # counts the ranks that are leaving
-            deadline = time.monotonic() + _FAREWELL
-            while self._store.add(f"{self._key} known", 0) < self.world and time.monotonic() < deadline:
-                time.sleep(0.02)
+        if self._heartbeat is not None:
+            self._heartbeat.announce(f"Rank {self.rank} says: {type(error).__name__}: {error}", _FAREWELL)
+        self.close()
 
     def _group(self, tensor: Tensor) -> dist.ProcessGroup:
         """Return the process group that carries the tensor.
@@ -143,22 +171,34 @@ class ProcessRanks(Ranks):
         return self._data
 
     def _wait(self, work: Any, on_gpu: bool = False) -> None:
-        """Wait for an exchange to complete, or raise if a rank has failed."""
-        deadline = time.monotonic() + _SPIN
-        while not work.is_completed() and time.monotonic() < deadline:
+        """Wait for an exchange to complete, or raise if the run is to stop, or a rank has failed or is silent."""
+        start = time.monotonic()
+        while not work.is_completed() and time.monotonic() - start < _SPIN:
             _yield()
-        while on_gpu and not work.is_completed():  # NCCL treats a wait that times out as an error
-            self.poll()
-        while not work.is_completed():
-            with suppress(RuntimeError):  # the wait timed out; the last wait reports real errors
-                work.wait(_LOOK)
-            self.poll()
+        try:
+            while not work.is_completed():
+                if not on_gpu:  # NCCL treats a wait that times out as an error
+                    with suppress(RuntimeError):  # the wait timed out; the last wait reports real errors
+                        work.wait(_LOOK)
+                self.poll()
+                if self._heartbeat is None and time.monotonic() - start > self._timeout:
+                    raise RankError(f"rank {self.rank} got no answer of another rank for {self._timeout:.0f} seconds.")
+        except BaseException:
+            # The destructor of a gloo group waits for its exchanges, and one with a stopped rank would block the exit.
+            for abandoned in (work, self._control, self._data):
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(abandoned))
+            raise
         try:
             work.wait()
         except RuntimeError as lost:
-            self._looked = 0.0
-            self.poll()  # the lost rank may have announced the reason
+            self.explain_loss()
             raise RankError(f"rank {self.rank} has lost another process: {lost}.") from lost
+
+    def explain_loss(self) -> None:
+        """See :class:`Ranks`."""
+        if self._heartbeat is not None:
+            self._heartbeat.refresh(2.0)
+        self.poll()
 
     def _objects(self, value: Any) -> list[Any]:
         data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
@@ -216,10 +256,15 @@ class ProcessRanks(Ranks):
                 )
 
 
-def current_ranks() -> Ranks:
-    """Return the processes of the default process group, or a single process if there is none."""
+def current_ranks(timeout: float = DEFAULT_TIMEOUT, check_stop: Callable[[], None] = _go_on) -> Ranks:
+    """Return the processes of the default process group, or a single process if there is none.
+
+    Args:
+        timeout: Seconds without a sign of life after which a rank counts as dead.
+        check_stop: Called while this rank waits for others; raises if the run is to stop.
+    """
     many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    return ProcessRanks() if many else Ranks()
+    return ProcessRanks(timeout, check_stop) if many else Ranks()
 
 
 def digest(tensors: Iterable[Tensor]) -> str:

@@ -135,7 +135,7 @@ def split_samples(calibration: Calibration, held_out: float, seed: int) -> tuple
         # At least one sample on either side.
         cut = samples - min(max(round(samples * held_out), 1), samples - 1)
         tune, rest = (_rows(calibration.batches[0], rows) for rows in (slice(0, cut), slice(cut, samples)))
-        return _with(calibration, [tune], [calibration.trace]), _with(calibration, [rest], [calibration.trace])
+        return _with(calibration, [tune], calibration.traces), _with(calibration, [rest], calibration.traces)
     # Batches are drawn, since a loader may sort its samples.
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     cut = min(max(round(count * held_out), 1), count - 1)

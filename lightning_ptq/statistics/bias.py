@@ -131,7 +131,10 @@ class _Distillation:
         index = self.order.pop()
         target, batch = self.targets[index], self.calibration.batches[index]
         samples = len(target)
-        divisible = Batch(batch).is_divisible and Batch(batch).samples == samples
+        # Random numbers belong to whole batches, and so do the targets that were computed with them.
+        divisible = (
+            Batch(batch).is_divisible and Batch(batch).samples == samples and not self.calibration.isolation.draws
+        )
         size = -(-samples // self.shards) if divisible else samples  # rounded up, so that no sample is left over
         for shard, start in enumerate(range(0, samples, size)):
             if not self.calibration.ranks.owns(shard):

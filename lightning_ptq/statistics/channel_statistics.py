@@ -28,6 +28,8 @@ class ChannelStatistics:
     def update(self, output: Tensor) -> None:
         """Merge the statistics of an output with those of earlier ones (Chan et al., 1979)."""
         rows = output.detach().movedim(self.channel_dim, 0).flatten(1).double()
+        if not rows.shape[1]:  # an expert may be called without any row
+            return
         count, mean = rows.shape[1], rows.mean(1)
         shift, total = mean - self.mean, self.count + count
         self.squares = (

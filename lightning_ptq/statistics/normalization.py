@@ -18,12 +18,14 @@ from lightning_ptq.activations.replay import Replay
 from lightning_ptq.activations.store import ActivationStore
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.outputs import ChooseOutput
-from lightning_ptq.network.batch_norm import is_folded
+from lightning_ptq.network.batch_norm import folded_ahead, is_folded
 from lightning_ptq.network.op import QuantizedOp
 from lightning_ptq.network.trace import first_argument
 from lightning_ptq.network.units import Unit, find_units
+from lightning_ptq.runtime.isolation import RandomState
 from lightning_ptq.runtime.journal import NO_JOURNAL, Journal
 from lightning_ptq.runtime.memory import DEFAULT_MEMORY_LIMIT
+from lightning_ptq.runtime.patching import hooked
 from lightning_ptq.runtime.progress import Progress, no_progress
 from lightning_ptq.statistics.acceptance import Changes, StatisticsResult, accept_if_better
 from lightning_ptq.statistics.channel_statistics import ChannelStatistics, watch_outputs
@@ -122,14 +124,16 @@ class _Normalizer:
     def __init__(self, calibration: Calibration, target: _Target, store: ActivationStore, progress: Progress) -> None:
         self.calibration, self.store, self.progress = calibration, store, progress
         self.modules = dict(calibration.module.named_modules())
-        entered = [event.name for event in calibration.trace.events if event.kind == "enter"]
+        entered = list(calibration.trace.calls)  # in the order of the first calls
         units = find_units(calibration.module, calibration.trace, "layer")
         units += _unfolded(calibration) if target == "batch_norm" else []
         # Unfolded batch norms take their place among the layers by execution order.
         self.units = sorted(units, key=lambda unit: entered.index(unit.name))
         keep = keep_outputs(calibration, self.units, store.limit)
         self.replay = Replay(calibration, self.units, store, "quantized", keep=keep)
-        norms = {layer: norm for norm, layer in calibration.folded.items()}
+        # A norm that went into the layers after it says nothing about their outputs.
+        ahead = folded_ahead(calibration.module, calibration.folded)
+        norms = {layer: norm for norm, layer in calibration.folded.items() if norm not in ahead}
         self.norms = norms if target == "batch_norm" else {}
         others = set() if target == "batch_norm" else set(calibration.layers)
         # Layers with a folded norm have the norm's statistics as their target, unless every layer is wanted.
@@ -143,9 +147,14 @@ class _Normalizer:
             self.progress(index, len(self.units), unit.name)
             calls = self.replay.inputs(index)
             if unit.name in targets:
-                self._correct(unit.name, unit.layers[unit.name], self._statistics(unit, calls), targets[unit.name])
-            elif isinstance(unit.module, _BatchNorm):
-                self._reestimate(unit.module, calls)
+                statistics = self._statistics(unit, calls)
+                if statistics is None:
+                    self.changes.skipped[unit.name] = "no sample reaches it"
+                else:
+                    self._correct(unit.name, unit.layers[unit.name], statistics, targets[unit.name])
+            elif unit.name in self.others:
+                self.changes.skipped[unit.name] = "no sample reaches it"
+            elif isinstance(unit.module, _BatchNorm) and self._reestimate(unit.module, calls):
                 self.changes.layers.append(unit.name)
             if self.replay.keep:  # outputs of the corrected layer are the inputs of later ones
                 self.replay.finish(index, self._outputs(unit, calls))
@@ -156,28 +165,38 @@ class _Normalizer:
         """Return the mean and the standard deviation that each layer's output should have."""
         targets: dict[str, tuple[Tensor, Tensor]] = {}
         for name, norm in self.norms.items():
-            batch_norm = cast(_BatchNorm, self.modules[norm])
-            if batch_norm.affine:
-                targets[name] = batch_norm.bias.detach().double(), batch_norm.weight.detach().double().abs()
+            weight, bias = (getattr(self.modules[norm], key, None) for key in ("weight", "bias"))
+            if weight is not None and bias is not None:
+                targets[name] = bias.detach().double(), weight.detach().double().abs()
         watched = watch_outputs(self.calibration, sorted(self.others), "float") if self.others else {}
-        targets.update({name: (cast(Tensor, s.mean), s.deviation) for name, s in watched.items()})
+        targets.update({name: (cast(Tensor, s.mean), s.deviation) for name, s in watched.items() if s.count})
         return targets
 
-    def _statistics(self, unit: Unit, calls: list[list[Call]]) -> ChannelStatistics:
+    def _statistics(self, unit: Unit, calls: list[list[Call]]) -> ChannelStatistics | None:
+        """Return the statistics of the unit's outputs; None if it has none."""
         statistics: ChannelStatistics | None = None
         for call in (call for of_batch in calls for call in of_batch):
             layer = unit.layers[unit.name]
             output = layer.output_tensor(self._run(unit, call))
             statistics = statistics or ChannelStatistics(layer.channel_dim(output))
             statistics.update(output)
-        return cast(ChannelStatistics, statistics)
+        return statistics if statistics is not None and statistics.count else None
 
     def _outputs(self, unit: Unit, calls: list[list[Call]]) -> list[list[Call]]:
-        return [[Call.of(self._run(unit, call), self.store.put) for call in of_batch] for of_batch in calls]
+        """Return the outputs by batch and call, each with the random state after the call."""
+        isolation, after = self.calibration.isolation, list[RandomState | None]()
+        watched = {"": unit.module} if isolation.draws else {}
+
+        def output(call: Call) -> Call:
+            with hooked(watched, after=lambda *_: after.append(isolation.random_state())):
+                value = self._run(unit, call)
+            return Call.of(value, self.store.put, after[-1] if after else None)
+
+        return [[output(call) for call in of_batch] for of_batch in calls]
 
     def _run(self, unit: Unit, call: Call) -> Any:
         args, kwargs = call.tree()
-        return run_unit(unit.module, args, kwargs, "quantized")
+        return run_unit(unit.module, args, kwargs, "quantized", self.calibration.isolation, call.random)
 
     @torch.no_grad()
     def _correct(
@@ -210,18 +229,21 @@ class _Normalizer:
         self.changes.layers.append(name)
 
     @torch.no_grad()
-    def _reestimate(self, norm: _BatchNorm, calls: list[list[Call]]) -> None:
-        """Set the running statistics of an unfolded batch norm from its inputs in the quantized network."""
+    def _reestimate(self, norm: _BatchNorm, calls: list[list[Call]]) -> bool:
+        """Set the running statistics of an unfolded batch norm from its inputs in the quantized network, if any."""
         statistics = ChannelStatistics(1)
         for call in (call for of_batch in calls for call in of_batch):
             args, kwargs = call.tree()
             statistics.update(first_argument(args, kwargs))
+        if not statistics.count:
+            return False
         mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
         for tensor in (mean, variance):
             self.calibration.prepared.remember(tensor)
         mean.copy_(cast(Tensor, statistics.mean))
         # As in torch, the running variance is the unbiased estimate.
         variance.copy_(statistics.deviation.square() * (statistics.count / max(statistics.count - 1, 1)))
+        return True
 
 
 def _unfolded(calibration: Calibration) -> list[Unit]:

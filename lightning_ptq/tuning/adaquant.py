@@ -13,6 +13,7 @@ from lightning_ptq.calibration.forward import eval_mode
 from lightning_ptq.errors import QConfigError, RolledBackWarning, warn
 from lightning_ptq.network.units import BlockRule, UnitKind, find_units
 from lightning_ptq.numerics.qconfig import LayerQConfig
+from lightning_ptq.runtime.eager import not_checkpointed, not_compiled
 from lightning_ptq.runtime.journal import NO_JOURNAL, Journal
 from lightning_ptq.runtime.memory import DEFAULT_MEMORY_LIMIT, parse_bytes
 from lightning_ptq.runtime.progress import Progress, no_progress
@@ -20,6 +21,7 @@ from lightning_ptq.tuning.config import ReconstructionConfig
 from lightning_ptq.tuning.parallel import ParallelRun
 from lightning_ptq.tuning.run import AdaQuantResult, OnUnit
 from lightning_ptq.tuning.sequential import SequentialRun
+from lightning_ptq.tuning.tunable import tunable_units, warn_of_untunable
 
 AdaQuantMode = Literal["sequential", "parallel"]
 
@@ -65,6 +67,7 @@ def adaquant(
 
     Warns:
         RolledBackWarning: Naming the units that tuning did not improve.
+        UntunableUnitWarning: Naming the units that cannot be tuned.
 
     Example:
         >>> import torch
@@ -76,12 +79,14 @@ def adaquant(
     """
     check_arguments(mode, granularity, candidates, memory_limit)
     kind = SequentialRun if mode == "sequential" else ParallelRun
-    with ActivationStore(memory_limit) as store, eval_mode(calibration.module):
+    with ActivationStore(memory_limit) as store, eval_mode(calibration.module), not_compiled(), not_checkpointed():
         units = find_units(calibration.module, calibration.trace, granularity, blocks)
         widths, config = list(map(LayerQConfig.parse, candidates or ())), config or ReconstructionConfig()
+        units = tunable_units(calibration, units, store, config)
         run = kind(calibration, units, store, config, seed, progress, journal, widths, on_unit)
         announce(run.plan)
         result = replace(run.all(), peak_activation_bytes=store.peak)
+    warn_of_untunable(calibration.ranks.merge(run.refused))
     _warn_about_rejected(result)
     return result
 

@@ -10,6 +10,7 @@ from typing import Any
 from lightning_ptq.activations.shards import Shard
 from lightning_ptq.activations.unit_data import UnitData
 from lightning_ptq.calibration.layer_costs import layer_work
+from lightning_ptq.errors import UnitError
 from lightning_ptq.network.units import Unit, set_unit_states, unit_qconfigs, unit_states
 from lightning_ptq.numerics.qconfig import LayerQConfig
 from lightning_ptq.runtime.journal import JournalEntry, LayerStates
@@ -72,10 +73,14 @@ class ParallelRun(Run):
         """Capture a unit, and tune it at each candidate or read its journal entry."""
         unit = self.work[index]
         entry = self.journal.read(unit.name) if unit.name in self.kept else None
-        data = self._capture(index, targets=entry is None)
+        data, failure = [], ""
+        try:
+            data = self._capture(index, targets=entry is None)
+        except UnitError as error:
+            failure = str(error)
         start = time.perf_counter()
         if entry is None:
-            entry = self._tune_candidates(unit, data)
+            entry = self._tune_candidates(unit, data, failure)
             self.journal.write(unit.name, entry)
         else:
             self.steps_done += self.steps_of(unit)
@@ -85,8 +90,11 @@ class ParallelRun(Run):
         self.tuned.update(entry.states)
         return time.perf_counter() - start
 
-    def _tune_candidates(self, unit: Unit, data: list[tuple[Shard, UnitData]]) -> JournalEntry:
-        """Tune at each candidate, from the float weights; the calibrated specs stay in place."""
+    def _tune_candidates(self, unit: Unit, data: list[tuple[Shard, UnitData]], failure: str) -> JournalEntry:
+        """Tune at each candidate, from the float weights; the calibrated specs stay in place.
+
+        After a failure to capture the unit, all candidates are rounded to nearest.
+        """
         calibrated, choices = unit_qconfigs(unit), self._choices(unit)
         rows: list[dict[str, Any]] = []
         states: LayerStates = {}
@@ -95,7 +103,7 @@ class ParallelRun(Run):
             if all(f"{key}:{name}" in states for name in unit.layers):
                 continue  # first and last layer, for example, have the same bit widths at several candidates
             self._round_to_nearest(unit, qconfigs)
-            rows.append(asdict(self._tune(unit, data, Ranks())))
+            rows.append(asdict(self._refuse(unit, failure) if failure else self._tune(unit, data, Ranks())))
             states |= {f"{key}:{name}": state for name, state in unit_states(unit).items()}
         self._round_to_nearest(unit, calibrated)
         return JournalEntry(states, {"rows": rows})

@@ -16,15 +16,17 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from lightning_ptq.activations.calls import float_leaves
+from lightning_ptq.activations.groups import Group
 from lightning_ptq.activations.shards import Shard, ShardSamples
-from lightning_ptq.activations.unit_data import Group, UnitData
+from lightning_ptq.activations.unit_data import UnitData
+from lightning_ptq.errors import PTQError, UnitError
 from lightning_ptq.network.units import Unit, set_unit_states, unit_qconfigs, unit_states
 from lightning_ptq.runtime.gradient import Gradient
 from lightning_ptq.runtime.memory import trim_heap
 from lightning_ptq.runtime.optimization import minimize
 from lightning_ptq.runtime.patching import frozen
 from lightning_ptq.runtime.ranks import Ranks
+from lightning_ptq.runtime.structure import float_tensors_in
 from lightning_ptq.tuning.config import ReconstructionConfig
 from lightning_ptq.tuning.losses import LOSSES, ReconstructionLoss
 from lightning_ptq.tuning.tuners import Tuner, make_tuner
@@ -91,6 +93,9 @@ def reconstruct_unit(
 
     Returns:
         The errors before and after, and whether the tuned state was kept.
+
+    Raises:
+        UnitError: If no sample reaches the unit, or its forward or backward pass fails; it is left as it was.
     """
     start, ranks = time.perf_counter(), ranks or Ranks()
     samples = [
@@ -100,25 +105,33 @@ def reconstruct_unit(
 
     def held_out_error() -> float:
         trim_heap()  # these forwards have other sizes than the steps; neither fits into the heap that the other leaves
-        sums = _over_shards(ranks, {own.shard.index: loss.held_out(own.held_out(unit.module)) for own in samples})
+        with unit_errors():
+            own_sums = {own.shard.index: loss.held_out(own.held_out(unit.module)) for own in samples}
+        sums = _over_shards(ranks, own_sums)
         trim_heap()
         return sum(error for error, _ in sums) / max(sum(magnitude for _, magnitude in sums), 1e-30)
 
+    if all(_over_shards(ranks, {own.shard.index: own.empty for own in samples})):
+        raise UnitError("no calibration sample reaches it")
     before = held_out_error()
     widths = unit_qconfigs(unit)
     bits = "/".join(sorted(set(map(str, widths))))
     if before < config.tolerance_for(widths):
         return UnitResult(unit.name, bits, before, before, False, 0, time.perf_counter() - start)
     saved = unit_states(unit)
-    restart()
-    tuners = [make_tuner(unit, name, layer, config) for name, layer in unit.layers.items()]
-    with _tuning(unit, config):
-        curve = _optimize(unit, tuners, samples, steps, config, ranks, on_step)
-    for tuner in tuners:
-        tuner.write()
-    # All ranks took the same steps; the broadcast ensures that they end with the same bytes.
-    ranks.broadcast(tensor for layer in unit.layers.values() for tensor in layer.tensors().values())
-    after = held_out_error()
+    try:
+        restart()
+        tuners = [make_tuner(unit, name, layer, config) for name, layer in unit.layers.items()]
+        with tuning_state(unit, config):
+            curve = _optimize(unit, tuners, samples, steps, config, ranks, on_step)
+        for tuner in tuners:
+            tuner.write()
+        # All ranks took the same steps; the broadcast ensures that they end with the same bytes.
+        ranks.broadcast(tensor for layer in unit.layers.values() for tensor in layer.tensors().values())
+        after = held_out_error()
+    except UnitError:
+        set_unit_states(unit, saved)
+        raise
     accepted = after < before
     if not accepted:
         set_unit_states(unit, saved)
@@ -145,26 +158,27 @@ def _optimize(
     if not variables:
         return []
     kind = LOSSES[config.loss]
-    shards = _over_shards(
-        ranks, {own.shard.index: (own.data.separable, kind.magnitudes(own.targets())) for own in samples}
-    )
-    separable, loss = all(separable for separable, _ in shards), kind([magnitudes for _, magnitudes in shards])
+    facts = {own.shard.index: (own.empty, own.data.separable, kind.magnitudes(own.targets())) for own in samples}
+    shards = _over_shards(ranks, facts)
+    used = [index for index, (empty, *_) in enumerate(shards) if not empty]
+    separable, loss = all(shards[index][1] for index in used), kind([shards[index][2] for index in used])
     quantizers = [q for layer in unit.layers.values() for q in layer.input_quantizers.values()]
     drops = [ActivationDrop(own.generator) for own in samples]
 
     def differentiate(step: int, gradient: Gradient) -> None:
         for own, drop in zip(samples, drops, strict=True):
             # Where rows are not separable, a step takes one whole call, of one shard after the other.
-            weight = own.shard.weight if separable else float(step % len(shards) == own.shard.index)
-            if not weight:
+            weight = own.shard.weight if separable else float(used[step % len(used)] == own.shard.index)
+            if not weight or own.empty:
                 continue
             drop.probability = config.drop * (1 - step / steps)
             for quantizer in quantizers:
                 quantizer.drop = drop
             for group, rows, share in own.draw():
-                error = weight * share * _loss(unit, tuners, loss, group, rows)
-                penalty = weight * share * torch.stack([tuner.penalty(step / steps) for tuner in tuners]).sum()
-                gradient.add(own.shard.index, error + penalty, error)
+                with unit_errors():
+                    error = weight * share * unit_loss(unit, tuners, loss, own.data, group, rows)
+                    penalty = weight * share * torch.stack([tuner.penalty(step / steps) for tuner in tuners]).sum()
+                    gradient.add(own.shard.index, error + penalty, error)
 
     curve: list[tuple[int, float]] = []
     for step, total in minimize(variables, steps, len(shards), ranks, differentiate):
@@ -174,15 +188,30 @@ def _optimize(
     return curve
 
 
-def _loss(unit: Unit, tuners: list[Tuner], loss: ReconstructionLoss, group: Group, rows: Tensor | slice) -> Tensor:
+def unit_loss(
+    unit: Unit, tuners: list[Tuner], loss: ReconstructionLoss, data: UnitData, group: Group, rows: Tensor | slice
+) -> Tensor:
     """Return the loss of some rows, differentiable in the tuners' variables."""
     state = {name: tensor for tuner in tuners for name, tensor in tuner.tensors().items()}
     args, kwargs = group.arguments(rows)
-    return loss.training(float_leaves(functional_call(unit.module, state, args, kwargs)), group.wanted(rows))
+    with data.isolation.forward(unit.module, group.random_of(rows)):
+        outputs = float_tensors_in(functional_call(unit.module, state, args, kwargs))
+    return loss.training(outputs, group.wanted(rows))
 
 
 @contextmanager
-def _tuning(unit: Unit, config: ReconstructionConfig) -> Iterator[None]:
+def unit_errors() -> Iterator[None]:
+    """Raise what the user's modules raise as a :class:`UnitError`."""
+    try:
+        yield
+    except (PTQError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UnitError(f"its forward or backward pass fails with {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def tuning_state(unit: Unit, config: ReconstructionConfig) -> Iterator[None]:
     """Record gradients for the tuners' variables only, inside the ``with`` block; afterwards nothing is dropped."""
     inputs = [q for layer in unit.layers.values() for q in layer.input_quantizers.values()]
     weights = [q for layer in unit.layers.values() if not layer.tied for q in layer.weight_quantizers.values()]

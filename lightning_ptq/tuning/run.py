@@ -6,8 +6,9 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from lightning_ptq.activations.calls import Call
 from lightning_ptq.activations.memory_plan import agree_to_keep, plan_memory
 from lightning_ptq.activations.replay import Replay, Stream
 from lightning_ptq.activations.shards import Shard, make_shards
@@ -15,13 +16,14 @@ from lightning_ptq.activations.store import ActivationStore
 from lightning_ptq.activations.unit_data import UnitData
 from lightning_ptq.calibration.batch import Batch
 from lightning_ptq.calibration.calibration import Calibration
+from lightning_ptq.errors import CalibrationError, UnitError
 from lightning_ptq.network.units import Unit, unit_qconfigs
 from lightning_ptq.numerics.qconfig import LayerQConfig
 from lightning_ptq.runtime.journal import Journal, LayerStates
 from lightning_ptq.runtime.progress import Progress
 from lightning_ptq.runtime.ranks import Ranks
 from lightning_ptq.tuning.config import ReconstructionConfig
-from lightning_ptq.tuning.reconstruct import UnitResult, reconstruct_unit
+from lightning_ptq.tuning.reconstruct import UnitResult, reconstruct_unit, unit_errors
 
 OnUnit = Callable[[UnitResult], None]
 """Function that is called with the result of each unit."""
@@ -51,6 +53,7 @@ class Run(ABC):
     """A pass over the units, in either mode.
 
     Attributes:
+        refused: Why units could not be tuned, by name.
         work: The units that this rank tunes.
         shards: The shards of the calibration set that this rank captures.
     """
@@ -65,6 +68,7 @@ class Run(ABC):
     candidates: list[LayerQConfig]
     on_unit: OnUnit
     result: AdaQuantResult = field(default_factory=AdaQuantResult)
+    refused: dict[str, str] = field(default_factory=dict)
     sequential: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -77,9 +81,11 @@ class Run(ABC):
         self.work = [unit for unit in self.units if self.owns(unit)]
         counts = [self.steps_of(unit) for unit in self.work]
         self.steps = sum(counts)
+        states = 0 if self.sequential else max(1, len(self.candidates))
         self.plan = plan_memory(
-            self.calibration, self.work, self.store.limit, counts, self.config.batch_size, self.sequential, self.shards
-        )
+            self.calibration, self.work, self.store.limit, counts, self.config.batch_size, self.sequential, self.shards,
+            states,
+        )  # fmt: skip
         self.keep = agree_to_keep(self.ranks, self.plan.where)
         self.float_streams = self._streams("float")
         self.quantized_streams = self._streams("quantized") if self.sequential else []
@@ -114,18 +120,31 @@ class Run(ABC):
         """Capture and tune a unit; return the seconds of the tuning."""
 
     def _capture(self, index: int, targets: bool) -> list[tuple[Shard, UnitData]]:
-        """Return the unit's samples of each shard, with targets if wanted; later units get the float outputs."""
+        """Return the unit's samples of each shard, with targets if wanted; later units get the float outputs.
+
+        Raises:
+            UnitError: If the unit cannot run alone on these samples. Later units then see its real outputs.
+        """
         return [(shard, self._capture_shard(index, place, targets)) for place, shard in enumerate(self.shards)]
 
     def _capture_shard(self, index: int, place: int, targets: bool) -> UnitData:
-        module, stream = self.work[index].module, self.float_streams[place]
-        data = UnitData(stream.inputs(index), self.store)
-        outputs = data.outputs(module, len(stream.batches), "float")
+        unit, stream, isolation = self.work[index], self.float_streams[place], self.calibration.isolation
+        calls = stream.inputs(index)
+        shapes = _shapes(calls)
+        data = UnitData(calls, self.store, isolation)
+        with unit_errors():
+            outputs = data.outputs(unit.module, len(stream.batches), "float")
+        paired = True
         if self.sequential and self.quantized_streams[place].needs_others(index):
             del data  # freed before the quantized inputs, which take as much, are captured
-            data = UnitData(self.quantized_streams[place].inputs(index, stream.proof), self.store)
+            calls = self.quantized_streams[place].inputs(index, stream.proof)
+            # Experts of a mixture, for example, may get other samples when the units before them are quantized.
+            paired = unit.name not in stream.picked and _shapes(calls) == shapes
+            data = UnitData(calls, self.store, isolation)
         if targets:
-            data.set_targets(outputs, module)
+            with unit_errors():
+                own = outputs if paired else data.outputs(unit.module, len(stream.batches), "float")
+                data.set_targets(own, unit.module)
         stream.finish(index, outputs)
         return data
 
@@ -141,10 +160,28 @@ class Run(ABC):
         def on_step(step: int) -> None:
             self.progress(before + step, self.steps, unit.name)
 
-        row = reconstruct_unit(unit, data, self.config, steps, self.seed, on_step, ranks, restart)
+        try:
+            row = reconstruct_unit(unit, data, self.config, steps, self.seed, on_step, ranks, restart)
+        except UnitError as error:
+            if ranks.world > 1:  # other ranks may be in the middle of a step
+                raise CalibrationError(f"unit {unit.name!r} cannot be tuned: {error}. Choose other blocks=.") from error
+            return self._refuse(unit, str(error))
         self.steps_done = before + steps
+        self.on_unit(row)
+        return row
+
+    def _refuse(self, unit: Unit, why: str) -> UnitResult:
+        """Return the result of a unit that keeps its initial quantization, because it cannot be tuned."""
+        self.refused[unit.name] = why
+        self.steps_done += self._steps(unit_qconfigs(unit))
+        bits = "/".join(sorted({str(pair) for pair in unit_qconfigs(unit)}))
+        row = UnitResult(unit.name, bits, float("nan"), float("nan"), False, 0, 0.0)
         self.on_unit(row)
         return row
 
     def _steps(self, qconfigs: list[LayerQConfig]) -> int:
         return self.config.steps_for(qconfigs, self.calibration.samples)
+
+
+def _shapes(calls: list[list[Call]]) -> list[list[list[Any]]]:
+    return [[call.shapes() for call in of_batch] for of_batch in calls]

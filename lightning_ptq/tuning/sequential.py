@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 from lightning_ptq.activations.shards import Shard
 from lightning_ptq.activations.unit_data import UnitData
+from lightning_ptq.errors import UnitError
 from lightning_ptq.network.units import Unit, set_unit_states, unit_qconfigs, unit_states
 from lightning_ptq.runtime.journal import JournalEntry
 from lightning_ptq.tuning.reconstruct import UnitResult
@@ -26,8 +27,16 @@ class SequentialRun(Run):
         unit = self.work[index]
         # All ranks follow the journal of rank 0: a step that only some of them take would never end.
         entry = self.ranks.on_rank_zero(lambda: self.journal.read(unit.name))
-        data = self._capture(index, targets=entry is None)
+        data, failure = [], ""
+        try:
+            data = self._capture(index, targets=entry is None)
+        except UnitError as error:
+            failure = str(error)
+        failure = next(filter(None, self.ranks.gather(failure)), "")
         start = time.perf_counter()
+        if failure:
+            self.result.units.append(self._refuse(unit, failure))
+            return 0.0
         self.result.units.append(self._tune_and_save(unit, data) if entry is None else self._restore(unit, entry))
         seconds = time.perf_counter() - start
         for stream in self.quantized_streams if self.keep else ():

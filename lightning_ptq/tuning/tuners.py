@@ -58,9 +58,10 @@ class Tuner:
     def _value(self, name: str, variable: Tensor) -> Tensor:
         start = self.start[name]
         if name in self.op.weight_names:
-            return start + self._times_step(name, variable)
+            # Variables are float32 for modules of any type.
+            return (start + self._times_step(name, variable)).to(start.dtype)
         if name in self.op.bias_names:
-            return start + variable * _magnitude(start)
+            return (start + variable * _magnitude(start)).to(start.dtype)
         if name.endswith("scale"):
             return start * variable.exp()
         return start + variable
@@ -122,7 +123,7 @@ class AdaRoundTuner(Tuner):
     def _value(self, name: str, variable: Tensor) -> Tensor:
         if name not in self.op.weight_names:
             return super()._value(name, variable)
-        return self._on_grid(name, self.floor[name] + self._up(variable))
+        return self._on_grid(name, self.floor[name] + self._up(variable)).to(self.start[name].dtype)
 
     def _on_grid(self, name: str, integers: Tensor) -> Tensor:
         spec = self.op.weight_quantizers[name].spec

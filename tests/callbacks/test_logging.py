@@ -233,7 +233,79 @@ def test_a_logger_that_fails_in_the_end_does_not_cost_the_quantized_module(pl, t
                 raise ConnectionError("no network")
 
     module = classifier(pl)
-    with pytest.raises(ConnectionError):
+    with pytest.warns(ReportWarning, match=r"could not be logged \(ConnectionError: no network\)"):
         trainer(pl, tmp_path, CalibrationCapture("w8a8"), logger=Broken(tmp_path)).fit(module, loader())
     assert is_prepared(module)
     assert module.net[0].qconfig is not None
+
+
+def recording_logger(pl, folder):
+    class Recording(pl.loggers.CSVLogger):
+        """Keeps the keys of all that it is given, and what its experiment is used for."""
+
+        def __init__(self) -> None:
+            super().__init__(folder)
+            self.keys, self.used = [], []
+
+        @property
+        def experiment(self) -> Any:
+            self.used.append("experiment")
+            return super().experiment
+
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            self.keys += metrics
+            super().log_metrics(metrics, step)
+
+    return Recording()
+
+
+LOGGED = {
+    "metrics": lambda m, pl: m.logger.log_metrics({"mine": 1.0}, step=3),
+    "experiment": lambda m, pl: m.logger.experiment.add_scalar("mine", 1.0, global_step=3),
+    "all loggers": lambda m, pl: [logger.log_metrics({"mine": 1.0}) for logger in m.loggers],
+    "of the trainer": lambda m, pl: m.trainer.logger.log_metrics({"mine": 1.0}),
+    "log": lambda m, pl: m.log("mine", 1.0),
+    "by kind": lambda m, pl: (
+        m.logger.log_metrics({"mine": 1.0}) if isinstance(m.logger, pl.loggers.CSVLogger) else 1 / 0
+    ),
+    "an image": lambda m, pl: m.logger.experiment["images"].append(m.logger.version, m.logger.log_dir),
+    "in a block": lambda m, pl: m.logger.experiment.run.__enter__().log(list(m.logger.experiment.history)),
+}
+
+
+@pytest.mark.parametrize("kind", LOGGED)
+def test_a_step_logs_nothing_and_the_run_does(pl, tmp_path, kind):
+    asked = []
+
+    def change(base: Any) -> Any:
+        class Logging(base):
+            def training_step(self, batch: Any, batch_idx: int) -> Any:
+                LOGGED[kind](self, pl)
+                asked.append((len(self.loggers), self.logger.save_dir))
+                return super().training_step(batch, batch_idx)
+
+        return Logging
+
+    logger = recording_logger(pl, tmp_path)
+    module = classifier(pl, change)
+    capture = CalibrationCapture("w8a8", weight_observer="minmax", activation_observer="minmax")
+    run = trainer(pl, tmp_path, capture, AdaQuantLayerwise(steps=2), logger=logger)
+    run.fit(module, loader())
+    assert set(asked) == {(1, str(tmp_path))}
+    assert "mine" not in logger.keys
+    assert "ptq/run/seconds" in logger.keys
+    assert run.loggers == [logger]
+    module.logger.log_metrics({"mine": 1.0})
+    assert "mine" in logger.keys
+
+
+def test_a_step_may_log_without_any_logger(pl, tmp_path):
+    def change(base: Any) -> Any:
+        class Logging(base):
+            def training_step(self, batch: Any, batch_idx: int) -> Any:
+                assert (self.logger, self.loggers) == (None, [])
+                return super().training_step(batch, batch_idx)
+
+        return Logging
+
+    trainer(pl, tmp_path, CalibrationCapture("w8a8"), logger=False).fit(classifier(pl, change), loader())

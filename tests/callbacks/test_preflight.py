@@ -155,6 +155,7 @@ ENDS = {
     "accumulation": (
         [capture, callback("GradientAccumulationScheduler", {0: 2})], {}, None, "callbacks", "Accumulation",
     ),
+    "float copy": ([capture, callback("EMAWeightAveraging")], {}, None, "callbacks", "keeps a float copy"),
     "weight averaging": ([capture, callback("WeightAveraging")], {}, None, "callbacks", "WeightAveraging"),
     "learning rate": ([capture, callback("LearningRateFinder")], {}, None, "callbacks", "LearningRateFinder"),
 }  # fmt: skip
@@ -165,8 +166,8 @@ def test_a_hazard_that_ends_fit(pl, tmp_path, name):
     makes, options, lacks, about, text = ENDS[name]
     module = classifier(pl, without(lacks)) if lacks else classifier(pl)
     module.lr = 0.1  # which the learning rate finder asks for
-    if name == "weight averaging" and not hasattr(
-        importlib.import_module(f"{pl.__name__}.callbacks"), "WeightAveraging"
+    if name in ("float copy", "weight averaging") and not hasattr(
+        importlib.import_module(f"{pl.__name__}.callbacks"), "EMAWeightAveraging"
     ):
         pytest.skip("this Lightning has no WeightAveraging")
     here = usual(pl, tmp_path, *(make(pl) for make in makes), **options)

@@ -28,7 +28,14 @@ pytestmark = [
 
 
 def quantized(
-    root: Path, world: int = 1, steps: int = 30, scale: float = 1.0, qconfig: str = "w8a8", measure: Any = "kl"
+    root: Path,
+    world: int = 1,
+    steps: int = 30,
+    scale: float = 1.0,
+    qconfig: str = "w8a8",
+    measure: Any = "kl",
+    step: Any = "training",
+    output: Any = None,
 ) -> Any:
     import pytorch_lightning as pl
 
@@ -36,9 +43,9 @@ def quantized(
     with torch.no_grad():
         module.net[0].weight.mul_(scale)
     callbacks = [
-        CalibrationCapture(qconfig),
+        CalibrationCapture(qconfig, step=step),
         AdaQuantLayerwise("parallel", candidates=CANDIDATES, steps=steps, batch_size=8),
-        BitAllocator(0.3, measure=measure),
+        BitAllocator(0.3, measure=measure, output=output),
         AdaQuantLayerwise(steps=steps, batch_size=8),
         StatsTuning(steps=steps),
     ]
@@ -107,7 +114,11 @@ def test_damaged_progress_is_named_and_done_again(tmp_path, monkeypatch, whole):
     assert all(any(path in str(warning.message) for warning in caught) for path in damaged)
 
 
-@pytest.mark.parametrize("change", [{"steps": 31}, {"scale": 1.01}, {"qconfig": "w6a6"}], ids=str)
+def doubled(module: Any, batch: Any) -> Any:
+    return 2 * module.loss(batch)
+
+
+@pytest.mark.parametrize("change", [{"steps": 31}, {"scale": 1.01}, {"qconfig": "w6a6"}, {"step": doubled}], ids=str)
 def test_progress_of_another_run_is_not_used(tmp_path, monkeypatch, change):
     cut_off(tmp_path, monkeypatch, **change)
     theirs = pieces(tmp_path)
@@ -118,15 +129,24 @@ def test_progress_of_another_run_is_not_used(tmp_path, monkeypatch, change):
     assert pieces(tmp_path) == theirs
 
 
-@pytest.mark.parametrize("measure", ["kl", "fisher"])
-def test_nothing_is_done_twice(tmp_path, monkeypatch, measure):
-    whole = quantized(tmp_path / "whole", measure=measure)
-    cut_off(tmp_path, monkeypatch, measure=measure)
+def forwarded(module: Any, batch: Any) -> Any:
+    return module(batch[0])
+
+
+def by_functions() -> dict[str, Any]:
+    """Options with functions that are new objects at each call."""
+    return {"measure": "kl", "step": forwarded, "output": lambda logits: logits[:, :2]}
+
+
+@pytest.mark.parametrize("options", [lambda: {"measure": "kl"}, lambda: {"measure": "fisher"}, by_functions])
+def test_nothing_is_done_twice(tmp_path, monkeypatch, options):
+    whole = quantized(tmp_path / "whole", **options())
+    cut_off(tmp_path, monkeypatch, **options())
     with monkeypatch.context() as patch:
         patch.setattr("lightning_ptq.tuning.run.reconstruct_unit", lambda *args: 1 / 0)
         patch.setattr("lightning_ptq.allocation.sensitivity._Sweep._rise", lambda *args: 1 / 0)
         patch.setattr("lightning_ptq.allocation.sensitivity.fisher_rises", lambda *args: 1 / 0)
-        assert same_state(quantized(tmp_path, measure=measure), whole)
+        assert same_state(quantized(tmp_path, **options()), whole)
 
 
 def test_a_piece_comes_back_as_it_was(tmp_path):
@@ -145,6 +165,43 @@ def test_a_piece_comes_back_as_it_was(tmp_path):
     assert Journal(tmp_path / "new", "another").keys() == set()
     journal.remove()
     assert journal.keys() == set()
+
+
+def test_a_piece_of_other_work_under_our_name_is_refused(tmp_path):
+    journal = Journal(tmp_path, "f" * 64)
+    journal.write("unit", JournalEntry(facts={"of": "unit"}))
+    (own,) = journal.files()
+    other = Journal(tmp_path, "f" * 63 + "e")  # its file has the same name
+    with pytest.warns(ProgressWarning, match=f"{own} cannot be used .it was saved by another run or for other work"):
+        assert other.read("unit") is None
+    with pytest.warns(ProgressWarning, match=str(own)):
+        assert other.keys() == set()
+    journal.write("another", JournalEntry(facts={"of": "another"}))
+    (copied,) = set(journal.files()) - {own}
+    copied.write_bytes(own.read_bytes())
+    with pytest.warns(ProgressWarning, match=str(copied)):
+        assert journal.read("another") is None
+    with pytest.warns(ProgressWarning, match=str(copied)):
+        assert journal.keys() == {"unit"}
+    assert journal.read("unit").facts == {"of": "unit"}
+
+
+def test_progress_of_a_stage_that_begins_elsewhere_is_refused(tmp_path, monkeypatch):
+    """What the stages before made of the module may depend on a file, or on the time that a solver had."""
+    cut_off(tmp_path, monkeypatch)
+    own = BitAllocator.work
+
+    def spoil(self: Any, trainer: Any, calibration: Any, journal: Any) -> Any:
+        result = own(self, trainer, calibration, journal)
+        with torch.no_grad():
+            calibration.layers["net.9"].bias.add_(0.5)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BitAllocator, "work", spoil)
+        expected = quantized(tmp_path / "elsewhere")
+        with pytest.warns(ProgressWarning, match="saved by another run or for other work"):
+            assert same_state(quantized(tmp_path), expected)
 
 
 def test_settings_are_told_by_what_a_function_does():

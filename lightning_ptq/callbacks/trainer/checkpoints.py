@@ -1,4 +1,8 @@
-"""Quantized checkpoints: written at the end of fit, and loaded by a Trainer into a float module."""
+"""Quantized checkpoints, written at the end of fit.
+
+They are loaded as any checkpoint is: by ``MyModule.load_from_checkpoint``, and by ``ckpt_path`` of a Trainer, with or
+without the callbacks. Only the library has to be imported (:mod:`lightning_ptq.export.state_dicts`).
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_ptq.network.prepare import is_prepared, prepare
-from lightning_ptq.numerics.qconfig import QConfig
+from lightning_ptq.errors import CallbackError
 from lightning_ptq.runtime.patching import attributes
+from lightning_ptq.runtime.ranks import Ranks
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -28,16 +32,37 @@ def save_quantized(trainer: Trainer) -> None:
             trainer.save_checkpoint(path)
 
 
+def write_checkpoint(trainer: Trainer, ranks: Ranks, progress: Path | None) -> None:
+    """Write ``quantized.ckpt`` at the end of a run.
+
+    Args:
+        trainer: Trainer of the run.
+        ranks: Processes of the run.
+        progress: Folder of the saved progress, which is kept if this fails.
+
+    Raises:
+        CallbackError: If it cannot be written.
+    """
+    try:
+        save_quantized(trainer)
+    except Exception as error:
+        ranks.explain_loss()  # rank 0, which writes, may have failed and ended
+        kept = f" The progress is kept in {str(progress)!r}." if progress is not None else ""
+        raise CallbackError(
+            f"quantized.ckpt cannot be written ({type(error).__name__}: {error}), so the float module is"
+            f" restored.{kept} Make room, or give ModelCheckpoint another dirpath, and start the run again; or write"
+            " CalibrationCapture(save_checkpoint=False)."
+        ) from error
+
+
 @contextmanager
-def quantized_on_load(module: LightningModule, qconfig: QConfig) -> Iterator[None]:
-    """Prepare a float module for quantization when the Trainer loads a quantized checkpoint into it."""
-    original = module.on_load_checkpoint
+def no_optimizer_states(module: LightningModule) -> Iterator[None]:
+    """Keep the stand-in for optimizers out of checkpoints, so that a later training can start from one."""
+    original = module.on_save_checkpoint
 
-    def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
+        checkpoint.update({key: [] for key in ("optimizer_states", "lr_schedulers") if key in checkpoint})
         original(checkpoint)
-        quantized = any(key.endswith("qconfig_json") for key in checkpoint.get("state_dict", {}))
-        if quantized and not is_prepared(module):
-            prepare(module, QConfig(qconfig.default))
 
-    with attributes(module, {"on_load_checkpoint": on_load_checkpoint}):
+    with attributes(module, {"on_save_checkpoint": on_save_checkpoint}):
         yield

@@ -5,20 +5,26 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
+import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torchmetrics import Metric
 
 from lightning_ptq.calibration.forward import Forward, default_forward
-from lightning_ptq.errors import CalibrationError
+from lightning_ptq.callbacks.trainer.standins import MutedLogger, Planned
+from lightning_ptq.errors import CalibrationError, PTQError, add_note
+from lightning_ptq.runtime.eager import eagerly
 from lightning_ptq.runtime.patching import attributes
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule
+
+_STEPS = {"training": "training_step", "predict": "predict_step"}
 
 Step = Literal["training", "predict"] | Callable[[Any, Any], Any]
 """A calibration forward, as users give it: the name of a step, or a function of module and batch."""
@@ -26,6 +32,11 @@ Step = Literal["training", "predict"] | Callable[[Any, Any], Any]
 _MANUAL = (
     "training_step runs its own optimization (it called {call}), which calibration must not do. Give CalibrationCapture"
     " another forward: step='predict', or step=function of module and batch."
+)
+_NOTE = (
+    "Calibration ran {step} in eval mode and without gradients, so layers may return something else than in training,"
+    " such as predictions in place of losses. If that is the reason, give CalibrationCapture (or inspect) another"
+    " forward: step='predict', or step=function of module and batch."
 )
 _TRAINING_HOOKS = (
     "on_train_start", "on_train_end", "on_train_epoch_start", "on_train_epoch_end", "on_train_batch_end",
@@ -43,19 +54,27 @@ def calibration_forward(module: LightningModule, step: Step) -> Forward:
     Raises:
         CalibrationError: If ``step`` is none of these, or the step takes an iterator instead of a batch.
     """
+    name = step if isinstance(step, str) else getattr(step, "__name__", "the step")
     if callable(step):
         run = step
     elif step == "predict":
-        overridden = type(module).predict_step is not lightning_base(type(module)).predict_step
-        run = _with_indices(module.predict_step) if overridden else default_forward
+        run = _with_indices(module.predict_step) if _overrides(module, "predict_step") else default_forward
     elif step == "training":
         run = _with_indices(module.training_step)
     else:
         raise CalibrationError(f"step must be 'training', 'predict' or a function of module and batch, got {step!r}.")
 
+    configure = module.configure_optimizers if _overrides(module, "configure_optimizers") else None
+    planned, note = Planned(configure, _refuse), _NOTE.format(step=_STEPS.get(name, name))
+
     def forward(root: nn.Module, batch: Any) -> Any:
-        with _optimization_refused(root):
-            return run(root, batch)
+        with _muted(root, planned):
+            try:
+                return run(root, batch)
+            except Exception as error:
+                if not isinstance(error, PTQError):
+                    add_note(error, note)
+                raise
 
     return forward
 
@@ -63,6 +82,10 @@ def calibration_forward(module: LightningModule, step: Step) -> Forward:
 def lightning_base(cls: type) -> Any:
     """Return the LightningModule class that ``cls`` derives from, from either package."""
     return next(base for base in cls.__mro__ if base.__name__ == "LightningModule")
+
+
+def _overrides(module: LightningModule, name: str) -> bool:
+    return getattr(type(module), name) is not getattr(lightning_base(type(module)), name)
 
 
 def _with_indices(method: Callable[..., Any]) -> Forward:
@@ -81,24 +104,36 @@ def _with_indices(method: Callable[..., Any]) -> Forward:
     return lambda module, batch: method(batch, *indices)
 
 
+def _refuse(name: str) -> Callable[..., NoReturn]:
+    def refused(*args: Any, **kwargs: Any) -> NoReturn:
+        raise CalibrationError(_MANUAL.format(call=name))
+
+    return refused
+
+
 @contextmanager
-def _optimization_refused(module: nn.Module) -> Iterator[None]:
-    """Discard what the step logs, and raise an error with a remedy if it uses an optimizer."""
-
-    def refuse(name: str) -> Callable[..., NoReturn]:
-        def refused(*args: Any, **kwargs: Any) -> NoReturn:
-            raise CalibrationError(_MANUAL.format(call=name))
-
-        return refused
+def _muted(module: nn.Module, planned: Planned) -> Iterator[None]:
+    """Discard what the step logs, let it read its optimizers, and raise an error with a remedy if it uses them."""
 
     def silent(*args: Any, **kwargs: Any) -> None:
         return None
 
-    replaced: dict[str, Any] = {"log": silent, "log_dict": silent}
-    replaced |= {name: refuse(f"self.{name}()") for name in ("optimizers", "lr_schedulers", "manual_backward")}
-    handle = register_optimizer_step_pre_hook(refuse("the step of an optimizer"))
+    replaced: dict[str, Any] = {
+        "log": silent,
+        "log_dict": silent,
+        "optimizers": planned.optimizers,
+        "lr_schedulers": planned.lr_schedulers,
+        "manual_backward": _refuse("self.manual_backward()"),
+    }
+    trainer = vars(module).get("_trainer")
+    handle = register_optimizer_step_pre_hook(_refuse("the step of an optimizer"))
     try:
-        with attributes(module, replaced):
+        with ExitStack() as stack:
+            stack.enter_context(attributes(module, replaced))
+            if trainer is not None:  # the property is assigned past its setter, which would wrap the optimizers
+                stack.callback(setattr, trainer, "loggers", trainer.loggers)
+                trainer.loggers = [MutedLogger(logger) for logger in trainer.loggers]
+                stack.enter_context(attributes(trainer.strategy, {"_optimizers": planned}))
             yield
     except RuntimeError as error:
         # Calibration runs without gradients, so a direct loss.backward() fails with this message of torch.
@@ -111,23 +146,23 @@ def _optimization_refused(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def training_disabled(
-    module: LightningModule, on_batch: Callable[[Any], None], done: Callable[[], bool]
+    module: LightningModule, on_batch: Callable[[Any], Any], done: Callable[[], bool]
 ) -> Iterator[None]:
     """Replace the module's ``training_step`` by ``on_batch`` inside the ``with`` block; no part of its training runs.
 
     Optimizers, schedulers, training hooks and gradient steps are disabled. Afterwards the metrics that the steps
-    updated get their previous states back.
+    updated get their previous states back. Compiled code does not run, and is compiled anew afterwards.
 
     Args:
         module: A LightningModule.
-        on_batch: Called with each batch.
+        on_batch: Called with each batch. What it returns is passed on to ``on_train_batch_end`` of all callbacks.
         done: Returns True if no more batches are wanted.
     """
     original = module.training_step
 
     @functools.wraps(original)  # Lightning reads the signature
-    def training_step(batch: Any, *args: Any, **kwargs: Any) -> None:
-        on_batch(batch)
+    def training_step(batch: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return _as_outputs(on_batch(batch))
 
     def on_train_batch_start(batch: Any, batch_idx: int) -> int | None:
         return -1 if done() else None  # -1 skips the rest of the epoch
@@ -140,6 +175,7 @@ def training_disabled(
     }
     replaced |= {name: lambda *args, **kwargs: None for name in _TRAINING_HOOKS}
     with ExitStack() as stack:
+        stack.enter_context(eagerly(module))
         stack.callback(_restore_gradients, [(parameter, parameter.grad) for parameter in module.parameters()])
         for metric in (child for child in module.modules() if isinstance(child, Metric)):
             stack.callback(
@@ -149,6 +185,17 @@ def training_disabled(
             stack.callback(vars(module).pop, "forward", None)
         stack.enter_context(attributes(module, replaced))
         yield
+
+
+def _as_outputs(output: Any) -> dict[str, Any]:
+    """Return what a step returned as Lightning passes it on: a dictionary with a loss, which is NaN if there is none.
+
+    Nothing is computed from it, as no optimization takes place.
+    """
+    outputs = dict(output) if isinstance(output, Mapping) else {}
+    loss = outputs.get("loss", output)
+    known = isinstance(loss, Tensor) and loss.numel() == 1
+    return {**outputs, "loss": loss.detach() if known else torch.tensor(math.nan)}
 
 
 def _states(metric: Metric) -> list[str]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.callbacks.trainer.lightning import rank_zero_info
 from lightning_ptq.callbacks.trainer.loggers import log_end, shows_pictures
-from lightning_ptq.errors import CallbackError, ReportWarning, warn
+from lightning_ptq.callbacks.trainer.resuming import checksums
+from lightning_ptq.errors import CallbackError, ChangedAfterwardsWarning, ReportWarning, warn
 from lightning_ptq.report import PTQReport
 from lightning_ptq.runtime.memory import format_bytes
 
 if TYPE_CHECKING:
-    from pytorch_lightning import Trainer
+    from pytorch_lightning import LightningModule, Trainer
 
 
 def check_report_dir(report_dir: str | None) -> None:
@@ -31,25 +35,71 @@ def check_report_dir(report_dir: str | None) -> None:
         ) from error
 
 
+def finish(report: PTQReport, calibration: Calibration) -> dict[str, bytes]:
+    """Record the result of a finished run.
+
+    Returns:
+        Checksums of the entries of the module's state dict.
+
+    Warns:
+        ReportWarning: If the result cannot be recorded.
+    """
+    with _failure_is_a_warning("the result could not be recorded in the report"):
+        report.finish(calibration)
+    return checksums(calibration.module)
+
+
+def warn_if_changed(module: LightningModule, finished: Mapping[str, bytes]) -> None:
+    """Warn if a state dict is no longer that of the finished run.
+
+    Args:
+        module: The quantized module.
+        finished: Checksums of the state dict's entries when the run was finished; empty if no run was.
+
+    Warns:
+        ChangedAfterwardsWarning: If an entry has another checksum.
+    """
+    changed = finished and [name for name, found in checksums(module).items() if finished.get(name) != found]
+    if changed:
+        named = ", ".join(changed[:3]) + (" and others" if len(changed) > 3 else "")
+        warn(
+            f"another callback has changed {len(changed)} of {len(finished)} tensors of the quantized module at the"
+            f" end of fit: {named}. Files that were written before, such as quantized.ckpt, hold the tuned ones.",
+            ChangedAfterwardsWarning,
+            stacklevel=2,
+        )
+
+
 def publish(trainer: Trainer, report: PTQReport, report_dir: str | None) -> None:
     """Report a finished run on the console, in the logs and, unless ``report_dir`` is None, in files.
 
     Warns:
-        ReportWarning: If the files cannot be written.
+        ReportWarning: For each of these that fails; the others follow all the same.
     """
-    rank_zero_info(
-        f"PTQ finished in {report.seconds:.0f} s: {format_bytes(report.float_bytes)} ->"
-        f" {format_bytes(report.packed_bytes)}, {report.summary()['times smaller']:.1f} times smaller, with"
-        f" {len(report.warnings)} warnings. CalibrationCapture.report has the details: report.print(),"
-        " report.save(folder)."
-    )
+    with _failure_is_a_warning("the report could not be summarized"):
+        rank_zero_info(
+            f"PTQ finished in {report.seconds:.0f} s: {format_bytes(report.float_bytes)} ->"
+            f" {format_bytes(report.packed_bytes)}, {report.summary()['times smaller']:.1f} times smaller, with"
+            f" {len(report.warnings)} warnings. CalibrationCapture.report has the details: report.print(),"
+            " report.save(folder)."
+        )
     if not trainer.is_global_zero:
         return
-    # Plots are drawn once for all loggers and the folder, and not at all if none of them shows plots.
-    pictures = report.pictures() if report_dir is not None or shows_pictures(trainer) else {}
-    log_end(trainer, report, pictures)
+    pictures: dict[str, bytes] = {}
+    with _failure_is_a_warning("the plots could not be drawn"):
+        # Plots are drawn once for all loggers and the folder, and not at all if none of them shows plots.
+        pictures = report.pictures() if report_dir is not None or shows_pictures(trainer) else {}
+    with _failure_is_a_warning("the report could not be logged"):
+        log_end(trainer, report, pictures)
     if report_dir is not None:
-        try:
+        with _failure_is_a_warning(f"the report could not be written to {report_dir!r}"):
             report.save(report_dir, pictures)
-        except OSError as error:
-            warn(f"the report could not be written to {report_dir!r} ({error}).", ReportWarning)
+
+
+@contextmanager
+def _failure_is_a_warning(what: str) -> Iterator[None]:
+    """Turn an exception into a warning: the run is finished, and its result is worth more than its report."""
+    try:
+        yield
+    except Exception as error:
+        warn(f"{what} ({type(error).__name__}: {error}).", ReportWarning, stacklevel=3)

@@ -5,66 +5,79 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_ptq.calibration.batch import Batch
 from lightning_ptq.calibration.calibration import Calibration
-from lightning_ptq.errors import ProgressWarning, warn
-from lightning_ptq.runtime.journal import NO_JOURNAL, Journal
+from lightning_ptq.errors import CallbackError, ProgressWarning, warn
+from lightning_ptq.runtime.fingerprint import fingerprint as fingerprint_of
+from lightning_ptq.runtime.fingerprint import module_fingerprint
+from lightning_ptq.runtime.journal import NO_JOURNAL, Journal, write_whole
 from lightning_ptq.runtime.ranks import digest
 
 if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
+
     from lightning_ptq.callbacks.base import PTQCallback
+    from lightning_ptq.callbacks.trainer.muting import Step
 
 log = logging.getLogger(__name__)
 
 FOLDER = "ptq_progress"
+_PROBE = 2**16  # bytes; a few would find room in a block that the disk has reserved already
 _NO_SETTING = ("calibration", "report", "result", "log", "log_dict")  # the Trainer adds the last two
 
 
 class Journals:
     """The journals of a run's stages, in one folder.
 
-    A stage uses saved entries only if the calibrated module, the calibration data, and the settings of this stage and
-    of all stages before it are the same as those of the run that saved them.
+    A stage uses saved entries only if the calibration forward, the calibrated module, the calibration data, the
+    settings of this stage and of all stages before it, and the module at the beginning of the stage are the same as
+    those of the run that saved them.
 
     Args:
         folder: Folder of the files.
         calibration: The calibrated module, before the first stage.
         stages: Callbacks that work on it, in order.
+        forward: Checksum of the calibration forward.
 
     Warns:
         ProgressWarning: If the folder holds only entries of another run.
     """
 
-    def __init__(self, folder: Path, calibration: Calibration, stages: Sequence[PTQCallback]) -> None:
-        self.folder = folder
-        self._stages: list[tuple[PTQCallback, Journal]] = []
-        # Each fingerprint includes the one before, so a changed setting invalidates its stage and all later ones only.
-        chained = fingerprint(calibration)
-        for stage in stages:
-            chained = hashlib.sha256(f"{chained} {settings(stage)}".encode()).hexdigest()
-            self._stages.append((stage, Journal(folder, chained)))
-        entries = sum(len(journal.keys()) for _, journal in self._stages)
+    def __init__(
+        self, folder: Path, calibration: Calibration, stages: Sequence[PTQCallback], forward: str = ""
+    ) -> None:
+        self.folder, self.calibration = folder, calibration
+        # Those of rank 0, since settings may hold what differs between ranks.
+        chain = calibration.ranks.on_rank_zero(lambda: _chain(calibration, stages, forward))
+        self._stages = [(stage, Journal(folder, link)) for stage, link in zip(stages, chain, strict=True)]
+        entries = sum(len(journal.files()) for _, journal in self._stages)
         if entries:
             log.info("resuming with %d finished entries of %s", entries, folder)
-        elif any(self._files()):
+        elif any(folder.glob("*.safetensors")):
             warn(
-                f"{folder} holds the progress of another run (another model, configuration or calibration set), so this"
-                " run starts from the beginning. Delete the folder if that run is not to be resumed.",
+                f"{folder} holds the progress of another run (another model, step, configuration or calibration set),"
+                " so this run starts from the beginning. Delete the folder if that run is not to be resumed.",
                 ProgressWarning,
                 stacklevel=2,
             )
 
     def of(self, stage: PTQCallback) -> Journal:
-        """Return the journal of a callback."""
-        return next((journal for callback, journal in self._stages if callback is stage), NO_JOURNAL)
+        """Return the journal of a callback that begins its work now."""
+        found = next((journal for callback, journal in self._stages if callback is stage), None)
+        if found is None:
+            return NO_JOURNAL
+        # What the stages before have made of the module can depend on more than their settings: on a file of costs, or
+        # on how far the solver came within its time.
+        now = self.calibration.ranks.on_rank_zero(lambda: _state_fingerprint(self.calibration.module))
+        return Journal(self.folder, f"{found.fingerprint} {now}")
 
     def remove(self) -> None:
         """Delete the files of this run, which is finished, and the folder if it is empty then."""
@@ -73,16 +86,54 @@ class Journals:
                 journal.remove()
             self.folder.rmdir()
 
-    def _files(self) -> Iterator[Path]:
-        return self.folder.glob("*.safetensors")
+
+def progress_folder(trainer: Trainer, resume_dir: str | None) -> Path:
+    """Return the folder of the progress of a run."""
+    return Path(resume_dir or Path(trainer.default_root_dir) / FOLDER).absolute()
 
 
-def fingerprint(calibration: Calibration) -> str:
+def check_resume_dir(trainer: Trainer, resume_dir: str | None) -> Path:
+    """Return the folder of the progress, after a file was written there, so that one without room is an error now.
+
+    Raises:
+        CallbackError: If that fails.
+    """
+    folder = progress_folder(trainer, resume_dir)
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    probe = folder / "probe"
+    try:
+        write_whole(probe, bytes(_PROBE))
+        probe.unlink(missing_ok=True)  # several ranks may share the folder
+    except OSError as error:
+        raise CallbackError(
+            f"the progress of the run cannot be saved in resume_dir, which is {str(folder)!r} ({error}). Name a folder"
+            " with room that can be written to, as in CalibrationCapture(resume_dir=...), or write resume=False."
+        ) from error
+    finally:
+        with suppress(OSError):
+            for parent in missing:
+                parent.rmdir()
+    return folder
+
+
+def forward_fingerprint(module: nn.Module, step: Step) -> str:
+    """Return a checksum of the calibration forward: the step, and the module's code and plain attributes."""
+    return f"{fingerprint_of(step)} {module_fingerprint(module)}"
+
+
+def _chain(calibration: Calibration, stages: Sequence[PTQCallback], forward: str) -> list[str]:
+    """Return the fingerprint of each stage."""
+    # Each fingerprint includes the one before, so a changed setting invalidates its stage and all later ones only.
+    links = [fingerprint(calibration, forward)]
+    for stage in stages:
+        links.append(hashlib.sha256(f"{links[-1]} {settings(stage)}".encode()).hexdigest())
+    return links[1:]
+
+
+def fingerprint(calibration: Calibration, forward: str = "") -> str:
     """Return a checksum of the calibrated module, the calibration set, and the versions of the library and of torch."""
-    checksum = hashlib.sha256(f"{_version()} {torch.__version__} {calibration.prepared.qconfig}".encode())
-    for name, value in calibration.module.state_dict().items():
-        checksum.update(name.encode())
-        checksum.update(_checksum(value))
+    checksum = hashlib.sha256(_state_fingerprint(calibration.module).encode())
+    checksum.update(f"{_version()} {torch.__version__} {calibration.prepared.qconfig} {forward}".encode())
     for batch in calibration.batches:
         for leaf in Batch(batch).leaves():
             checksum.update(_checksum(leaf))
@@ -95,14 +146,18 @@ def settings_of(callback: PTQCallback) -> dict[str, Any]:
 
 
 def settings(callback: PTQCallback) -> str:
-    """Return the settings of a callback as text."""
-    return f"{callback.role} { {key: _as_text(value) for key, value in settings_of(callback).items()} }"
+    """Return a text that tells the class and the settings of a callback, the same in every process."""
+    return f"{callback.role} {fingerprint_of([type(callback), settings_of(callback)])}"
 
 
-def _as_text(value: Any) -> str:
-    """Return a value as text that is the same in every process: a function by name and code, not by its address."""
-    code = getattr(value, "__code__", None)
-    return repr(value) if code is None else f"{value.__qualname__} {code.co_code.hex()} {code.co_names}"
+def checksums(module: nn.Module) -> dict[str, bytes]:
+    """Return a checksum of each entry of a module's state dict."""
+    return {name: _checksum(value) for name, value in module.state_dict().items()}
+
+
+def _state_fingerprint(module: nn.Module) -> str:
+    """Return a checksum of what the state dict of a module holds."""
+    return hashlib.sha256(repr(checksums(module)).encode()).hexdigest()
 
 
 def _checksum(value: Any) -> bytes:

@@ -42,7 +42,8 @@ class StopRequest:
         """Record SIGTERM and interrupts inside the ``with`` block.
 
         On a single process the previous handler of SIGTERM is called too. Interrupts are recorded only where Python's
-        default handler is installed, which is then called.
+        default handler is installed, which is then called. Afterwards, a handler is put back only where the one of this
+        record is still installed: Lightning restores its own handlers before the callbacks' teardown.
 
         Args:
             world: Number of processes.
@@ -69,6 +70,7 @@ class StopRequest:
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, previous)
-            if is_default:
+            if signal.getsignal(signal.SIGTERM) is handle:  # None: a handler that Python did not set
+                signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
+            if signal.getsignal(signal.SIGINT) is interrupt:
                 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,0 +1,119 @@
+"""Calls of one shape, concatenated, so that their rows can be mixed in mini-batches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lightning_ptq.activations.calls import Call
+from lightning_ptq.runtime.isolation import RandomState
+from lightning_ptq.runtime.structure import Structure, is_dense
+
+
+@dataclass
+class Target:
+    """One output of the float unit, over all calls of a group.
+
+    Attributes:
+        calls: The output of each call.
+        whole: Their concatenation; None where their shapes do not fit.
+        device: Device on which the unit computes them.
+    """
+
+    calls: list[Tensor]
+    whole: Tensor | None
+    device: torch.device
+
+
+@dataclass
+class Group:
+    """Calls of one shape, concatenated.
+
+    Attributes:
+        inputs: Leaves of (args, kwargs). Sample-wise ones are concatenated over all calls, the others are shared.
+        devices: Device of each leaf in the unit; leaves of a GPU may be stored in files.
+        spec: Structure of the leaves.
+        sample_wise: True for leaves that have one row per sample.
+        bounds: First row of each call, and the end of the last call.
+        calls: (batch, call) of each call.
+        random: Random state before each call.
+        targets: Outputs of the float unit.
+    """
+
+    inputs: list[Any]
+    devices: list[torch.device | None]
+    spec: Structure
+    sample_wise: list[bool]
+    bounds: list[int]
+    calls: list[tuple[int, int]]
+    random: list[RandomState | None]
+    targets: list[Target] | None = None
+
+    @property
+    def rows(self) -> int:
+        """Number of rows of all calls together."""
+        return self.bounds[-1]
+
+    def arguments(self, rows: Tensor | slice) -> tuple[Any, Any]:
+        """Return (args, kwargs) of some rows, copied, because a unit may change its inputs in place."""
+        picked = []
+        for leaf, device, wise in zip(self.inputs, self.devices, self.sample_wise, strict=True):
+            part = leaf[rows] if wise else leaf
+            is_view = isinstance(rows, slice) or not wise
+            if device is None:
+                picked.append(part.clone() if isinstance(part, Tensor) else part)  # sparse or nested
+            else:
+                picked.append(part.to(device, copy=is_view))
+        args, kwargs = self.spec.build(picked)
+        return args, kwargs
+
+    def random_of(self, rows: Tensor | slice) -> RandomState | None:
+        """Return the random state before the call of some rows; None for rows of several calls."""
+        return self.random[self.bounds.index(rows.start)] if isinstance(rows, slice) else None
+
+    def wanted(self, rows: Tensor | slice) -> list[Tensor]:
+        """Return the targets of some rows, or of a whole call, whose outputs may have other rows than its inputs."""
+        if isinstance(rows, slice):
+            call = self.bounds.index(rows.start)
+            return [target.calls[call].to(target.device) for target in self.targets or []]
+        return [cast(Tensor, target.whole)[rows].to(target.device) for target in self.targets or []]
+
+    def slices(self) -> Iterator[slice]:
+        """Return the rows of each call."""
+        return (slice(a, b) for a, b in zip(self.bounds, self.bounds[1:], strict=False))
+
+
+def rows_of(call: Call) -> int:
+    """Return the rows of the first floating-point tensor; samples may share integer inputs, such as an order."""
+    leaves = [leaf for leaf in call.leaves if is_dense(leaf) and leaf.dim()]
+    return next((leaf.shape[0] for leaf in leaves if leaf.is_floating_point()), leaves[0].shape[0] if leaves else 1)
+
+
+def sample_wise(call: Call) -> list[bool]:
+    """Return for each leaf whether it has one row per sample."""
+    rows = rows_of(call)
+    return [is_dense(leaf) and leaf.dim() > 0 and leaf.shape[0] == rows for leaf in call.leaves]
+
+
+def signature(call: Call) -> Any:
+    """Return a key that is equal for calls whose rows can be concatenated."""
+    wise = sample_wise(call)
+    parts: list[Any] = []
+    for leaf, device, is_wise in zip(call.leaves, call.devices, wise, strict=True):
+        if is_wise:
+            parts.append(("rows", tuple(leaf.shape[1:]), leaf.dtype, device))
+        elif is_dense(leaf):
+            # Shared by all rows, so calls with other values must not be concatenated.
+            data = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            parts.append(("tensor", tuple(leaf.shape), leaf.dtype, hashlib.sha1(data).hexdigest()))
+        elif isinstance(leaf, (bool, int, float, complex, str, bytes, type(None))):
+            parts.append(("value", repr(leaf)))
+        else:
+            parts.append(("object", id(leaf)))
+    # Calls without rows are apart: a call is found by its first row, which they would share with the next call.
+    return call.spec.key(), tuple(parts), rows_of(call) == 0

@@ -1,0 +1,100 @@
+"""Checks of arguments: each returns the value in Python's own type, or raises an error of the library."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from numbers import Integral, Real
+from typing import Any
+
+from lightning_ptq.errors import PTQError, QConfigError
+
+GREATEST_SEED = 2**63 - 1
+
+
+def is_number(value: Any) -> bool:
+    """Return True for a real number of Python or NumPy; a truth value is none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def whole(name: str, value: Any, least: int = 1, most: int | None = None, error: type[PTQError] = QConfigError) -> int:
+    """Return a whole number as an ``int``.
+
+    Args:
+        name: Name of the argument.
+        value: Its value.
+        least: Least value allowed.
+        most: Greatest value allowed; None for no limit.
+        error: Class of the error.
+    """
+    if (
+        isinstance(value, Integral)
+        and not isinstance(value, bool)
+        and least <= value
+        and (most is None or value <= most)
+    ):
+        return int(value)
+    domain = f"{least} or more" if most is None else f"a whole number from {least} to {most}"
+    raise error(f"{name} must be {domain}, got {value!r}. Write a whole number, such as {max(least, 1)}.")
+
+
+def seed(value: Any) -> int:
+    """Return a seed as an ``int``."""
+    return whole("seed", value, 0, GREATEST_SEED)
+
+
+def number(
+    name: str,
+    value: Any,
+    domain: str,
+    allowed: tuple[float, float] = (0.0, math.inf),
+    example: str = "0.01",
+    error: type[PTQError] = QConfigError,
+) -> float:
+    """Return a number; it keeps its value, and its type where that is Python's own.
+
+    Args:
+        name: Name of the argument.
+        value: Its value.
+        domain: What it must be, in words.
+        allowed: Half-open interval of the values allowed; the right end is excluded.
+        example: A value to write instead.
+        error: Class of the error.
+    """
+    if is_number(value) and allowed[0] <= value < allowed[1]:
+        return value if type(value) in (int, float) else float(value)
+    raise error(f"{name} must {domain}, got {value!r}. Write for example {example}.")
+
+
+def one_of(name: str, value: Any, options: Collection[Any], error: type[PTQError] = QConfigError) -> Any:
+    """Return a value that is one of several; an unhashable one is none of them."""
+    if any(value is option or (isinstance(value, str) and value == option) for option in options):
+        return value
+    *others, last = map(repr, options)
+    raise error(f"{name} must be {', '.join(others)} or {last}, got {value!r}.")
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return a truth value, also NumPy's, as a ``bool``."""
+    if isinstance(value, bool) or type(value).__name__ in ("bool_", "bool"):
+        return bool(value)
+    raise QConfigError(f"{name} must be True or False, got {value!r}.")
+
+
+def texts(name: str, value: Any, example: str = "head", error: type[PTQError] = QConfigError) -> list[str]:
+    """Return a list of texts, such as patterns or bit widths; a single text is refused."""
+    if isinstance(value, str):
+        raise error(f"{name} must be a list, got the text {value!r}. Write [{value!r}].")
+    if not isinstance(value, Iterable) or isinstance(value, (bytes, Mapping)):
+        raise error(f"{name} must be a list of texts, got {value!r}. Write for example [{example!r}].")
+    found = list(value)
+    if wrong := [item for item in found if not isinstance(item, str)]:
+        raise error(f"{name} must hold texts only, got {wrong[0]!r} in it. Write for example [{example!r}].")
+    return found
+
+
+def text_table(name: str, value: Any, example: str, error: type[PTQError] = QConfigError) -> dict[str, str]:
+    """Return a dictionary of texts by texts, such as bit widths by pattern."""
+    if not isinstance(value, Mapping) or not all(isinstance(part, str) for pair in value.items() for part in pair):
+        raise error(f"{name} must be a dictionary of texts, got {value!r}. Write for example {example}.")
+    return dict(value)

@@ -1,0 +1,189 @@
+"""Who reads the outputs of layers and batch norms in a forward, which decides what a batch norm may be folded into.
+
+Values are followed through views and copies: every element of a layer's input keeps the channel that it had in the
+output it comes from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from lightning_ptq.network.op import QuantizedOp
+from lightning_ptq.network.swapping import Swapped
+
+_COPIES = ("aten::clone", "aten::contiguous")
+
+
+@dataclass
+class Output:
+    """Who reads the outputs of a module in one forward.
+
+    Attributes:
+        readers: Modules that take an output as their input. For each channel of their input, the channel of the output
+            that it holds, (channels,); None where a channel holds several or is not known.
+        elsewhere: What else reads an output of the module, or its parameters; empty if nothing does.
+    """
+
+    readers: dict[str, Tensor | None] = field(default_factory=dict)
+    elsewhere: str = ""
+
+
+@dataclass(frozen=True)
+class _View:
+    """Where the elements of a tensor lie in its storage."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _View:
+        return cls(tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()))
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """What a storage holds: an output of a module, or a copy of one.
+
+    Attributes:
+        producer: Name of the module.
+        dim: Dimension of the output's channels.
+        view: Place of the output or of the copy in the storage.
+        length: Number of elements in the storage.
+        source: Storage and place that were copied; None for the output itself.
+    """
+
+    producer: str
+    dim: int
+    view: _View
+    length: int
+    source: tuple[int, _View] | None = None
+
+
+class OutputTracker:
+    """Records one forward while a trace reports operators and modules to it.
+
+    Args:
+        modules: Modules of the network by qualified name.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        self.outputs: dict[str, Output] = {}
+        self._origins: dict[int, _Origin] = {}  # by storage
+        self._fed: dict[str, set[int]] = {}  # storages that running modules have as their input
+        self._reads: list[tuple[str, str, int, _View, int]] = []
+        self._kept: list[StorageWeakRef] = []  # so that no storage gets the key of one that was freed
+        ops = {name: child for name, child in modules.items() if isinstance(child, QuantizedOp)}
+        self._owners = {
+            parameter.untyped_storage()._cdata: name
+            for name, op in ops.items()
+            for key, parameter in op._parameters.items()
+            if parameter is not None and key in (*op.weight_names, *op.bias_names)
+        }
+
+    def operator(
+        self, func: Any, scope: list[str], reads: tuple[int, ...], writes: tuple[int, ...], args: Any, result: Any
+    ) -> None:
+        """Record an operator inside the modules ``scope``, with the storages that it reads and writes."""
+        for key in reads:
+            owner = self._owners.get(key)
+            if owner is not None and owner not in scope:
+                self._note(owner, f"{func._schema.name} reads its parameters")
+            if key not in self._origins or any(key in self._fed.get(name, ()) for name in scope):
+                continue
+            if func._schema.is_mutable or set(writes) != {key}:  # else a view
+                self._read(func._schema.name, key, args, result)
+
+    def _read(self, operator: str, key: int, args: Any, result: Any) -> None:
+        origin = self._origins[key]
+        if operator in _COPIES:
+            self._add(result, origin.producer, origin.dim, (key, _View.of(args[0])))
+        else:
+            self._note(origin.producer, f"{operator} reads its output too")
+
+    def _note(self, producer: str, what: str) -> None:
+        output = self.outputs.setdefault(producer, Output())
+        output.elsewhere = output.elsewhere or what
+
+    def _add(self, tensor: Tensor, producer: str, dim: int, source: tuple[int, _View] | None = None) -> None:
+        storage = tensor.untyped_storage()
+        length = storage.nbytes() // tensor.element_size()
+        self._origins[storage._cdata] = _Origin(producer, dim, _View.of(tensor), length, source)
+        self._kept.append(StorageWeakRef(storage))
+
+    def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Record the start of a module's forward."""
+        x = _input(module, args, kwargs)
+        if x is None or (key := x.untyped_storage()._cdata) not in self._origins:
+            return
+        self._fed.setdefault(name, set()).add(key)
+        self._reads.append((self._origins[key].producer, name, key, _View.of(x), _channel_dim(module, x)))
+
+    def exit(self, name: str, module: nn.Module, output: Any) -> None:
+        """Record the end of a module's forward."""
+        self._fed.pop(name, None)
+        if isinstance(module, Swapped) and _is_dense(output):
+            self.outputs.setdefault(name, Output())
+            self._add(output, name, _channel_dim(module, output))
+
+    def finish(self, result: tuple[int, ...]) -> dict[str, Output]:
+        """Return who reads the outputs, by producer.
+
+        Args:
+            result: Storages of what the forward returned.
+        """
+        for key in result:
+            if key in self._origins:
+                self._note(self._origins[key].producer, "it is returned too")
+        for producer, reader, key, view, dim in self._reads:
+            readers, channels = self.outputs[producer].readers, self._channels(key, view, dim)
+            known = readers.setdefault(reader, channels)
+            if known is not None and (channels is None or not torch.equal(known, channels)):
+                readers[reader] = None
+        return self.outputs
+
+    def _channels(self, key: int, view: _View, dim: int) -> Tensor | None:
+        """Return which channel of the producer's output each channel of an input holds."""
+        origin = self._origins[key]
+        if not 0 <= dim < len(view.size) or not 0 <= origin.dim < len(origin.view.size):
+            return None
+        if origin.source is None and view == origin.view and dim == origin.dim:
+            return torch.arange(view.size[dim])
+        rows = self._channel_of_elements(key, view).movedim(dim, -1).reshape(-1, view.size[dim])
+        known = len(rows) > 0 and bool((rows == rows[0]).all()) and bool((rows[0] >= 0).all())
+        return rows[0].long() if known else None
+
+    def _channel_of_elements(self, key: int, view: _View) -> Tensor:
+        """Return the producer's channel for each element of a place in a storage; -1 for what is not its output."""
+        origin = self._origins[key]
+        if origin.source is None:
+            shape = [-1 if dim == origin.dim else 1 for dim in range(len(origin.view.size))]
+            channels = torch.arange(origin.view.size[origin.dim], dtype=torch.int32).view(shape)
+        else:
+            channels = self._channel_of_elements(*origin.source)
+        elements = torch.full((origin.length,), -1, dtype=torch.int32)
+        elements.as_strided(origin.view.size, origin.view.stride, origin.view.offset).copy_(channels)
+        return elements.as_strided(view.size, view.stride, view.offset)
+
+
+def _is_dense(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided
+
+
+def _input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the input of a layer or a batch norm that has one; None for other modules."""
+    if isinstance(module, QuantizedOp):
+        inputs = list(module.input_tensors(args, kwargs).values())
+    else:
+        inputs = [*args, *kwargs.values()][:1] if isinstance(module, Swapped) else []
+    return inputs[0] if len(inputs) == 1 and _is_dense(inputs[0]) else None
+
+
+def _channel_dim(module: nn.Module, tensor: Tensor) -> int:
+    """Return the dimension of a layer's or a batch norm's input or output that holds its channels."""
+    return module.channel_dim(tensor) if isinstance(module, QuantizedOp) else 1
