@@ -7,7 +7,9 @@ from collections.abc import Collection, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
-from lightning_ptq.errors import PTQError, QConfigError
+from torch import nn
+
+from lightning_ptq.errors import PTQError, QConfigError, SurgeryError
 
 GREATEST_SEED = 2**63 - 1
 
@@ -17,7 +19,14 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def whole(name: str, value: Any, least: int = 1, most: int | None = None, error: type[PTQError] = QConfigError) -> int:
+def whole(
+    name: str,
+    value: Any,
+    least: int = 1,
+    most: int | None = None,
+    none: bool = False,
+    error: type[PTQError] = QConfigError,
+) -> int:
     """Return a whole number as an ``int``.
 
     Args:
@@ -25,16 +34,15 @@ def whole(name: str, value: Any, least: int = 1, most: int | None = None, error:
         value: Its value.
         least: Least value allowed.
         most: Greatest value allowed; None for no limit.
+        none: True if the caller accepts None, which the message then says.
         error: Class of the error.
     """
-    if (
-        isinstance(value, Integral)
-        and not isinstance(value, bool)
-        and least <= value
-        and (most is None or value <= most)
-    ):
-        return int(value)
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        found = int(value)
+        if least <= found and (most is None or found <= most):
+            return found
     domain = f"{least} or more" if most is None else f"a whole number from {least} to {most}"
+    domain += ", or None" if none else ""
     raise error(f"{name} must be {domain}, got {value!r}. Write a whole number, such as {max(least, 1)}.")
 
 
@@ -66,12 +74,18 @@ def number(
     raise error(f"{name} must {domain}, got {value!r}. Write for example {example}.")
 
 
+def check_is_module(value: Any) -> None:
+    """Raise :class:`SurgeryError` unless ``value`` is a module."""
+    if not isinstance(value, nn.Module):
+        raise SurgeryError(f"module must be an nn.Module, got a {type(value).__name__}. Pass the model itself.")
+
+
 def one_of(name: str, value: Any, options: Collection[Any], error: type[PTQError] = QConfigError) -> Any:
     """Return a value that is one of several; an unhashable one is none of them."""
     if any(value is option or (isinstance(value, str) and value == option) for option in options):
         return value
-    *others, last = map(repr, options)
-    raise error(f"{name} must be {', '.join(others)} or {last}, got {value!r}.")
+    listed = " or ".join(map(repr, options)) if len(options) == 2 else f"one of {list(options)}"
+    raise error(f"{name} must be {listed}, got {value!r}.")
 
 
 def flag(name: str, value: Any) -> bool:
@@ -85,7 +99,7 @@ def texts(name: str, value: Any, example: str = "head", error: type[PTQError] = 
     """Return a list of texts, such as patterns or bit widths; a single text is refused."""
     if isinstance(value, str):
         raise error(f"{name} must be a list, got the text {value!r}. Write [{value!r}].")
-    if not isinstance(value, Iterable) or isinstance(value, (bytes, Mapping)):
+    if not isinstance(value, Iterable) or isinstance(value, bytes):
         raise error(f"{name} must be a list of texts, got {value!r}. Write for example [{example!r}].")
     found = list(value)
     if wrong := [item for item in found if not isinstance(item, str)]:

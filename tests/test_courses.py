@@ -1,4 +1,4 @@
-"""Forwards that take another course on every batch: branches, mixtures of experts, layers that run any number of times."""
+"""Forwards that take another course on every batch: branches, mixtures of experts, layers that run 0 to n times."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_ptq import QConfig, adaquant, calibrate
-from lightning_ptq.allocation.search import search_allocation
 from lightning_ptq.allocation.costs import size_cost
+from lightning_ptq.allocation.search import search_allocation
 from lightning_ptq.allocation.sensitivity import measure_sensitivity
 from lightning_ptq.calibration.candidates import Candidates
 from lightning_ptq.calibration.layer_costs import layer_work

@@ -3,7 +3,6 @@ from __future__ import annotations
 import functools
 import operator
 import os
-import subprocess
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -190,18 +189,3 @@ def test_objects_that_cannot_be_read_do_no_harm():
     nested.append(nested)
     for value in (Hostile(), nested, iter([1]), open(os.devnull), torch.Generator(), os.environ):  # noqa: SIM115
         assert fingerprint(value) == fingerprint(value)
-
-
-SCRIPT = """
-import sys; sys.path.insert(0, {folder!r})
-from test_fingerprint import HOLDERS, MAKES, fingerprint, uses_a_global
-print(fingerprint([[hold(make(1)) for make in MAKES.values() for hold in HOLDERS.values()], uses_a_global]))
-"""
-
-
-def test_fingerprints_are_the_same_in_every_process():
-    script = SCRIPT.format(folder=os.path.dirname(__file__))
-    environment = {**os.environ, "PYTHONHASHSEED": "1"}
-    there = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, check=True).stdout
-    values = [hold(make(1)) for make in MAKES.values() for hold in HOLDERS.values()]
-    assert there.decode().strip() == fingerprint([values, uses_a_global])

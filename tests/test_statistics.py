@@ -31,14 +31,14 @@ class Folded(nn.Module):
 
 
 class PreActivation(nn.Module):
-    """A batch norm between two activations cannot be folded."""
+    """A batch norm cannot be folded between an activation and another operator, here a product."""
 
     def __init__(self):
         super().__init__()
         self.first, self.norm, self.second = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)
 
     def forward(self, x):
-        return self.second(F.elu(self.norm(F.relu(self.first(x)))))
+        return self.second(1.0 * self.norm(F.relu(self.first(x))))
 
 
 class Encoder(nn.Module):

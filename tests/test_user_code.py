@@ -252,7 +252,7 @@ def test_outputs_kept_on_the_module_are_let_go(pl, tmp_path):
             gc.collect()
             seen.append([reference() is not None for reference in made])
 
-    capture = CalibrationCapture("w4a4")
+    capture = CalibrationCapture("w4a4", num_samples=16, weight_observer="minmax", activation_observer="minmax")
     callbacks = (capture, BitAllocator(size=0.2, measure="loss"), AdaQuantLayerwise(steps=2), Watching())
     trainer(pl, tmp_path, *callbacks).fit(module, loader())
     assert len(seen[0]) > 5

@@ -25,7 +25,7 @@ Place = Literal["memory", "disk", "recomputed"]
 # Measured on residual networks: copies of a unit's weights in a step (its start, the variables, Adam's moments, the
 # gradients of the shards, tensors of the fake quantization), and copies of each layer's input and output.
 _COPIES = 20
-_TEMPORARY = 8
+_TEMPORARY = 3
 _STEP = 6.0  # forwards of the float unit that take as long as a tuning step on the same samples, measured on ResNet-20
 
 
@@ -60,7 +60,7 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """Estimated peak of the memory of the run, without Python and its libraries."""
+        """Estimated peak of the memory of the run, without Python and its libraries; right within a factor of two."""
         return self.rest + (self.most if self.where == "memory" else min(self.most, self.limit))
 
     def __str__(self) -> str:

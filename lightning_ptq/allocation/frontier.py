@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_ptq.allocation.costs import Cost
 from lightning_ptq.allocation.search import AllocationResult
 from lightning_ptq.allocation.sensitivity_table import SensitivityTable
-from lightning_ptq.allocation.solver import BitAllocation, allocate_bits
+from lightning_ptq.allocation.solver import BitAllocation, allocate_bits, check_costs
 from lightning_ptq.errors import AllocationError
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def frontier(
         >>> [point.predicted for point in frontier(table, size, [4, 8]).points]
         [0.1, 0.0]
     """
-    costs = [costs] if isinstance(costs, Cost) else list(costs)
+    costs = check_costs(costs)
     name = cost or costs[0].name
     points, skipped, reason = [], [], ""
     for budget in sorted(budgets):

@@ -17,8 +17,10 @@ from lightning_ptq.allocation.costs import Cost
 from lightning_ptq.allocation.sensitivity import measure_choice, measure_sensitivity
 from lightning_ptq.allocation.sensitivity_table import SensitivityTable
 from lightning_ptq.allocation.solver import BitAllocation, allocate_bits
+from lightning_ptq.arguments import text_table, whole
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.candidates import Candidates, Choice, TunedStates
+from lightning_ptq.calibration.checks import check_calibration
 from lightning_ptq.errors import AllocationError
 from lightning_ptq.runtime.journal import NO_JOURNAL, Journal
 from lightning_ptq.runtime.progress import Progress, no_progress
@@ -97,8 +99,8 @@ def search_allocation(
         AllocationError: If no choice meets the budgets, or ``rounds`` is less than 1.
         SensitivityError: If the measure is not finite, or the network's output is not a tensor.
     """
-    if rounds < 1:
-        raise AllocationError(f"rounds must be 1 or more, got {rounds}.")
+    check_calibration(calibration, batches=True)
+    rounds = whole("rounds", rounds, error=AllocationError)
     measuring = {"measure": "kl", **(measuring or {})}
     search = _Search(
         calibration, candidates, costs, budgets, states, measuring, solving or {}, max_degradation, progress, journal
@@ -215,7 +217,10 @@ def apply_allocation(
     Raises:
         AllocationError: If the allocation names a layer that does not exist, or that cannot have the candidate.
     """
-    choice = allocation.choice if isinstance(allocation, BitAllocation) else allocation
+    given = allocation.choice if isinstance(allocation, BitAllocation) else allocation
+    choice = text_table("allocation", given, "{'head': 'w8a8'}", AllocationError)
+    if not choice:
+        return
     choices = Candidates(calibration, sorted(set(choice.values())), states)
     for name, candidate in choice.items():
         if candidate not in choices.by_layer.get(name, {}):

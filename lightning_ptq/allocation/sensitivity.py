@@ -12,6 +12,7 @@ from contextlib import suppress
 from functools import partial
 from typing import cast
 
+from lightning_ptq import arguments
 from lightning_ptq.activations.calls import same_up_to_rounding
 from lightning_ptq.activations.memory_plan import keep_outputs
 from lightning_ptq.activations.replay import Replay
@@ -19,8 +20,10 @@ from lightning_ptq.activations.store import ActivationStore
 from lightning_ptq.activations.unit_data import UnitData
 from lightning_ptq.allocation.fisher import fisher_rises
 from lightning_ptq.allocation.sensitivity_table import MEASURES, Measure, SensitivityTable
+from lightning_ptq.arguments import one_of, text_table
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.candidates import Candidates, Choice, TunedStates
+from lightning_ptq.calibration.checks import check_calibration
 from lightning_ptq.calibration.forward import eval_mode
 from lightning_ptq.calibration.outputs import ChooseOutput, Meter
 from lightning_ptq.errors import QConfigError
@@ -76,8 +79,9 @@ def measure_sensitivity(
         >>> table.rises["0"]["w2a8"] > table.rises["0"]["w8a8"] == 0
         True
     """
-    if measure not in MEASURES:
-        raise QConfigError(f"measure must be one of {list(MEASURES)}, got {measure!r}.")
+    check_calibration(calibration, batches=True)
+    one_of("measure", measure, MEASURES)
+    seed = arguments.seed(seed)
     start = time.perf_counter()
     choices = Candidates(calibration, candidates, states)
     at_base = base_choice(choices, base)
@@ -112,6 +116,8 @@ def measure_choice(
         states: As in :func:`measure_sensitivity`.
         output: As in :func:`measure_sensitivity`.
     """
+    check_calibration(calibration, batches=True)
+    one_of("measure", measure, MEASURES)
     choices = Candidates(calibration, sorted(set(choice.values())), states)
     with eval_mode(calibration.module), choices.restored():
         choices.put_all(choice)
@@ -125,7 +131,10 @@ def base_choice(choices: Candidates, base: str | Choice | None) -> dict[str, str
     Raises:
         QConfigError: If the base of a layer is not one of its candidates.
     """
-    chosen = choices.widest() if base is None else choices.uniform(base) if isinstance(base, str) else dict(base)
+    if isinstance(base, str):
+        chosen = choices.uniform(base)
+    else:
+        chosen = choices.widest() if base is None else text_table("base", base, "{'head': 'w8a8'}")
     for name, candidates in choices.by_layer.items():
         if chosen.get(name) not in candidates:
             raise QConfigError(

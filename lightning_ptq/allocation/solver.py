@@ -95,9 +95,7 @@ def allocate_bits(
         {'a': 'w4a4', 'b': 'w8a8'}
     """
     rises = sensitivity.rises if isinstance(sensitivity, SensitivityTable) else sensitivity
-    costs = [costs] if isinstance(costs, Cost) else list(costs)
-    if not costs or not all(isinstance(cost, Cost) for cost in costs):
-        raise AllocationError(f"costs must be one Cost or several, got {costs!r}. Write for example size_cost(...).")
+    costs = check_costs(costs)
     ties, pins = check_solving(ties, pins, time_limit)
     by_name = {cost.name: cost for cost in costs}
     if unknown := set(budgets or {}) - set(by_name):
@@ -113,6 +111,14 @@ def allocate_bits(
     if target not in by_name:
         raise AllocationError(f"minimise={target!r} is not one of the costs {sorted(by_name)}.")
     return problem.solve(target, limits, problem.degradation(max_degradation), time_limit)
+
+
+def check_costs(costs: Any) -> list[Cost]:
+    """Return one cost or several as a list; raise :class:`AllocationError` if there is none."""
+    found = [costs] if isinstance(costs, Cost) else list(costs) if isinstance(costs, Sequence) else []
+    if not found or not all(isinstance(cost, Cost) for cost in found):
+        raise AllocationError(f"costs must be one Cost or several, got {costs!r}. Write for example size_cost(...).")
+    return found
 
 
 def check_solving(

@@ -57,6 +57,13 @@ class Calibration:
     isolation: Isolation = field(default_factory=Isolation)
     _qparams: dict[tuple[str, LayerQConfig], list[tuple[Tensor, Tensor]]] = field(default_factory=dict, repr=False)
 
+    def __repr__(self) -> str:
+        """Return a short description; the batches and the histograms alone would be hundreds of kilobytes."""
+        return (
+            f"Calibration({type(self.module).__name__}, {self.prepared.qconfig.default}, {len(self.layers)} layers,"
+            f" {self.samples} samples in {len(self.batches)} batches, on {self.device})"
+        )
+
     @cached_property
     def trace(self) -> Trace:
         """What the forwards on all batches did together; see :func:`~lightning_ptq.network.trace.merge_traces`."""

@@ -10,19 +10,15 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from lightning_ptq.arguments import whole
 from lightning_ptq.calibration.batch import Batch
 from lightning_ptq.calibration.batches import Batches, merge_batches, own_share
 from lightning_ptq.calibration.calibration import Calibration, Observers, merge_observers
+from lightning_ptq.calibration.checks import check_module, explained
 from lightning_ptq.calibration.forward import Forward, default_forward, fresh_batch, run_forward
 from lightning_ptq.calibration.repeatability import Recording, warn_if_different
 from lightning_ptq.calibration.repeats import Repeats
-from lightning_ptq.errors import (
-    CalibrationError,
-    FewSamplesWarning,
-    FunctionalOpWarning,
-    UnreachedLayerWarning,
-    warn,
-)
+from lightning_ptq.errors import CalibrationError, FewSamplesWarning, FunctionalOpWarning, UnreachedLayerWarning, warn
 from lightning_ptq.network.batch_norm import fold_batch_norms, folded_ahead
 from lightning_ptq.network.op import QuantizedOp
 from lightning_ptq.network.prepare import Prepared, prepare
@@ -54,11 +50,10 @@ class Calibrator:
         ranks: Ranks | None = None,
         dataset_size: int | None = None,
     ) -> None:
-        if num_samples is not None and num_samples < 1:
-            raise CalibrationError(f"num_samples must be 1 or more, got {num_samples}.")
+        check_module(prepared)
         self.prepared = prepared
         self.forward = forward
-        self.num_samples = num_samples
+        self.num_samples = None if num_samples is None else whole("num_samples", num_samples, error=CalibrationError)
         self.ranks = ranks or Ranks()
         self.dataset_size = dataset_size
         self._repeats = Repeats(self.ranks, sharded=dataset_size is not None)
@@ -98,6 +93,8 @@ class Calibrator:
         """
         # Every rank counts all samples that it is given, so that all are done after the same batch. Beyond its share it
         # counts without observing, since a single process would not have seen these samples.
+        if Batch(batch).samples == 0:
+            return None
         self._repeats.compare(batch)
         self._first_size = self._first_size or Batch(batch).samples
         self._seen += Batch(batch).samples
@@ -136,6 +133,7 @@ class Calibrator:
                 # Registered after the hooks of the trace, so that what observers compute counts as the layer's own.
                 for watch in watches:
                     stack.enter_context(hooked(observed, before=watch))
+                stack.enter_context(explained(module, batch))
                 result.append(run_forward(module, self.forward, fresh_batch(batch, self.device)))
             return result[0]
 
@@ -174,7 +172,6 @@ class Calibrator:
                 stacklevel=2,
             )
         module = self.prepared.module
-
         calibration = Calibration(
             self.prepared,
             self.forward,

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from lightning_ptq.calibration.calibration import Calibration
-from lightning_ptq.errors import QConfigError
-from lightning_ptq.numerics.qconfig import LayerQConfig
+from lightning_ptq.calibration.checks import check_calibration
+from lightning_ptq.numerics.qconfig import LayerQConfig, parse_candidates
 from lightning_ptq.runtime.journal import LayerStates
 
 Choice = Mapping[str, str]
@@ -39,13 +39,11 @@ class Candidates:
     """
 
     def __init__(self, calibration: Calibration, candidates: Sequence[str], states: TunedStates | None = None) -> None:
-        if not candidates or isinstance(candidates, str):
-            raise QConfigError(f"candidates must be a list of bit widths, got {candidates!r}. Write ['w8a8', 'w4a4'].")
+        check_calibration(calibration)
         self.calibration = calibration
         self.by_layer: dict[str, dict[str, LayerQConfig]] = {name: {} for name in calibration.layers}
         self._tuned: dict[tuple[str, str], dict[str, Tensor]] = {}
-        for text in candidates:
-            candidate = LayerQConfig.parse(text)
+        for candidate in parse_candidates(candidates):
             for name, choices in self.by_layer.items():
                 pair = calibration.qconfig_at(name, candidate)
                 choices.setdefault(str(pair), pair)  # first and last layer become equal at several candidates

@@ -35,21 +35,26 @@ def default_forward(module: nn.Module, batch: Any) -> Any:
                 f"a calibration batch is an empty {type(batch).__name__}, so there is no input to run the module on."
                 " Return the inputs as its first entry from the loader."
             )
-        return _called(module, "the first entry of the batch", batch[0])
+        with _noted(module, "the first entry of the batch"):
+            return module(batch[0])
     # A mapping that moves its own entries, such as a TensorDict, is the argument of modules that are made for it.
     if isinstance(batch, (dict, UserDict)) or (isinstance(batch, Mapping) and not hasattr(batch, "to")):
-        return _called(module, "the entries of the batch by keyword", **batch)
-    return _called(module, "the whole batch", batch)
+        with _noted(module, "the entries of the batch by keyword"):
+            return module(**batch)
+    with _noted(module, "the whole batch"):
+        return module(batch)
 
 
-def _called(module: nn.Module, what: str, *args: Any, **kwargs: Any) -> Any:
+@contextmanager
+def _noted(module: nn.Module, given: str) -> Iterator[None]:
+    """Add to an exception how the module was called."""
     try:
-        return module(*args, **kwargs)
+        yield
     except Exception as error:
         if not isinstance(error, PTQError):
             add_note(
                 error,
-                f"Calibration called {type(module).__name__} in eval mode with {what}. To call it in another way, pass"
+                f"Calibration called {type(module).__name__} in eval mode with {given}. To call it in another way, pass"
                 " a function of module and batch: forward=, or step= of CalibrationCapture and inspect.",
             )
         raise

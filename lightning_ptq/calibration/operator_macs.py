@@ -33,6 +33,7 @@ class OperatorCounter(TorchDispatchMode):
         report: Called with each.
 
     Example:
+        >>> import torch
         >>> found = []
         >>> with OperatorCounter(lambda name, macs: found.append((name, macs))):
         ...     _ = torch.fft.rfft((torch.ones(2, 3) @ torch.ones(3, 4)).relu())

@@ -73,7 +73,7 @@ class AdaQuantLayerwise(StepCallback):
         _check_names(options)
         # jsonargparse reads this call to learn the names and types of the options, so the expansion must stay literal.
         self.config = ReconstructionConfig(**options)
-        check_arguments(mode, granularity, candidates, memory_limit)
+        seed = check_arguments(mode, granularity, candidates, memory_limit, seed, blocks)
         self.mode = mode
         self.granularity = granularity
         self.blocks = blocks

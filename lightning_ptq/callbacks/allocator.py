@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_ptq.allocation.costs import Cost, Table, bops_cost, size_cost, table_cost
+from lightning_ptq.allocation.costs import Cost, Table, bops_cost, check_table, size_cost, table_cost
 from lightning_ptq.allocation.frontier import Frontier, frontier_around
 from lightning_ptq.allocation.search import AllocationResult, apply_allocation, search_allocation
 from lightning_ptq.allocation.sensitivity_table import MEASURES, Measure
+from lightning_ptq.allocation.solver import check_solving
+from lightning_ptq.arguments import is_number, one_of, whole
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.candidates import Candidates, TunedStates
 from lightning_ptq.calibration.outputs import ChooseOutput
 from lightning_ptq.callbacks.adaquant import AdaQuantLayerwise
 from lightning_ptq.callbacks.base import StepCallback, ptq_callbacks
 from lightning_ptq.callbacks.trainer.loggers import log_scalars
-from lightning_ptq.errors import AllocationError, QConfigError
-from lightning_ptq.numerics.qconfig import LayerQConfig
+from lightning_ptq.errors import AllocationError
+from lightning_ptq.numerics.qconfig import parse_candidates
 from lightning_ptq.report import PTQReport
 from lightning_ptq.runtime.journal import NO_JOURNAL, Journal
 
@@ -92,18 +95,23 @@ class BitAllocator(StepCallback):
         self.budgets = {k: v for k, v in {"size": size, "bops": bops, "table": limit}.items() if v is not None}
         if not self.budgets and max_degradation is None:
             raise AllocationError("BitAllocator needs a budget. Write for example BitAllocator(size=0.15).")
-        if measure not in MEASURES:
-            raise QConfigError(f"measure must be one of {list(MEASURES)}, got {measure!r}.")
-        for candidate in candidates or ():
-            LayerQConfig.parse(candidate)
+        for name, budget in {**self.budgets, "max_degradation": max_degradation}.items():
+            if budget is not None and not (is_number(budget) and math.isfinite(budget)):
+                raise AllocationError(f"{name} must be a finite number, got {budget!r}. Write for example 0.15.")
+        for name, budget in self.budgets.items():
+            Cost(name, {}).limit(budget)
+        one_of("measure", measure, MEASURES)
+        if candidates is not None:
+            parse_candidates(candidates)
+        if table is not None:
+            check_table(table)
         self.table = table
         self.max_degradation = max_degradation
-        self.minimise = minimise
+        self.minimise = one_of("minimise", minimise, ("size", "bops", "table"), AllocationError)
         self.candidates = candidates
         self.measuring = {"measure": measure, "output": output}
-        self.rounds = rounds
-        self.ties = ties or []
-        self.pins = pins or {}
+        self.rounds = whole("rounds", rounds, error=AllocationError)
+        self.ties, self.pins = check_solving(ties, pins, time_limit)
         self.time_limit = time_limit
         self._frontier: Frontier | None = None
 

@@ -66,7 +66,7 @@ class CalibrationCapture(PTQCallback):
         signed_scales: True if weight scales below 8 bits may be negative where that suits a channel better; False for
             inference engines that accept positive scales only.
         save_checkpoint: True to write ``quantized.ckpt`` into the folder of the Trainer's ``ModelCheckpoint``, which
-            itself writes nothing when no optimizer steps.
+            itself writes nothing when no optimizer steps. Where ``lightning_ptq`` is imported, it loads like any other.
         resume: True to save the progress of the run until it is finished, and to resume an interrupted run.
         resume_dir: Folder of the progress; by default ``ptq_progress`` in the Trainer's ``default_root_dir``.
         report_dir: Folder for the files of the report; by default no files are written.
@@ -121,8 +121,8 @@ class CalibrationCapture(PTQCallback):
             percentile=percentile,
             signed_scales=signed_scales,
         )
-        if num_samples is not None and num_samples < 1:
-            raise CalibrationError(f"num_samples must be 1 or more, got {num_samples}.")
+        if num_samples is not None:
+            num_samples = arguments.whole("num_samples", num_samples, error=CalibrationError)
         self.num_samples = num_samples
         self.step = step
         self.save_checkpoint = save_checkpoint

@@ -10,6 +10,7 @@ from lightning_ptq.callbacks.allocator import DEFAULT_CANDIDATES, BitAllocator
 from lightning_ptq.callbacks.base import PTQCallback
 from lightning_ptq.callbacks.capture import CalibrationCapture
 from lightning_ptq.callbacks.statistics import StatsTuning
+from lightning_ptq.numerics.qconfig import parse_candidates
 
 
 def light(
@@ -39,6 +40,7 @@ def light(
         >>> [callback.role for callback in light(0.15)]
         ['CalibrationCapture', 'BitAllocator', 'StatsTuning']
     """
+    candidates = _texts(candidates)
     return [
         CalibrationCapture(candidates[0], num_samples, **capture or {}),
         BitAllocator(size, candidates=list(candidates), **allocator or {}),
@@ -77,6 +79,7 @@ def advanced(
         >>> [callback.role for callback in advanced(0.15)][1:4]
         ['AdaQuantLayerwise', 'BitAllocator', 'AdaQuantLayerwise']
     """
+    candidates = _texts(candidates)
     return [
         CalibrationCapture(candidates[0], num_samples, **capture or {}),
         AdaQuantLayerwise("parallel", candidates=list(candidates), **{"seed": seed, "steps": 60, **(parallel or {})}),
@@ -84,3 +87,8 @@ def advanced(
         AdaQuantLayerwise("sequential", **{"seed": seed, **(sequential or {})}),
         StatsTuning(seed=seed, **statistics or {}),
     ]
+
+
+def _texts(candidates: Sequence[str]) -> list[str]:
+    """Return candidates as a list, the first of which is what the module is calibrated at."""
+    return [str(candidate) for candidate in parse_candidates(candidates)]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
+from lightning_ptq.arguments import check_is_module, whole
 from lightning_ptq.calibration.forward import Forward, default_forward
 from lightning_ptq.callbacks.adaquant import AdaQuantLayerwise
 from lightning_ptq.callbacks.base import ptq_callbacks
@@ -18,7 +19,9 @@ from lightning_ptq.network.units import BlockRule, UnitKind
 from lightning_ptq.numerics.qconfig import QConfig
 from lightning_ptq.report.inspect_module import inspect_module
 from lightning_ptq.report.preflight import Preflight
+from lightning_ptq.runtime.memory import DEFAULT_MEMORY_LIMIT
 from lightning_ptq.runtime.patching import attributes
+from lightning_ptq.tuning.adaquant import check_arguments
 from lightning_ptq.tuning.config import ReconstructionConfig
 
 if TYPE_CHECKING:
@@ -72,6 +75,7 @@ def inspect(
         >>> preflight.folded, preflight.covered, preflight.hazards
         ({'1': '0'}, 1.0, [])
     """
+    check_is_module(module)
     module = _unwrapped(module)
     given = {
         "qconfig": qconfig, "step": step, "samples": samples, "granularity": granularity, "blocks": blocks,
@@ -79,6 +83,11 @@ def inspect(
     }  # fmt: skip
     settings = _settings(trainer) | {name: value for name, value in given.items() if value is not None}
     forward = _forward(module, settings.pop("step"))
+    settings["samples"] = whole("samples", settings["samples"])
+    check_arguments(
+        "sequential", settings.get("granularity", "block"), None, settings.get("memory_limit", DEFAULT_MEMORY_LIMIT),
+        blocks=settings.get("blocks"), config=settings.get("config"),
+    )  # fmt: skip
     # A training_step may use self.trainer, which Lightning sets in fit.
     attached = {"_trainer": trainer} if trainer is not None and _is_lightning(module) else {}
     with attributes(module, attached):

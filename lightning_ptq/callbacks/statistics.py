@@ -5,7 +5,9 @@ from __future__ import annotations
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
+from lightning_ptq import arguments
 from lightning_ptq.activations.shards import DEFAULT_SHARDS
+from lightning_ptq.arguments import flag, number, one_of, whole
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.outputs import ChooseOutput, Divergence
 from lightning_ptq.callbacks.adaquant import AdaQuantLayerwise
@@ -14,9 +16,9 @@ from lightning_ptq.callbacks.trainer.loggers import log_scalars
 from lightning_ptq.errors import QConfigError
 from lightning_ptq.report import PTQReport
 from lightning_ptq.runtime.journal import NO_JOURNAL, Journal
-from lightning_ptq.runtime.memory import DEFAULT_MEMORY_LIMIT
+from lightning_ptq.runtime.memory import DEFAULT_MEMORY_LIMIT, parse_bytes
 from lightning_ptq.statistics.acceptance import StatisticsResult
-from lightning_ptq.statistics.bias import tune_bias
+from lightning_ptq.statistics.bias import check_tuning, tune_bias
 from lightning_ptq.statistics.normalization import para_normalize, reestimate_batch_norm
 
 if TYPE_CHECKING:
@@ -81,15 +83,17 @@ class StatsTuning(StepCallback):
         parts: int | None = None,
     ) -> None:
         super().__init__()
-        if measure not in ("kl", "mse"):
-            raise QConfigError(f"measure must be 'kl' or 'mse', got {measure!r}.")
+        one_of("measure", measure, ("kl", "mse"))
+        seed, held_out = arguments.seed(seed), number("held_out", held_out, "lie in [0, 1)", (0, 1), "0.25")
         self.common: dict[str, Any] = {"held_out": held_out, "measure": measure, "output": output, "seed": seed}
         if target not in ("auto", "batch_norm", "float", None):
             raise QConfigError(f"target must be 'auto', 'batch_norm', 'float' or None, got {target!r}.")
-        if parts is not None and not (isinstance(parts, int) and parts >= 1):
-            raise QConfigError(f"parts must be 1 or more, or None, got {parts!r}. Write a whole number.")
+        if parts is not None:
+            parts = whole("parts", parts, none=True)
+        steps, lr, _, norm_affine = check_tuning(steps, lr, 1, norm_affine)
+        parse_bytes(memory_limit)
         self.target = target
-        self.bias = bias
+        self.bias = flag("bias", bias)
         self.tuning: dict[str, Any] = {"steps": steps, "lr": lr, "norm_affine": norm_affine}
         self.memory_limit = memory_limit
         self.parts = parts

@@ -68,8 +68,8 @@ class Entry:
         for shape in data["shapes"].values():
             _need(isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape), f"shape {shape}")
         _need(not data["inputs"] or qconfig.activation is not None, "the scale of an input that has no grid")
-        inputs = {name: _input(pair, qconfig.activation) for name, pair in data["inputs"].items()}
-        return cls(data["kind"], {name: tuple(shape) for name, shape in data["shapes"].items()}, qconfig, inputs)
+        grids = {name: _input(pair, qconfig.activation) for name, pair in data["inputs"].items()}
+        return cls(data["kind"], {name: tuple(shape) for name, shape in data["shapes"].items()}, qconfig, grids)
 
     def weight_keys(self, name: str, weight: str) -> dict[str, str]:
         """Return the keys of the packed weight of layer ``name``; an affine grid has zero points too."""
@@ -174,7 +174,7 @@ def checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
     for key in sorted(tensors):
         tensor = tensors[key]
         digest.update(f"\0{key}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

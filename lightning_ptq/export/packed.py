@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_ptq.arguments import check_is_module
 from lightning_ptq.calibration.layer_costs import float_keys, state_key
 from lightning_ptq.errors import PackedFileError, SurgeryError
 from lightning_ptq.export.bits import pack_bits, unpack_bits
@@ -42,6 +43,7 @@ def save_packed(module: nn.Module, path: str | os.PathLike[str]) -> int:
         SurgeryError: If the module is not quantized.
         PackedFileError: If the module holds what such a file cannot hold, or the file cannot be written.
     """
+    check_is_module(module)
     tensors, header = packed_tensors(module)
     return write(path, header, tensors)
 
@@ -86,6 +88,7 @@ def load_packed(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         SurgeryError: If the module is quantized already.
     """
     contents = read(path)
+    check_is_module(module)
     if is_prepared(module):
         raise SurgeryError(f"{type(module).__name__} has quantized layers already. Load into a new float instance.")
     fit = Fit(os.fspath(path), contents)

@@ -45,7 +45,7 @@ def load_quantized_state_dicts() -> None:
             if prepared is not None:
                 prepared.undo()
             if missing := re.findall(rf'"([^"\s]*?)\.?{RECORD}"', str(error)):
-                raise _not_taken(self, missing) from error
+                raise _not_taken(self, sorted(missing)) from error
             raise
         if prepared is not None and not any(op.is_quantized for op in quantized_ops(self).values()):
             prepared.undo()  # with strict=False, nothing of what was loaded is quantized

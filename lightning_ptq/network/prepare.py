@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lightning_ptq.arguments import check_is_module
 from lightning_ptq.errors import SurgeryError, TiedWeightWarning, UnsupportedLayerWarning, warn
 from lightning_ptq.network.op import QuantizedOp, quantized_ops
 from lightning_ptq.network.swapping import FloatState, Swapped, registered_counterpart, swapped_class
@@ -85,6 +86,7 @@ def prepare(module: nn.Module, qconfig: QConfig | str) -> Prepared:
         >>> type(net[0]).__name__
         'Linear'
     """
+    check_is_module(module)
     qconfig = QConfig.parse(qconfig)
     if is_prepared(module):
         raise SurgeryError(

@@ -9,6 +9,7 @@ from typing import Literal, cast
 
 from torch import nn
 
+from lightning_ptq.arguments import texts
 from lightning_ptq.network.op import QuantizedOp
 from lightning_ptq.network.trace import Trace
 from lightning_ptq.numerics.qconfig import LayerQConfig, check_patterns, matches
@@ -66,6 +67,7 @@ def find_units(
     elif callable(blocks):
         chosen = [name for name, child in modules.items() if blocks(name, child)]
     else:
+        blocks = texts("blocks", blocks, "layers.*")
         check_patterns(blocks, modules, "blocks")
         chosen = [name for name in modules if any(matches(name, pattern) for pattern in blocks)]
     units = []

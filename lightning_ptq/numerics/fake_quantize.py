@@ -111,7 +111,8 @@ class FakeQuantize(nn.Module):
             result = fn(tensor)
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
-        return super()._apply(moved, recurse)
+        super()._apply(moved, recurse)
+        return self
 
     def extra_repr(self) -> str:
         """Return what ``print`` shows."""

@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+from lightning_ptq.arguments import flag, text_table, texts, whole
 from lightning_ptq.errors import QConfigError
-from lightning_ptq.numerics.spec import Grid, ObserverName, QuantSpec
+from lightning_ptq.numerics.spec import ObserverName, QuantSpec
 
-_CANDIDATE = re.compile(r"w(\d+)(?:g(\d+))?(?:a(\d+))?")
+# Digits of ASCII, and no zero in front: one text for one candidate.
+_CANDIDATE = re.compile(r"w(0|[1-9][0-9]{0,8})(?:g(0|[1-9][0-9]{0,8}))?(?:a(0|[1-9][0-9]{0,8}))?")
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class LayerQConfig:
         activation: Spec of its inputs; None where only weights are quantized.
 
     Raises:
-        QConfigError: If the activation has a group size.
+        QConfigError: If the activation has a group size, or an argument is no spec.
 
     Example:
         >>> [str(LayerQConfig.parse(text)) for text in ("w4a8", "w4", "w4g64a8")]
@@ -34,6 +36,11 @@ class LayerQConfig:
     activation: QuantSpec | None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.weight, QuantSpec) or not isinstance(self.activation, QuantSpec | None):
+            raise QConfigError(
+                f"weight and activation must be QuantSpecs (activation may be None), got {self.weight!r} and"
+                f" {self.activation!r}. Write for example LayerQConfig.parse('w4a8')."
+            )
         if self.activation is not None and self.activation.group_size is not None:
             raise QConfigError(
                 f"activations have one scale per tensor, got group_size={self.activation.group_size}. Leave group_size"
@@ -116,8 +123,21 @@ class QConfig:
     first_last_bits: int | None = 8
 
     def __post_init__(self) -> None:
+        if not isinstance(self.default, LayerQConfig):
+            raise QConfigError(f"default must be a LayerQConfig, got {self.default!r}. Write QConfig.parse('w4a8').")
+        try:
+            overrides = tuple((pattern, pair) for pattern, pair in self.overrides)
+        except (TypeError, ValueError):
+            overrides = (("", None),)  # type: ignore[assignment]
+        if not all(isinstance(pattern, str) and isinstance(pair, LayerQConfig) for pattern, pair in overrides):
+            raise QConfigError(
+                f"overrides must be pairs of a pattern and a LayerQConfig, got {self.overrides!r}. Write"
+                " QConfig.parse('w4a8', overrides={'head': 'w8a8'})."
+            )
+        object.__setattr__(self, "overrides", overrides)
+        object.__setattr__(self, "exclude", tuple(texts("exclude", self.exclude)))
         if self.first_last_bits is not None:
-            Grid(self.first_last_bits)
+            object.__setattr__(self, "first_last_bits", whole("first_last_bits", self.first_last_bits, 2, 8))
 
     @classmethod
     def parse(
@@ -142,19 +162,19 @@ class QConfig:
             return text
         if isinstance(text, Mapping):
             return cls.from_dict(text)
-        if isinstance(exclude, str):
-            raise QConfigError(f"exclude must be a list of patterns, got the text {exclude!r}. Write [{exclude!r}].")
+        symmetric, signed = flag("symmetric_activations", symmetric_activations), flag("signed_scales", signed_scales)
 
         def layer(candidate: str) -> LayerQConfig:
             pair = LayerQConfig.parse(candidate)
-            weight = replace(pair.weight, observer=weight_observer, percentile=percentile, signed_scale=signed_scales)
+            weight = replace(pair.weight, observer=weight_observer, percentile=percentile, signed_scale=signed)
             activation = pair.activation and replace(
-                pair.activation, symmetric=symmetric_activations, observer=activation_observer, percentile=percentile
+                pair.activation, symmetric=symmetric, observer=activation_observer, percentile=percentile
             )
             return LayerQConfig(weight, activation)
 
-        pairs = tuple((pattern, layer(candidate)) for pattern, candidate in (overrides or {}).items())
-        return cls(layer(text), pairs, tuple(exclude), first_last_bits)
+        given = text_table("overrides", {} if overrides is None else overrides, "{'head': 'w8a8'}")
+        pairs = tuple((pattern, layer(candidate)) for pattern, candidate in given.items())
+        return cls(layer(text), pairs, tuple(texts("exclude", exclude)), first_last_bits)
 
     def for_layer(self, name: str, edge: bool = False) -> LayerQConfig | None:
         """Return the specs of the layer called ``name``, or None where it stays float.
@@ -201,13 +221,27 @@ class QConfig:
             if unknown:
                 raise KeyError(f"unknown: {sorted(unknown)}")
             overrides = tuple((pattern, LayerQConfig.from_dict(pair)) for pattern, pair in data.get("overrides", ()))
-            default, exclude = LayerQConfig.from_dict(data["default"]), tuple(data.get("exclude", ()))
+            default, exclude = LayerQConfig.from_dict(data["default"]), tuple(texts("exclude", data.get("exclude", ())))
             return cls(default, overrides, exclude, data.get("first_last_bits", 8))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise QConfigError(
                 f"cannot read {dict(data)!r} as a QConfig ({error}). Write what QConfig.to_dict() returns,"
                 " or a text such as 'w4a8'."
             ) from error
+
+
+def parse_candidates(candidates: Any) -> list[LayerQConfig]:
+    """Return the specs of candidates.
+
+    Args:
+        candidates: Bit widths, such as ``["w8a8", "w4a4"]``.
+
+    Raises:
+        QConfigError: If there are none, they are no list of texts, or one cannot be read.
+    """
+    if isinstance(candidates, (str, Mapping)) or not isinstance(candidates, Iterable) or not list(candidates):
+        raise QConfigError(f"candidates must be a list of bit widths, got {candidates!r}. Write ['w8a8', 'w4a4'].")
+    return [LayerQConfig.parse(candidate) for candidate in candidates]
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from lightning_ptq.arguments import flag, is_number, one_of, whole
 from lightning_ptq.errors import QConfigError
 from lightning_ptq.numerics.granularity import Granularity
 
@@ -35,12 +36,12 @@ class Grid:
     group_size: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
-            raise QConfigError(f"bits must be a whole number from 2 to 8, got {self.bits!r}. Write for example 'w4a8'.")
-        if self.group_size is not None and not (isinstance(self.group_size, int) and self.group_size >= 2):
-            raise QConfigError(
-                f"group_size must be a whole number of 2 or more, or None, got {self.group_size!r}. Write 64, say."
-            )
+        # In Python's own types, which JSON can write.
+        object.__setattr__(self, "bits", whole("bits", self.bits, 2, 8))
+        object.__setattr__(self, "symmetric", flag("symmetric", self.symmetric))
+        object.__setattr__(self, "per_channel", flag("per_channel", self.per_channel))
+        if self.group_size is not None:
+            object.__setattr__(self, "group_size", whole("group_size", self.group_size, 2))
 
     @property
     def quant_min(self) -> int:
@@ -77,10 +78,12 @@ class RangeSearch:
     signed_scale: bool = True
 
     def __post_init__(self) -> None:
-        if self.observer not in _OBSERVERS:
-            raise QConfigError(f"observer must be one of {_OBSERVERS}, got {self.observer!r}.")
-        if not 50 < self.percentile <= 100:
+        one_of("observer", self.observer, _OBSERVERS)
+        if not (is_number(self.percentile) and 50 < self.percentile <= 100):
             raise QConfigError(f"percentile must lie in (50, 100], got {self.percentile!r}. Write for example 99.99.")
+        if type(self.percentile) not in (int, float):
+            object.__setattr__(self, "percentile", float(self.percentile))
+        object.__setattr__(self, "signed_scale", flag("signed_scale", self.signed_scale))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import tempfile
+from numbers import Integral
 
 from rich.filesize import decimal
 
@@ -15,6 +16,7 @@ from lightning_ptq.errors import QConfigError
 DEFAULT_MEMORY_LIMIT = "4GiB"
 """Default limit of the activations that are held in memory."""
 
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMG]?I?B?)\s*")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -28,11 +30,13 @@ def parse_bytes(text: str | int) -> int:
         >>> parse_bytes("2GiB"), parse_bytes(1000)
         (2147483648, 1000)
     """
-    if isinstance(text, int) and text >= 0:
-        return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", str(text).upper())
-    if match is None or (match[2] and match[2] not in _UNITS):
-        raise QConfigError(f"cannot read {text!r} as a size in bytes. Write for example '2GiB' or '500MB'.")
+    if isinstance(text, Integral) and not isinstance(text, bool) and text >= 0:
+        return int(text)
+    match = _SIZE.fullmatch(text.upper()) if isinstance(text, str) else None
+    if match is None or match[2] not in _UNITS or (match[2] == "" and "." in match[1]):
+        raise QConfigError(
+            f"cannot read {text!r} as a size in bytes. Write a whole number, or for example '2GiB' or '500MB'."
+        )
     return int(float(match[1]) * _UNITS[match[2]])
 
 

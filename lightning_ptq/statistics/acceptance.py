@@ -9,12 +9,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_ptq import arguments
+from lightning_ptq.arguments import number, one_of
 from lightning_ptq.calibration.batch import Batch
 from lightning_ptq.calibration.batches import Batches
 from lightning_ptq.calibration.calibration import Calibration
+from lightning_ptq.calibration.checks import check_calibration
 from lightning_ptq.calibration.forward import eval_mode
 from lightning_ptq.calibration.outputs import ChooseOutput, Meter
-from lightning_ptq.errors import QConfigError, StatisticsError
+from lightning_ptq.errors import StatisticsError
 from lightning_ptq.network.op import QuantizedOp
 from lightning_ptq.runtime.journal import NO_JOURNAL, Journal, JournalEntry
 from lightning_ptq.runtime.patching import TensorSnapshot
@@ -65,6 +68,8 @@ def accept_if_better(
 
     The outcome is journaled; a resumed run reads it back.
     """
+    seed, held_out = check_acceptance(calibration, seed, held_out)
+    one_of("measure", measure, ("kl", "mse", "loss"))
     ranks, module = calibration.ranks, calibration.module
     entry = ranks.on_rank_zero(lambda: journal.read(step))
     if entry is not None:
@@ -90,6 +95,12 @@ def accept_if_better(
     if ranks.rank == 0:
         journal.write(step, JournalEntry({step: saved.changed(_tensors(module))}, asdict(result)))
     return result
+
+
+def check_acceptance(calibration: Calibration, seed: int, held_out: float) -> tuple[int, float]:
+    """Return seed and share of held-out samples in Python's own types; raise where an argument is none."""
+    check_calibration(calibration, batches=True)
+    return arguments.seed(seed), number("held_out", held_out, "lie in [0, 1)", (0, 1), "0.25")
 
 
 def is_better(after: Tensor, before: Tensor) -> bool:
@@ -119,10 +130,7 @@ def split_samples(calibration: Calibration, held_out: float, seed: int) -> tuple
 
     Raises:
         StatisticsError: If there are fewer than two samples, or the only batch cannot be divided.
-        QConfigError: If the share is not in [0, 1).
     """
-    if not 0 <= held_out < 1:
-        raise QConfigError(f"held_out must lie in [0, 1), got {held_out!r}.")
     if calibration.samples < 2:
         raise StatisticsError(
             f"statistics need two samples or more, the calibration set has {calibration.samples}. Give it more samples."

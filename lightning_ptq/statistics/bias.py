@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_ptq.activations.shards import DEFAULT_SHARDS
+from lightning_ptq.arguments import flag, is_number, whole
 from lightning_ptq.calibration.batch import Batch
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.outputs import ChooseOutput, Divergence, OutputReader, divergence, float_outputs
@@ -19,7 +20,7 @@ from lightning_ptq.runtime.journal import NO_JOURNAL, Journal
 from lightning_ptq.runtime.optimization import minimize
 from lightning_ptq.runtime.patching import frozen
 from lightning_ptq.runtime.progress import Progress, no_progress
-from lightning_ptq.statistics.acceptance import Changes, StatisticsResult, accept_if_better
+from lightning_ptq.statistics.acceptance import Changes, StatisticsResult, accept_if_better, check_acceptance
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, _BatchNorm)
 
@@ -60,10 +61,8 @@ def tune_bias(
         StatisticsError: If there are fewer than two samples.
         QConfigError: If an argument is outside its domain.
     """
-    if steps < 1 or not 0 < lr < float("inf"):
-        raise QConfigError(f"steps must be 1 or more and lr positive, got steps={steps!r}, lr={lr!r}.")
-    if not (isinstance(parts, int) and parts >= 1):
-        raise QConfigError(f"parts must be 1 or more, got {parts!r}. Write a whole number.")
+    steps, lr, parts, norm_affine = check_tuning(steps, lr, parts, norm_affine)
+    seed, held_out = check_acceptance(calibration, seed, held_out)
     if measure not in ("kl", "mse"):
         raise QConfigError(f"bias tuning measures 'kl' or 'mse' between outputs, got {measure!r}.")
     values = _tuned_parameters(calibration, norm_affine)
@@ -76,6 +75,13 @@ def tune_bias(
     return accept_if_better(
         "bias", calibration, work, held_out=held_out, measure=measure, output=output, seed=seed, journal=journal
     )
+
+
+def check_tuning(steps: int, lr: float, parts: int, norm_affine: bool) -> tuple[int, float, int, bool]:
+    """Return arguments of :func:`tune_bias` in Python's own types; raise :class:`QConfigError` where it would."""
+    if not (is_number(lr) and 0 < lr < float("inf")):
+        raise QConfigError(f"lr must be a positive number, got {lr!r}. Write for example 0.01.")
+    return whole("steps", steps), float(lr), whole("parts", parts), flag("norm_affine", norm_affine)
 
 
 def _tuned_parameters(calibration: Calibration, norm_affine: bool) -> dict[str, nn.Parameter]:

@@ -6,13 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
+from lightning_ptq import arguments
 from lightning_ptq.activations.memory_plan import MemoryPlan
 from lightning_ptq.activations.store import ActivationStore
+from lightning_ptq.arguments import one_of, texts
 from lightning_ptq.calibration.calibration import Calibration
+from lightning_ptq.calibration.checks import check_calibration
 from lightning_ptq.calibration.forward import eval_mode
 from lightning_ptq.errors import QConfigError, RolledBackWarning, warn
 from lightning_ptq.network.units import BlockRule, UnitKind, find_units
-from lightning_ptq.numerics.qconfig import LayerQConfig
+from lightning_ptq.numerics.qconfig import LayerQConfig, parse_candidates
 from lightning_ptq.runtime.eager import not_checkpointed, not_compiled
 from lightning_ptq.runtime.journal import NO_JOURNAL, Journal
 from lightning_ptq.runtime.memory import DEFAULT_MEMORY_LIMIT, parse_bytes
@@ -77,7 +80,8 @@ def adaquant(
         >>> [unit.name for unit in result.units]
         ['0', '2']
     """
-    check_arguments(mode, granularity, candidates, memory_limit)
+    check_calibration(calibration, batches=True)
+    seed = check_arguments(mode, granularity, candidates, memory_limit, seed, blocks, config)
     kind = SequentialRun if mode == "sequential" else ParallelRun
     with ActivationStore(memory_limit) as store, eval_mode(calibration.module), not_compiled(), not_checkpointed():
         units = find_units(calibration.module, calibration.trace, granularity, blocks)
@@ -102,17 +106,28 @@ def _warn_about_rejected(result: AdaQuantResult) -> None:
         )
 
 
-def check_arguments(mode: str, granularity: str, candidates: Sequence[str] | None, memory_limit: str | int) -> None:
-    """Raise :class:`QConfigError` where :func:`adaquant` would, before any work is done."""
-    if mode not in ("sequential", "parallel"):
-        raise QConfigError(f"mode must be 'sequential' or 'parallel', got {mode!r}.")
-    if granularity not in ("layer", "block"):
-        raise QConfigError(f"granularity must be 'layer' or 'block', got {granularity!r}.")
+def check_arguments(
+    mode: str,
+    granularity: str,
+    candidates: Sequence[str] | None,
+    memory_limit: str | int,
+    seed: int = 0,
+    blocks: BlockRule | None = None,
+    config: ReconstructionConfig | None = None,
+) -> int:
+    """Raise :class:`QConfigError` where :func:`adaquant` would, before any work is done; return the seed."""
+    one_of("mode", mode, ("sequential", "parallel"))
+    one_of("granularity", granularity, ("layer", "block"))
     if candidates and mode == "sequential":
         raise QConfigError(
             "candidates need mode='parallel': sequential tuning is for one fixed width a layer. Leave candidates out,"
             " or write mode='parallel'."
         )
-    for candidate in candidates or ():
-        LayerQConfig.parse(candidate)
+    if candidates is not None:
+        parse_candidates(candidates)
+    if blocks is not None and not callable(blocks):
+        texts("blocks", blocks, "layers.*")
+    if not isinstance(config, ReconstructionConfig | None):
+        raise QConfigError(f"config must be a ReconstructionConfig, got {config!r}. Write ReconstructionConfig().")
     parse_bytes(memory_limit)
+    return arguments.seed(seed)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from lightning_ptq.arguments import number, one_of, texts, whole
 from lightning_ptq.errors import QConfigError
 from lightning_ptq.numerics.qconfig import LayerQConfig
 from lightning_ptq.tuning.losses import LOSSES
@@ -67,26 +68,24 @@ class ReconstructionConfig:
 
     def __post_init__(self) -> None:
         # YAML gives a list or null; a tuple keeps the config hashable.
-        object.__setattr__(self, "learn", type(self).learn if self.learn is None else tuple(self.learn))
-        unknown = [name for name in self.learn if name not in LEARNABLE]
+        learn = type(self).learn if self.learn is None else tuple(texts("learn", self.learn, "weight"))
+        unknown = [name for name in learn if name not in LEARNABLE]
         if unknown:
             raise QConfigError(f"learn holds {unknown}, which cannot be learned. Choose from {list(LEARNABLE)}.")
-        if self.rounding not in ("continuous", "adaround"):
-            raise QConfigError(f"rounding must be 'continuous' or 'adaround', got {self.rounding!r}.")
-        if self.loss not in LOSSES:
-            raise QConfigError(f"loss must be one of {sorted(LOSSES)}, got {self.loss!r}.")
+        one_of("rounding", self.rounding, ("continuous", "adaround"))
+        one_of("loss", self.loss, sorted(LOSSES))
+        values: dict[str, Any] = {"learn": learn}
         for name in ("steps", "batch_size", "parts"):
-            value = getattr(self, name)
-            if not (isinstance(value, int) and value >= 1) and (name, value) != ("steps", None):
-                raise QConfigError(f"{name} must be 1 or more, got {value!r}. Write a whole number.")
+            if (name, getattr(self, name)) != ("steps", None):
+                values[name] = whole(name, getattr(self, name))
         for name in ("weight_lr", "bias_lr", "scale_lr", "zero_point_lr"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise QConfigError(f"{name} must be 0 or more, got {getattr(self, name)!r}. Write for example 0.01.")
-        if self.tolerance is not None and not 0 <= self.tolerance < float("inf"):
-            raise QConfigError(f"tolerance must be 0 or more, got {self.tolerance!r}. Write for example 1e-3.")
+            values[name] = number(name, getattr(self, name), "be 0 or more")
+        if self.tolerance is not None:
+            values["tolerance"] = number("tolerance", self.tolerance, "be 0 or more", example="1e-3")
         for name in ("drop", "held_out"):
-            if not 0 <= getattr(self, name) < 1:
-                raise QConfigError(f"{name} must lie in [0, 1), got {getattr(self, name)!r}.")
+            values[name] = number(name, getattr(self, name), "lie in [0, 1)", (0, 1), "0.25")
+        for name, value in values.items():  # in Python's own types
+            object.__setattr__(self, name, value)
 
     def steps_for(self, qconfigs: Iterable[LayerQConfig], samples: int) -> int:
         """Return the steps for a unit whose layers have these specs.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_ptq import LayerQConfig, QConfig, QuantSpec, calibrate, load_packed, para_normalize, prepare, save_packed
-from lightning_ptq.errors import PackedFileError, SurgeryError, TiedWeightWarning, UnsupportedLayerWarning
+from lightning_ptq.errors import PackedFileError, SurgeryError
 from lightning_ptq.network.prepare import is_prepared
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -262,7 +261,6 @@ def frozen() -> nn.Module:
 ODD: dict[str, Callable[[], nn.Module]] = {
     "wrapped": lambda: Wrapper(Wrapper(mlp())),
     "data_parallel": lambda: nn.DataParallel(mlp()),
-    "compiled": lambda: Wrapper(torch.compile(mlp(), backend="eager")),
     "activation_checkpointing": checkpointed,
     "tied": Tied,
     "twice": Twice,
@@ -278,15 +276,12 @@ ODD: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("odd", ODD)
+@pytest.mark.filterwarnings("ignore::lightning_ptq.errors.PTQWarning")
 def test_odd_modules_are_loaded(odd: str, way: Any, tmp_path: Path) -> None:
-    with warnings.catch_warnings():
-        for kind in (TiedWeightWarning, UnsupportedLayerWarning):
-            warnings.simplefilter("ignore", kind)
-        warnings.filterwarnings("ignore", category=UserWarning, message=".*weight_norm")
-        net, fresh = made(ODD[odd]), made(ODD[odd], seed=1)
-        calibrate(net, [X], "w4a8").release()
-        assert not torch.equal(output(fresh), output(net))
-        assert torch.equal(output(way(net, fresh, tmp_path)), output(net))
+    net, fresh = made(ODD[odd]), made(ODD[odd], seed=1)
+    calibrate(net, [X], "w4a8").release()
+    assert not torch.equal(output(fresh), output(net))
+    assert torch.equal(output(way(net, fresh, tmp_path)), output(net))
 
 
 def test_an_extra_state_that_is_no_json_is_refused(tmp_path: Path) -> None:
@@ -323,9 +318,13 @@ def test_a_state_dict_of_another_module_is_refused_with_the_line_to_write(other:
     with pytest.raises(SurgeryError, match=r"'0', '2', '4'.*write: .*lightning_ptq\.prepare\(module, 'w8a8'\)"):
         net.load_state_dict(state)
     assert [type(child) for child in net.modules()] == kinds
-    keys = net.load_state_dict({key: value for key, value in state.items() if "qconfig" in key}, strict=False)
-    assert len(keys.unexpected_keys) == 3
-    assert [type(child) for child in net.modules()] == kinds
+
+
+def test_nothing_is_prepared_if_nothing_quantized_fits() -> None:
+    net, (_, state) = nn.Sequential(mlp(), nn.Linear(4, 4)), state_of()
+    keys = net.load_state_dict(state, strict=False)
+    assert set(keys.unexpected_keys) == set(state)
+    assert not is_prepared(net)
 
 
 def test_a_part_of_a_state_dict_is_loaded_into_a_part_of_a_module() -> None:

@@ -134,7 +134,7 @@ def test_warnings_are_noted_with_their_remedy_even_where_filters_hide_them():
         warnings.simplefilter("ignore")
         with noted_warnings(notes):
             warn("one", RolledBackWarning)
-            net = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)).eval()
+            net = nn.Sequential(nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3)).eval()
             calibrate(net, [torch.randn(8, 4)], "w4a4")
         warn("not heard", RolledBackWarning)
     assert [type(note) for note in notes] == [RolledBackWarning, UnfoldedBatchNormWarning]

@@ -1,0 +1,86 @@
+"""Checks of a module and of its batches: what would end in an error of torch, or in a module of NaN."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ptq.calibration.batch import Batch
+from lightning_ptq.calibration.calibration import Calibration
+from lightning_ptq.errors import CalibrationError, PTQError
+from lightning_ptq.network.prepare import Prepared
+
+_ABOUT_TYPES = re.compile(r"type|not implemented for", re.IGNORECASE)
+
+
+def check_calibration(calibration: Any, batches: bool = False) -> None:
+    """Check that a function got what ``calibrate`` returned.
+
+    Args:
+        calibration: The argument.
+        batches: True if the function runs the calibration batches.
+
+    Raises:
+        CalibrationError: If it is something else, or its batches were freed at the end of ``trainer.fit``.
+    """
+    if not isinstance(calibration, Calibration):
+        raise CalibrationError(
+            f"calibration must be what calibrate() returned, got a {type(calibration).__name__}. Write for example"
+            " calibrate(module, batches, 'w4a8')."
+        )
+    if batches and not len(calibration.batches):
+        raise CalibrationError(
+            "the calibration holds no batches any more: they are freed when trainer.fit ends. Do the work in a callback"
+            " of the run, or calibrate a float module by calibrate(module, batches, 'w4a8')."
+        )
+
+
+def check_module(prepared: Prepared) -> None:
+    """Check the tensors of a prepared module before the calibration pass.
+
+    Raises:
+        CalibrationError: If a layer or a batch norm holds NaN or an infinity, or tensors were made in inference mode.
+    """
+    for name, tensor in (*prepared.module.named_parameters(), *prepared.module.named_buffers()):
+        if tensor.is_inference():
+            raise CalibrationError(
+                f"{name} is a tensor of torch.inference_mode, which cannot be changed or tuned. Build the module, and"
+                " load its weights, outside inference mode."
+            )
+    for name, child in prepared.module.named_modules():
+        excluded = name in prepared.layers and prepared.qconfig.for_layer(name) is None
+        if excluded or not (name in prepared.layers or hasattr(child, "running_var")):
+            continue
+        for key, tensor in (*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)):
+            if not _is_finite(tensor):
+                raise CalibrationError(
+                    f"{key} of layer {name!r} holds NaN or an infinity, which no grid can represent."
+                    " Check the checkpoint that it was loaded from, or exclude the layer."
+                )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    known = tensor.is_meta or not tensor.is_floating_point() or nn.parameter.is_lazy(tensor)
+    return known or bool(torch.isfinite(tensor).all())
+
+
+@contextmanager
+def explained(module: nn.Module, batch: Any) -> Iterator[None]:
+    """Raise a :class:`CalibrationError` in place of an error of torch that the types of the batch's tensors explain."""
+    try:
+        yield
+    except RuntimeError as error:
+        wanted = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+        found = {leaf.dtype for leaf in Batch(batch).leaves() if isinstance(leaf, Tensor)}
+        if isinstance(error, PTQError) or not _ABOUT_TYPES.search(str(error)) or not found - {wanted}:
+            raise
+        raise CalibrationError(
+            f"the calibration forward fails on a batch with tensors of {', '.join(sorted(map(str, found)))}, while the"
+            f" module has weights of {wanted}: {error}. Convert the inputs in the loader or in the step, for example by"
+            f" x.to({wanted})."
+        ) from error
