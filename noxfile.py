@@ -31,7 +31,7 @@ def tests(session: nox.Session) -> None:
 def integrations(session: nox.Session) -> None:
     """Tests with libraries that are slow to import, and so are left out of the other tests."""
     session.install("-e", ".[tests,integrations]")
-    files = session.posargs or ["tests/test_register_layer.py", "tests/test_docs.py"]
+    files = session.posargs or ["tests/test_register_layer.py", "tests/test_docs.py", "tests/test_sweep_libraries.py"]
     session.run("pytest", *files, env={"OMP_NUM_THREADS": "1", "PTQ_TEST_INTEGRATIONS": "1"})
 
 

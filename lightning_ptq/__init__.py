@@ -14,7 +14,7 @@ from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.calibrator import Calibrator, calibrate
 from lightning_ptq.calibration.candidates import Candidates
 from lightning_ptq.export.packed import load_packed, save_packed
-from lightning_ptq.export.state_dicts import load_quantized_state_dicts
+from lightning_ptq.export.state_dicts import load_quantized_state_dicts as _load_quantized_state_dicts
 from lightning_ptq.network.layers import QuantLayer, register_layer
 from lightning_ptq.network.prepare import Prepared, prepare
 from lightning_ptq.numerics.qconfig import LayerQConfig, QConfig
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 Choices = Candidates  # its former name
 
-load_quantized_state_dicts()
+_load_quantized_state_dicts()
 
 __version__ = "0.1.0"
 

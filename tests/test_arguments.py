@@ -165,7 +165,7 @@ def test_functions_accept_an_argument_or_refuse_it(name):
         (lambda: BitAllocator(0.2, minimise="watts"), "minimise must be one of .*, got 'watts'"),
         (lambda: BitAllocator(table=[1], limit=3), r"a table must be a CSV file or a dictionary .*, got \[1\]"),
         (lambda: StatsTuning(steps=1.5), "steps must be 1 or more, got 1.5"),
-        (lambda: StatsTuning(lr=0), "lr must be a positive number, got 0"),
+        (lambda: StatsTuning(lr=0), "lr positive, got steps=100, lr=0"),
         (lambda: StatsTuning(held_out=None), r"held_out must lie in \[0, 1\), got None"),
         (lambda: light(0.2, candidates="w8a8"), "candidates must be a list of bit widths, got 'w8a8'"),
         (lambda: ReconstructionConfig(steps=True), "steps must be 1 or more, got True"),

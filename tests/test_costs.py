@@ -14,6 +14,8 @@ from lightning_ptq import (
     LayerQConfig,
     QConfig,
     QuantSpec,
+    SensitivityTable,
+    allocate_bits,
     apply_allocation,
     bops_cost,
     calibrate,
@@ -22,6 +24,7 @@ from lightning_ptq import (
     table_cost,
 )
 from lightning_ptq.allocation.costs import multiply_accumulates
+from lightning_ptq.allocation.frontier import sweep
 from lightning_ptq.errors import AllocationError
 from lightning_ptq.export import packed
 from lightning_ptq.numerics.fake_quantize import FakeQuantize
@@ -128,6 +131,10 @@ def test_tables_that_do_not_fit_are_refused(tmp_path):
         ({**rows, "stem": {"w8a8": 1.0}}, r"no \['w4a4'\] for layer 'stem', only \['w8a8'\]"),
         ({**rows, "stem": {"w8a8": math.nan, "w4a4": 1.0}}, "has nan for layer 'stem' at w8a8"),
         ({**rows, "stem": {"w8a8": -1.0, "w4a4": 1.0}}, "has -1.0 for layer 'stem' at w8a8"),
+        ({**rows, "stem": {"w8a8": "fast", "w4a4": 1.0}}, "has 'fast' for layer 'stem' at w8a8"),
+        ({**rows, "stem": {"w8a8": None, "w4a4": 1.0}}, "has None for layer 'stem' at w8a8"),
+        ({"stem": 5}, "must be a CSV file or a dictionary"),
+        (5, "must be a CSV file or a dictionary"),
     ]
     for table, message in cases:
         with pytest.raises(AllocationError, match=message):
@@ -138,8 +145,30 @@ def test_tables_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / "b.csv").write_text("layer,w8a8\nstem,fast\n")
     with pytest.raises(AllocationError, match=r"not a number.*fast"):
         table_cost("latency", tmp_path / "b.csv", choices)
+    (tmp_path / "c.csv").write_bytes(b"layer,w8a8\nstem,\xff\n")
+    with pytest.raises(AllocationError, match=r"not a number"):
+        table_cost("latency", tmp_path / "c.csv", choices)
+    (tmp_path / "d.csv").write_text("layer,w8a8\nstem,1,2,3\n")
+    with pytest.raises(AllocationError, match=r"not a number"):
+        table_cost("latency", tmp_path / "d.csv", choices)
     with pytest.raises(FileNotFoundError):
         table_cost("latency", tmp_path / "none.csv", choices)
+
+
+def test_an_infinite_cost_in_a_table_forbids_a_candidate(tmp_path):
+    choices = Candidates(calibration_of(), ["w8a8", "w4a4"])
+    path = tmp_path / "latency.csv"
+    first = next(iter(choices.by_layer))
+    rows = {name: {"w8a8": 2.0, "w4a4": 0.5} for name in choices.by_layer} | {first: {"w8a8": 2.0, "w4a4": math.inf}}
+    path.write_text("layer,w8a8,w4a4\n" + "".join(f"{name},2.0,{row['w4a4']}\n" for name, row in rows.items()))
+    rises = {name: {"w8a8": 0.0, "w4a4": 1.0} for name in rows}
+    for source in (rows, path):
+        cost = table_cost("latency", source, choices)
+        assert allocate_bits(rises, cost, max_degradation=100.0).choice == {
+            name: "w8a8" if name == first else "w4a4" for name in rows
+        }
+        points = sweep(SensitivityTable("kl", dict.fromkeys(rows, "w8a8"), 0.0, rises), [cost], "latency").points
+        assert {point.allocation.choice[first] for point in points} == {"w8a8"}
 
 
 def test_tied_and_shared_tensors_count_once():

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from lightning_ptq.activations.shards import Shard
 from lightning_ptq.calibration.batch import Batch
@@ -20,6 +19,7 @@ from lightning_ptq.network.units import Unit
 from lightning_ptq.runtime.memory import disk_room, format_bytes
 from lightning_ptq.runtime.patching import hooked
 from lightning_ptq.runtime.ranks import Ranks
+from lightning_ptq.runtime.structure import dense, tensors_in
 
 Place = Literal["memory", "disk", "recomputed"]
 # Measured on residual networks: copies of a unit's weights in a step (its start, the variables, Adam's moments, the
@@ -186,7 +186,10 @@ def _held(
     The first list is for the unit alone, the second includes the outputs kept for it and for later units.
     """
     scale = calibration.samples / Batch(calibration.batches[0]).samples
-    needed = calibration.trace.needed_outputs([unit.name for unit in units])
+    names, needed = [unit.name for unit in units], dict[str, set[str]]()
+    for trace in {id(trace): trace for trace in calibration.traces}.values():
+        for name, others in trace.needed_outputs(names).items():
+            needed[name] = needed.get(name, set()) | others
     alone, kept = [], []
 
     def crossing(index: int, first: int) -> float:
@@ -210,7 +213,7 @@ def _held(
 
 
 def _measure(calibration: Calibration, units: Sequence[Unit]) -> tuple[dict[str, tuple[int, int]], dict[str, float]]:
-    """Return what the first batch takes, by one forward.
+    """Return what a batch takes at most, by one forward of each course.
 
     Returns:
         The bytes of inputs and outputs of each unit and each layer, and the seconds of each unit.
@@ -228,10 +231,16 @@ def _measure(calibration: Calibration, units: Sequence[Unit]) -> tuple[dict[str,
         seconds[name] += time.perf_counter() - started[name]
         sizes[name] = sizes[name][0], sizes[name][1] + _size(output)
 
+    most, longest = dict(sizes), dict(seconds)
     with hooked(modules, before, after), ops_in_mode(calibration.module, "float"):
-        calibration.run(0)
-    return sizes, {unit.name: seconds[unit.name] for unit in units}
+        for batch in calibration.one_batch_per_course():
+            sizes.update(dict.fromkeys(modules, (0, 0)))
+            seconds.update(dict.fromkeys(modules, 0.0))
+            calibration.run(batch)
+            most = {name: (max(a, sizes[name][0]), max(b, sizes[name][1])) for name, (a, b) in most.items()}
+            longest = {name: max(value, seconds[name]) for name, value in longest.items()}
+    return most, {unit.name: longest[unit.name] for unit in units}
 
 
 def _size(tree: Any) -> int:
-    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    return sum(tensor.numel() * tensor.element_size() for tensor in dense(tensors_in(tree)))

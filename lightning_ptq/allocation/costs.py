@@ -6,6 +6,7 @@ import csv
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,8 +136,9 @@ def check_table(table: Any) -> None:
 
 
 def _cost_of(name: str, layer: str, candidate: str, value: Any) -> float:
-    if is_number(value) and value >= 0:
-        return float(value)
+    with suppress(TypeError, ValueError, RuntimeError):  # texts of numbers and tensors of one element are numbers too
+        if not isinstance(value, bool) and float(value) >= 0:
+            return float(value)
     raise AllocationError(
         f"the {name} table has {value!r} for layer {layer!r} at {candidate}. Write a number of 0 or more, or infinity"
         " to forbid the candidate."

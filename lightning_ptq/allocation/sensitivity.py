@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 from lightning_ptq import arguments
 from lightning_ptq.activations.calls import same_up_to_rounding
@@ -90,8 +90,7 @@ def measure_sensitivity(
         meter = _meter(calibration, measure, output)
         before = meter.measure_all()
         if measure == "fisher":
-            estimate = partial(fisher_rises, calibration, choices, at_base, meter.reader, seed, progress)
-            rises = _journaled(calibration, journal, estimate)
+            rises = _journaled(calibration, journal, fisher_rises, choices, at_base, meter.reader, seed, progress)
         else:
             rises = _Sweep(calibration, choices, at_base, meter, before, store, progress, journal).rises()
     means, errors = (_over_batches(statistic, rises, meter.samples) for statistic in (_mean, _standard_error))
@@ -149,12 +148,12 @@ def _meter(calibration: Calibration, measure: Measure, output: ChooseOutput | No
     return Meter(calibration, "kl" if measure == "fisher" else measure, output)
 
 
-def _journaled(calibration: Calibration, journal: Journal, work: Callable[[], _Rises]) -> _Rises:
-    """Return the outcome of ``work``, which is journaled; a resumed run reads it back."""
+def _journaled(calibration: Calibration, journal: Journal, work: Callable[..., _Rises], *arguments: Any) -> _Rises:
+    """Return the outcome of ``work(calibration, *arguments)``, which is journaled; a resumed run reads it back."""
     entry = calibration.ranks.on_rank_zero(lambda: journal.read("all"))
     if entry is not None:
         return cast(_Rises, entry.facts["rises"])
-    rises = work()
+    rises = work(calibration, *arguments)
     if calibration.ranks.rank == 0:
         journal.write("all", JournalEntry(facts={"rises": rises}))
     return rises

@@ -186,8 +186,7 @@ class Calibrator:
             self.isolation,
         )
         watched, courses = calibration.trace, calibration.one_batch_per_course()
-        run = lambda: [calibration.run(index) for index in courses]  # noqa: E731
-        calibration.folded = fold_batch_norms(module, self._traces, run)
+        calibration.folded = fold_batch_norms(module, self._traces, lambda: [calibration.run(i) for i in courses])
         self._observe_again(calibration)
         calibration.layers = layers = self._quantized_layers(watched)
         _warn_of_float_parts(self.prepared, watched)

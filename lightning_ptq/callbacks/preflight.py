@@ -75,30 +75,24 @@ def inspect(
         >>> preflight.folded, preflight.covered, preflight.hazards
         ({'1': '0'}, 1.0, [])
     """
-    check_is_module(module)
     module = _unwrapped(module)
     given = {
         "qconfig": qconfig, "step": step, "samples": samples, "granularity": granularity, "blocks": blocks,
         "config": config, "memory_limit": memory_limit,
     }  # fmt: skip
-    settings = _settings(trainer) | {name: value for name, value in given.items() if value is not None}
+    settings = _checked(_settings(trainer) | {name: value for name, value in given.items() if value is not None})
     forward = _forward(module, settings.pop("step"))
-    settings["samples"] = whole("samples", settings["samples"])
-    check_arguments(
-        "sequential", settings.get("granularity", "block"), None, settings.get("memory_limit", DEFAULT_MEMORY_LIMIT),
-        blocks=settings.get("blocks"), config=settings.get("config"),
-    )  # fmt: skip
     # A training_step may use self.trainer, which Lightning sets in fit.
     attached = {"_trainer": trainer} if trainer is not None and _is_lightning(module) else {}
     with attributes(module, attached):
         preflight = inspect_module(module, batch, forward=forward, **settings)
-    if trainer is None:
-        return preflight
-    return replace(preflight, hazards=[*preflight.hazards, *find_hazards(trainer, cast(Any, module), preflight)])
+    hazards = find_hazards(trainer, cast(Any, module), preflight) if trainer is not None else []
+    return replace(preflight, hazards=[*preflight.hazards, *hazards])
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
     """Return the LightningModule that ``torch.compile`` has wrapped, or the module itself."""
+    check_is_module(module)
     original = vars(module).get("_modules", {}).get("_orig_mod")
     return original if original is not None and _is_lightning(original) else module
 
@@ -106,6 +100,15 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 def _is_lightning(module: nn.Module) -> bool:
     """True for a LightningModule of either package."""
     return any(base.__name__ == "LightningModule" for base in type(module).__mro__)
+
+
+def _checked(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings; raise a QConfigError if one is outside its domain."""
+    check_arguments(
+        "sequential", settings.get("granularity", "block"), None, settings.get("memory_limit", DEFAULT_MEMORY_LIMIT),
+        blocks=settings.get("blocks"), config=settings.get("config"),
+    )  # fmt: skip
+    return {**settings, "samples": whole("samples", settings["samples"])}
 
 
 def _settings(trainer: Trainer | None) -> dict[str, Any]:

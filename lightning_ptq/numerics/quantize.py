@@ -91,7 +91,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, 
     """
     dtype = x.dtype
     x, scale = _single(x), _single(scale)
-    if torch.is_grad_enabled() and not torch.jit.is_tracing():  # a trace could neither check nor save the function
+    if torch.is_grad_enabled() and not torch._C._is_tracing():  # a trace could neither check nor save the function
         result: Tensor = _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max)
     else:
         zero_point = zero_point.to(x.dtype)

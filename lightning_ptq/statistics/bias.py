@@ -79,8 +79,8 @@ def tune_bias(
 
 def check_tuning(steps: int, lr: float, parts: int, norm_affine: bool) -> tuple[int, float, int, bool]:
     """Return arguments of :func:`tune_bias` in Python's own types; raise :class:`QConfigError` where it would."""
-    if not (is_number(lr) and 0 < lr < float("inf")):
-        raise QConfigError(f"lr must be a positive number, got {lr!r}. Write for example 0.01.")
+    if not (is_number(steps) and steps >= 1 and is_number(lr) and 0 < lr < float("inf")):
+        raise QConfigError(f"steps must be 1 or more and lr positive, got steps={steps!r}, lr={lr!r}.")
     return whole("steps", steps), float(lr), whole("parts", parts), flag("norm_affine", norm_affine)
 
 

@@ -62,40 +62,38 @@ def adaquant(
         announce: Called before the work with the plan of memory and time.
 
     Returns:
-        The result of each unit, and in parallel mode the tuned states; the same on all ranks.
+        The result of each unit, and in parallel mode the tuned states.
 
     Raises:
         QConfigError: If an argument does not fit.
         CalibrationError: If what a single unit needs fits neither into the limit nor onto the disk.
 
     Warns:
-        RolledBackWarning: Naming the units that tuning did not improve.
-        UntunableUnitWarning: Naming the units that cannot be tuned.
+        RolledBackWarning, UntunableUnitWarning: Naming the units that tuning did not improve, or that cannot be tuned.
 
     Example:
-        >>> import torch
+        >>> from torch import nn, randn
         >>> from lightning_ptq import calibrate
-        >>> net = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
-        >>> result = adaquant(calibrate(net, [torch.randn(64, 16)], "w8a8"))
-        >>> [unit.name for unit in result.units]
+        >>> net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+        >>> [unit.name for unit in adaquant(calibrate(net, [randn(64, 16)], "w8a8")).units]
         ['0', '2']
     """
     check_calibration(calibration, batches=True)
     seed = check_arguments(mode, granularity, candidates, memory_limit, seed, blocks, config)
     kind = SequentialRun if mode == "sequential" else ParallelRun
     with ActivationStore(memory_limit) as store, eval_mode(calibration.module), not_compiled(), not_checkpointed():
-        units = find_units(calibration.module, calibration.trace, granularity, blocks)
         widths, config = list(map(LayerQConfig.parse, candidates or ())), config or ReconstructionConfig()
+        units = find_units(calibration.module, calibration.trace, granularity, blocks)
         units = tunable_units(calibration, units, store, config)
         run = kind(calibration, units, store, config, seed, progress, journal, widths, on_unit)
         announce(run.plan)
         result = replace(run.all(), peak_activation_bytes=store.peak)
-    warn_of_untunable(calibration.ranks.merge(run.refused))
-    _warn_about_rejected(result)
-    return result
+    return _warned(result, calibration.ranks.merge(run.refused))
 
 
-def _warn_about_rejected(result: AdaQuantResult) -> None:
+def _warned(result: AdaQuantResult, refused: dict[str, str]) -> AdaQuantResult:
+    """Warn of the units that were not tuned, and return the result."""
+    warn_of_untunable(refused)
     rejected = [f"{row.name} ({row.bits})" for row in result.units if row.steps and not row.accepted]
     if rejected:
         warn(
@@ -104,6 +102,7 @@ def _warn_about_rejected(result: AdaQuantResult) -> None:
             RolledBackWarning,
             stacklevel=3,
         )
+    return result
 
 
 def check_arguments(

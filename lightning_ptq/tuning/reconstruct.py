@@ -98,9 +98,8 @@ def reconstruct_unit(
         UnitError: If no sample reaches the unit, or its forward or backward pass fails; it is left as it was.
     """
     start, ranks = time.perf_counter(), ranks or Ranks()
-    samples = [
-        ShardSamples(shard, of_shard, config.held_out, seed * config.parts + shard.index) for shard, of_shard in data
-    ]
+    seeds = {shard.index: seed * config.parts + shard.index for shard, _ in data}
+    samples = [ShardSamples(shard, of_shard, config.held_out, seeds[shard.index]) for shard, of_shard in data]
     loss = LOSSES[config.loss]
 
     def held_out_error() -> float:
@@ -113,27 +112,19 @@ def reconstruct_unit(
 
     if all(_over_shards(ranks, {own.shard.index: own.empty for own in samples})):
         raise UnitError("no calibration sample reaches it")
-    before = held_out_error()
-    widths = unit_qconfigs(unit)
+    before, widths = held_out_error(), unit_qconfigs(unit)
     bits = "/".join(sorted(set(map(str, widths))))
     if before < config.tolerance_for(widths):
         return UnitResult(unit.name, bits, before, before, False, 0, time.perf_counter() - start)
     saved = unit_states(unit)
     try:
         restart()
-        tuners = [make_tuner(unit, name, layer, config) for name, layer in unit.layers.items()]
-        with tuning_state(unit, config):
-            curve = _optimize(unit, tuners, samples, steps, config, ranks, on_step)
-        for tuner in tuners:
-            tuner.write()
-        # All ranks took the same steps; the broadcast ensures that they end with the same bytes.
-        ranks.broadcast(tensor for layer in unit.layers.values() for tensor in layer.tensors().values())
+        curve = _tune(unit, samples, steps, config, ranks, on_step)
         after = held_out_error()
     except UnitError:
         set_unit_states(unit, saved)
         raise
-    accepted = after < before
-    if not accepted:
+    if not (accepted := after < before):
         set_unit_states(unit, saved)
     return UnitResult(unit.name, bits, before, after, accepted, steps, time.perf_counter() - start, tuple(curve))
 
@@ -142,6 +133,25 @@ def _over_shards(ranks: Ranks, values: dict[int, T]) -> list[T]:
     """Return the values of all shards in the order of the shards, so that sums do not depend on who computed them."""
     merged = ranks.merge(values)
     return [merged[index] for index in sorted(merged)]
+
+
+def _tune(
+    unit: Unit,
+    samples: list[ShardSamples],
+    steps: int,
+    config: ReconstructionConfig,
+    ranks: Ranks,
+    on_step: Callable[[int], None],
+) -> list[tuple[int, float]]:
+    """Tune the unit's layers and write the tuned values into them; return the curve of the training loss."""
+    tuners = [make_tuner(unit, name, layer, config) for name, layer in unit.layers.items()]
+    with tuning_state(unit, config):
+        curve = _optimize(unit, tuners, samples, steps, config, ranks, on_step)
+    for tuner in tuners:
+        tuner.write()
+    # All ranks took the same steps; the broadcast ensures that they end with the same bytes.
+    ranks.broadcast(tensor for layer in unit.layers.values() for tensor in layer.tensors().values())
+    return curve
 
 
 def _optimize(

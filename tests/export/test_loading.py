@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,15 @@ WEIGHTS = [
 ]  # fmt: skip
 
 
-def quantized(weight: QuantSpec = WEIGHTS[0], exclude: tuple[str, ...] = ()) -> nn.Module:
+@functools.cache
+def calibrated(weight: QuantSpec, exclude: tuple[str, ...]) -> nn.Module:
     net = made(Net)
     calibrate(net, [X], QConfig(LayerQConfig(weight, QuantSpec(8, symmetric=False)), exclude=exclude)).release()
     return net
+
+
+def quantized(weight: QuantSpec = WEIGHTS[0], exclude: tuple[str, ...] = ()) -> nn.Module:
+    return copy.deepcopy(calibrated(weight, exclude))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -249,11 +255,6 @@ def normed() -> nn.Module:
     return net
 
 
-def in_inference_mode() -> nn.Module:
-    with torch.inference_mode():
-        return nn.Sequential(nn.Linear(8, 12), nn.LayerNorm(12), nn.Linear(12, 4))
-
-
 def frozen() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8), nn.Linear(8, 4)).requires_grad_(False)
 
@@ -269,7 +270,6 @@ ODD: dict[str, Callable[[], nn.Module]] = {
     "renamed": Renamed,
     "attention": Attention,
     "weight_norm": normed,
-    "inference_mode": in_inference_mode,
     "frozen": frozen,
 }
 
@@ -281,6 +281,18 @@ def test_odd_modules_are_loaded(odd: str, way: Any, tmp_path: Path) -> None:
     net, fresh = made(ODD[odd]), made(ODD[odd], seed=1)
     calibrate(net, [X], "w4a8").release()
     assert not torch.equal(output(fresh), output(net))
+    assert torch.equal(output(way(net, fresh, tmp_path)), output(net))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_module_made_in_inference_mode_is_loaded(way: Any, tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 12), nn.LayerNorm(12), nn.Linear(12, 4))
+
+    net = made(make)
+    calibrate(net, [X], "w4a8").release()
+    with torch.inference_mode():
+        fresh = made(make, seed=1)
     assert torch.equal(output(way(net, fresh, tmp_path)), output(net))
 
 

@@ -118,7 +118,11 @@ def doubled(module: Any, batch: Any) -> Any:
     return 2 * module.loss(batch)
 
 
-@pytest.mark.parametrize("change", [{"steps": 31}, {"scale": 1.01}, {"qconfig": "w6a6"}, {"step": doubled}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [{"steps": 31}, {"scale": 1.01}, {"qconfig": "w6a6"}, {"step": doubled}],
+    ids=lambda change: next(iter(change)),
+)
 def test_progress_of_another_run_is_not_used(tmp_path, monkeypatch, change):
     cut_off(tmp_path, monkeypatch, **change)
     theirs = pieces(tmp_path)
