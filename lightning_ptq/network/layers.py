@@ -233,3 +233,18 @@ class QuantConvTranspose2d(_Transposed, nn.ConvTranspose2d):
 @register_layer(nn.Linear)
 class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]  # torch's stub has no None for its bias
     """Fake-quantized :class:`torch.nn.Linear`."""
+
+
+class PaddedTransformerEncoder(Swapped, nn.TransformerEncoder):
+    """A :class:`torch.nn.TransformerEncoder` that never makes nested tensors, which only torch's fused path can take."""
+
+    prefix = "Padded"
+    use_nested_tensor = property(lambda self: False)  # type: ignore[assignment]  # hides the attribute of the instance
+
+    @classmethod
+    def reason_against(cls, module: nn.Module) -> str:
+        """Return an empty text: the attribute is hidden on purpose."""
+        return ""
+
+
+register_swap(nn.TransformerEncoder, PaddedTransformerEncoder)

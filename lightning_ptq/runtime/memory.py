@@ -34,9 +34,7 @@ def parse_bytes(text: str | int) -> int:
         return int(text)
     match = _SIZE.fullmatch(text.upper()) if isinstance(text, str) else None
     if match is None or match[2] not in _UNITS or (match[2] == "" and "." in match[1]):
-        raise QConfigError(
-            f"cannot read {text!r} as a size in bytes. Write for example '2GiB' or '500MB'."
-        )
+        raise QConfigError(f"cannot read {text!r} as a size in bytes. Write for example '2GiB' or '500MB'.")
     return int(float(match[1]) * _UNITS[match[2]])
 
 
