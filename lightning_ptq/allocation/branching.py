@@ -10,13 +10,15 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import mip
 
 from lightning_ptq.allocation.costs import Table
 from lightning_ptq.allocation.program import Group, Program
 
-_SEEN = 1e-6  # part of the objective's range that solvers tell apart
+_FEW = 1000  # choices that are compared one by one
+_SEEN = 1e-5  # part of the objective's range that solvers tell apart
 _ROUNDING = 1e-13  # relative error of a sum of floats, with room to spare
 _FINER = 8.0  # times the objective's range must shrink for the program to be solved again
 _Totals = list[dict[str, float]]  # by group and candidate
@@ -153,13 +155,12 @@ class Search:
 
     def _note(self, node: list[list[str]], chosen: list[str], bound: float, proven: bool) -> list[list[list[str]]]:
         """Keep a choice if it is within the limits and better; return the nodes that are still to be searched."""
-        choice = self.choice(chosen)
-        over = [totals for totals, row in self.judged if row.total(choice) > row.most]
-        if over:  # by the solver's tolerance
+        if proven and math.prod(map(len, node)) <= _FEW:  # compared one by one, without the solver's tolerances
+            for every in product(*node):
+                self._keep(every)
+            return []
+        if over := self._keep(chosen):  # by the solver's tolerance
             return _branches(over[0], node, chosen)
-        objective = sum(self.objective[layer][candidate] for layer, candidate in choice.items())
-        if objective < self.found.objective:
-            self.found.choice, self.found.objective = choice, objective
         if not proven:
             self._leave(bound, "FEASIBLE")
             return []
@@ -171,6 +172,15 @@ class Search:
             if fitting is None or sum(map(len, fitting)) < sum(map(len, node)):
                 return [] if fitting is None else [fitting]
         return self._polished(node, chosen, spread)
+
+    def _keep(self, chosen: Sequence[str]) -> list[_Totals]:
+        """Keep a choice if it is within the limits and better; return the totals that are over a limit."""
+        choice = self.choice(chosen)
+        over = [totals for totals, row in self.judged if row.total(choice) > row.most]
+        objective = sum(self.objective[layer][candidate] for layer, candidate in choice.items())
+        if not over and objective < self.found.objective:
+            self.found.choice, self.found.objective = choice, objective
+        return over
 
     def _polished(self, node: list[list[str]], chosen: list[str], spread: float) -> list[list[list[str]]]:
         """Return a node without the groups that hide others in the objective: they keep what was chosen."""

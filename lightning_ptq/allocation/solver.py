@@ -35,7 +35,7 @@ class BitAllocation:
         costs: Total of each cost, fixed part included.
         limits: Budgets of the solution, in the units of the costs.
         proven: True if the solution is optimal: no choice within the limits has a lower objective, by more than about
-            1e-6 of the largest difference that is left between two candidates.
+            1e-5 of the largest difference that is left between two candidates.
         bound: Lower bound of the objective (the rise, or the cost that was minimized) over all choices.
         gap: Relative distance of the objective from the bound.
         seconds: Time taken to solve.

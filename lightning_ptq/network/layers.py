@@ -236,10 +236,10 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]  # torch's stub 
 
 
 class PaddedTransformerEncoder(Swapped, nn.TransformerEncoder):
-    """A :class:`torch.nn.TransformerEncoder` that never makes nested tensors, which only torch's fused path can take."""
+    """A :class:`torch.nn.TransformerEncoder` that makes no nested tensors, which only torch's fused path takes."""
 
     prefix = "Padded"
-    use_nested_tensor = property(lambda self: False)  # type: ignore[assignment]  # hides the attribute of the instance
+    use_nested_tensor = property(lambda self: False)  # hides the attribute of the instance
 
     @classmethod
     def reason_against(cls, module: nn.Module) -> str:
