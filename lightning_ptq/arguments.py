@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Collection, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
@@ -93,6 +94,13 @@ def flag(name: str, value: Any) -> bool:
     if isinstance(value, bool) or type(value).__name__ in ("bool_", "bool"):
         return bool(value)
     raise QConfigError(f"{name} must be True or False, got {value!r}.")
+
+
+def folder(name: str, value: Any) -> Any:
+    """Return the name of a folder, or None."""
+    if value is None or isinstance(value, (str, os.PathLike)):
+        return value
+    raise QConfigError(f"{name} must be the name of a folder, or None, got {value!r}.")
 
 
 def texts(name: str, value: Any, example: str = "head", error: type[PTQError] = QConfigError) -> list[str]:

@@ -61,7 +61,8 @@ def calibrated() -> ptq.Calibration:
 CONSTRUCTORS = {
     "CalibrationCapture": (CalibrationCapture, {}, (
         "qconfig", "num_samples", "overrides", "exclude", "first_last_bits", "symmetric_activations",
-        "weight_observer", "activation_observer", "percentile", "signed_scales",
+        "weight_observer", "activation_observer", "percentile", "signed_scales", "save_checkpoint", "resume",
+        "resume_dir", "report_dir", "timeout",
     )),
     "AdaQuantLayerwise": (AdaQuantLayerwise, {}, (
         "mode", "granularity", "blocks", "candidates", "memory_limit", "seed", "steps", "batch_size", "learn",

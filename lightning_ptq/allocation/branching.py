@@ -134,7 +134,7 @@ class Search:
             status = program.model.optimize(max_seconds=max(left, 1e-3))
             self.found.solver = program.solver
             if status in (mip.OptimizationStatus.INFEASIBLE, mip.OptimizationStatus.INT_INFEASIBLE):
-                return []
+                return self._note(node, chosen, bound, True) if _are_few(node) else []
             proven = status == mip.OptimizationStatus.OPTIMAL
             least = self._least(self.objectives, node)
             if not program.model.num_solutions:
@@ -155,7 +155,7 @@ class Search:
 
     def _note(self, node: list[list[str]], chosen: list[str], bound: float, proven: bool) -> list[list[list[str]]]:
         """Keep a choice if it is within the limits and better; return the nodes that are still to be searched."""
-        if proven and math.prod(map(len, node)) <= _FEW:  # compared one by one, without the solver's tolerances
+        if proven and _are_few(node):  # compared one by one, without the solver's tolerances
             for every in product(*node):
                 self._keep(every)
             return []
@@ -205,6 +205,10 @@ def _room(most: float, fixed: float, least: Sequence[float]) -> float:
     """Return what a limit leaves above the least of all groups, with what sums of floats may be off by."""
     parts = [most, -fixed, *(-value for value in least)]
     return math.fsum(parts) + _ROUNDING * math.fsum(map(abs, parts))
+
+
+def _are_few(node: list[list[str]]) -> bool:
+    return math.prod(map(len, node)) <= _FEW
 
 
 def _spread(total: dict[str, float], candidates: list[str]) -> float:

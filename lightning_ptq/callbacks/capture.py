@@ -125,10 +125,10 @@ class CalibrationCapture(PTQCallback):
             num_samples = arguments.whole("num_samples", num_samples, error=CalibrationError)
         self.num_samples = num_samples
         self.step = step
-        self.save_checkpoint = save_checkpoint
-        self.resume = resume
-        self.resume_dir = resume_dir
-        self.report_dir = report_dir
+        self.save_checkpoint = arguments.flag("save_checkpoint", save_checkpoint)
+        self.resume = arguments.flag("resume", resume)
+        self.resume_dir = arguments.folder("resume_dir", resume_dir)
+        self.report_dir = arguments.folder("report_dir", report_dir)
         self.timeout = arguments.number("timeout", timeout, "be a positive number of seconds", (1e-3, math.inf), "1800")
         self.report: PTQReport | None = None
         self.calibration: Calibration | None = None
