@@ -102,7 +102,7 @@ def test_a_candidate_with_a_group_size_parses_and_prints() -> None:
 
 @pytest.mark.parametrize("size", [0, 1, -64, 2.5, "64"])
 def test_a_group_size_that_is_none_is_refused(size: Any) -> None:
-    with pytest.raises(QConfigError, match="group_size must be 2 or more, got .* Write a whole number"):
+    with pytest.raises(QConfigError, match=r"group_size must be 2 or more, got .* Write a whole number"):
         QuantSpec(4, group_size=size)
 
 
