@@ -125,7 +125,6 @@ def test_nothing_compiled_runs_meanwhile():
         return graph.forward
 
     torch._dynamo.reset()
-    torch.compiler.set_stance("default")
     compiled = torch.compile(lambda x: x + 1, backend=backend)
     with not_compiled():
         assert compiled(torch.zeros(1)) == 1

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from lightning_ptq import QConfig, adaquant, calibrate
-from lightning_ptq.activations.calls import Call
-from lightning_ptq.errors import UntunableUnitWarning
+from lightning_ptq.activations.calls import Call, unit_errors
+from lightning_ptq.errors import UnitError, UntunableUnitWarning
 from lightning_ptq.runtime.structure import flatten, map_tensors, tensors_in
 
 W3 = QConfig.parse("w3a8", first_last_bits=None)
@@ -299,3 +299,9 @@ def test_what_cannot_be_pickled_stays_whole():
     again = structure.build(leaves)
     assert again[0] is generator
     assert again[1].x.item() == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("odd"), StopIteration(), KeyError("x")])
+def test_what_a_module_raises_becomes_an_error_of_the_unit(error):
+    with pytest.raises(UnitError, match=type(error).__name__), unit_errors():
+        raise error

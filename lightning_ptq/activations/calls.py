@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_ptq.errors import PTQError, UnitError
 from lightning_ptq.network.op import Mode, ops_in_mode
 from lightning_ptq.runtime.isolation import Isolation, RandomState
 from lightning_ptq.runtime.structure import Structure, flatten, is_dense
@@ -71,6 +73,22 @@ class _Absent:
 
 def _copied(leaf: Any) -> Any:
     return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+
+
+@contextmanager
+def unit_errors() -> Iterator[None]:
+    """Raise what a user's module raises inside the ``with`` block as a :class:`UnitError`.
+
+    The library's own errors, and that memory is exhausted, are passed on.
+    """
+    try:
+        yield
+    except (PTQError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        # A context manager would take the cause StopIteration for its own end, and pass that on instead.
+        cause = None if isinstance(error, StopIteration) else error
+        raise UnitError(f"its forward or backward pass fails with {type(error).__name__}: {error}") from cause
 
 
 def run_unit(

@@ -13,9 +13,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Literal
 
-from lightning_ptq.activations.calls import Call, run_unit, same_leaves
+from lightning_ptq.activations.calls import Call, run_unit, same_leaves, unit_errors
 from lightning_ptq.activations.store import ActivationStore
 from lightning_ptq.calibration.calibration import Calibration
+from lightning_ptq.errors import CalibrationError, UnitError
 from lightning_ptq.network.op import ops_in_mode
 from lightning_ptq.network.trace import RESULT
 from lightning_ptq.network.units import Unit
@@ -124,8 +125,9 @@ class Replay:
     def _replaced_capture(self, unit: Unit, batch: int) -> list[Call] | None:
         """Return the calls in a run where finished units return stored outputs; None if such a run is impossible."""
         try:
-            captured = self._capture(unit, batch, replace=True)
-        except Exception:  # a unit was needed for more than its output, or was called more often
+            with unit_errors():
+                captured = self._capture(unit, batch, replace=True)
+        except (UnitError, CalibrationError):  # a unit was needed for more than its output, or was called more often
             return None
         expected = self.traces[batch].calls.get(unit.name, 0)
         return captured if len(captured) == expected or self.calibration.varies else None
@@ -162,7 +164,9 @@ class Replay:
         remaining = iter(calls)  # consumed call by call, in the order in which the unit was traced
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            call = next(remaining)
+            call = next(remaining, None)
+            if call is None:
+                raise UnitError("it is called more often than in the traced forward")
             if call.random is not None:  # as if the unit had drawn its random numbers
                 call.random.restore()
             return call.tree()
@@ -181,8 +185,9 @@ class Replay:
         for call in calls:
             args, kwargs = call.tree()
             try:
-                output = run_unit(unit.module, args, kwargs, self.stream, self.calibration.isolation, call.random)
-            except Exception:
+                with unit_errors():
+                    output = run_unit(unit.module, args, kwargs, self.stream, self.calibration.isolation, call.random)
+            except UnitError:
                 return False
             outputs.append(Call.of(output))
         return same_leaves(*outputs)

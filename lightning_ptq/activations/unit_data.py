@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_ptq.activations.calls import Call, run_unit
+from lightning_ptq.activations.calls import Call, run_unit, unit_errors
 from lightning_ptq.activations.groups import Group, Target, rows_of, sample_wise, signature
 from lightning_ptq.activations.store import ActivationStore
 from lightning_ptq.errors import UnitError
@@ -137,8 +137,9 @@ class UnitData:
                 outputs = float_tensors_in(self.run(unit, group, rows, "float"))
             self.row_bytes = max(self.row_bytes, largest[0] // size)
             try:
-                half = float_tensors_in(self._half(unit, group, part))
-            except Exception:  # the unit accepts whole calls only
+                with unit_errors():
+                    half = float_tensors_in(self._half(unit, group, part))
+            except UnitError:  # the unit accepts whole calls only
                 return False
             for all_rows, some in zip(outputs, half, strict=True):
                 expected = all_rows[size // 2 :]

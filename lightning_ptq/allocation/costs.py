@@ -147,6 +147,8 @@ def _cost_of(name: str, layer: str, candidate: str, value: Any) -> float:
 
 def _read_csv(path: Path) -> dict[str, dict[str, float]]:
     rows: dict[str, dict[str, float]] = {}
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}. Write a CSV file with the columns layer, w8a8, ...")
     try:
         # utf-8-sig: spreadsheets put a byte order mark before the first column's name.
         with path.open(newline="", encoding="utf-8-sig") as file:

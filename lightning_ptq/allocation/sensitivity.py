@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, cast
 
 from lightning_ptq import arguments
-from lightning_ptq.activations.calls import same_up_to_rounding
+from lightning_ptq.activations.calls import same_up_to_rounding, unit_errors
 from lightning_ptq.activations.memory_plan import keep_outputs
 from lightning_ptq.activations.replay import Replay
 from lightning_ptq.activations.store import ActivationStore
@@ -26,7 +26,7 @@ from lightning_ptq.calibration.candidates import Candidates, Choice, TunedStates
 from lightning_ptq.calibration.checks import check_calibration
 from lightning_ptq.calibration.forward import eval_mode
 from lightning_ptq.calibration.outputs import ChooseOutput, Meter
-from lightning_ptq.errors import QConfigError
+from lightning_ptq.errors import QConfigError, UnitError
 from lightning_ptq.network.units import Unit, find_units
 from lightning_ptq.runtime.journal import NO_JOURNAL, Journal, JournalEntry
 from lightning_ptq.runtime.memory import DEFAULT_MEMORY_LIMIT
@@ -232,8 +232,9 @@ class _Sweep:
         for batch in last_batches.values():
             full = reader.read(partial(replay.run, batch, replace=False))[0]
             try:
-                replaced = reader.read(partial(replay.run, batch))[0]
-            except Exception:  # a finished unit was needed for more than its output
+                with unit_errors():
+                    replaced = reader.read(partial(replay.run, batch))[0]
+            except UnitError:  # a finished unit was needed for more than its output
                 return False
             if not same_up_to_rounding(replaced, full):
                 return False
@@ -242,7 +243,7 @@ class _Sweep:
     def _finish(self, index: int, unit: Unit) -> None:
         """Store the outputs of unit ``index`` at its base, so that it need not run for the layers after it."""
         data = UnitData(self.replay.inputs(index), self.store, self.calibration.isolation)
-        with suppress(Exception):  # a unit that cannot run alone is not replaced by stored outputs
+        with suppress(UnitError), unit_errors():  # a unit that cannot run alone is not replaced by stored outputs
             self.replay.finish(index, data.outputs(unit.module, len(self.batches), "quantized"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
 from functools import cached_property
@@ -18,7 +19,6 @@ from lightning_ptq.calibration.containers import (
     TEXT,
     children,
     has_rows,
-    is_dense,
     is_list,
     is_record,
     leaves,
@@ -28,7 +28,8 @@ from lightning_ptq.calibration.containers import (
 )
 from lightning_ptq.calibration.sample_lists import SampleList, are_records, are_samples, are_shapes
 from lightning_ptq.errors import CalibrationError
-from lightning_ptq.runtime.structure import map_tensors
+from lightning_ptq.runtime.ranks import digest
+from lightning_ptq.runtime.structure import is_dense, map_tensors
 
 
 class Batch:
@@ -118,6 +119,13 @@ class Batch:
     def copy(self) -> Any:
         """Return the data in new containers, with tensors that own their storage."""
         return map_leaves(self.data, lambda leaf: map_tensors(leaf, torch.clone))
+
+    def digest(self) -> str:
+        """Return a checksum of :meth:`leaves`."""
+        checksum = hashlib.sha256()
+        for leaf in self.leaves():
+            checksum.update((digest([leaf]) if isinstance(leaf, Tensor) else repr(leaf)).encode())
+        return checksum.hexdigest()
 
     def leaves(self) -> Iterator[Any]:
         """Yield all tensors and plain values in a stable order; objects yield what pickle would store of them."""

@@ -11,9 +11,9 @@ from operator import setitem
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+
+from lightning_ptq.runtime.structure import is_dense
 
 TEXT = (str, bytes)
 SEQUENCES = (list, tuple, deque)
@@ -56,7 +56,7 @@ def _rebuild(data: Any, entries: dict[Any, Any]) -> Any:
         values = tuple(entries.values())
         return data._make(values) if hasattr(data, "_make") else type(data)(values)
     if isinstance(data, Mapping) and not isinstance(data, MutableMapping):
-        return type(data)(entries)  # type: ignore[call-arg]
+        return type(data)(entries)  # type: ignore[call-arg]  # Mapping itself takes no arguments, but classes of it do
     new = copy.copy(data)
     if isinstance(new, (list, deque)):
         new.clear()
@@ -92,11 +92,6 @@ def is_record(data: Any) -> bool:
 def is_list(data: Any) -> bool:
     """True for a list, and for a tuple without names."""
     return isinstance(data, (list, tuple)) and not hasattr(data, "_fields")
-
-
-def is_dense(data: Any) -> bool:
-    """True for a tensor that is neither sparse nor nested."""
-    return isinstance(data, Tensor) and data.layout is torch.strided and not data.is_nested
 
 
 def is_array(data: Any) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_ptq.errors import UnrepeatableForwardWarning, warn
 from lightning_ptq.network.trace import Trace
-from lightning_ptq.runtime.structure import float_tensors_in
+from lightning_ptq.runtime.structure import float_tensors_in, is_float, mean_and_magnitude
 
 
 class Recording:
@@ -22,11 +22,12 @@ class Recording:
 
     def __call__(self, name: str, op: Any, args: Any, kwargs: Any) -> None:
         """Record the inputs of an operation; to be called before each."""
-        self.inputs += [(name, _checksum(x)) for x in op.input_tensors(args, kwargs).values() if isinstance(x, Tensor)]
+        tensors = filter(is_float, op.input_tensors(args, kwargs).values())
+        self.inputs += [(name, mean_and_magnitude(x)) for x in tensors]
 
     def finish(self, result: Any, course: Trace) -> None:
         """Record the result and the course of the forward."""
-        self.result, self.course = [_checksum(x) for x in float_tensors_in(result)], course
+        self.result, self.course = [mean_and_magnitude(x) for x in float_tensors_in(result)], course
 
 
 def warn_if_different(first: Recording, again: Recording) -> None:
@@ -51,12 +52,6 @@ def warn_if_different(first: Recording, again: Recording) -> None:
         UnrepeatableForwardWarning,
         stacklevel=3,
     )
-
-
-def _checksum(x: Tensor) -> Tensor:
-    """Return the sum of a tensor and the sum of its magnitudes, both divided by the number of values."""
-    values = x.detach().double()
-    return torch.stack([values.sum(), values.abs().sum()]) / max(values.numel(), 1)
 
 
 def _same(x: Tensor, y: Tensor) -> bool:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
-
-from torch import Tensor
 
 from lightning_ptq.calibration.batch import Batch
 from lightning_ptq.errors import RepeatedSamplesWarning, warn
-from lightning_ptq.runtime.ranks import Ranks, digest
+from lightning_ptq.runtime.ranks import Ranks
 
 
 class Repeats:
@@ -30,7 +27,7 @@ class Repeats:
     def compare(self, batch: Any) -> None:
         """Compare the next batch with those of the other ranks; None at the end of the pass."""
         if self.alike:
-            self.alike = len(set(self.ranks.gather(None if batch is None else _checksum(batch)))) == 1
+            self.alike = len(set(self.ranks.gather(None if batch is None else Batch(batch).digest()))) == 1
 
     def turn(self, index: int) -> int:
         """Return about where batch ``index`` of this rank will be in the merged set, in which ranks take turns."""
@@ -53,10 +50,3 @@ class Repeats:
                 stacklevel=3,
             )
         return self.alike
-
-
-def _checksum(batch: Any) -> str:
-    found = hashlib.sha256()
-    for leaf in Batch(batch).leaves():
-        found.update((digest([leaf]) if isinstance(leaf, Tensor) else repr(leaf)).encode())
-    return found.hexdigest()

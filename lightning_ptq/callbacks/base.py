@@ -163,14 +163,17 @@ def check_trainer(trainer: Trainer) -> None:
 
 
 def check_callbacks(trainer: Trainer) -> None:
-    """Check that no callback holds a float copy of the weights, which would overwrite the tuned ones at the end.
+    """Check that no callback would undo the run, or take the place of all others in it.
 
     Raises:
-        CallbackError: If one does; the message names it.
+        CallbackError: If one holds a float copy of the weights, which would overwrite the tuned ones at the end, or
+            trains in order to find a learning rate; the message names it.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector of the Trainer
-        if {cls.__name__ for cls in type(callback).__mro__}.intersection(AVERAGING):
-            name = type(callback).__name__
+        bases, name = {cls.__name__ for cls in type(callback).__mro__}, type(callback).__name__
+        if "LearningRateFinder" in bases:  # it removes all callbacks meanwhile, which then cannot restore the module
+            raise CallbackError(f"{name} needs optimizer steps, but a PTQ run takes none. Leave out {name}.")
+        if bases.intersection(AVERAGING):
             raise CallbackError(
                 f"{name} keeps a float copy of the weights, with which it would overwrite the tuned weights at the end"
                 f" of fit. Leave {name} out of the PTQ run: load the averaged weights before, and fit without it."

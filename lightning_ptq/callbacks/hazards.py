@@ -20,7 +20,7 @@ from lightning_ptq.runtime.memory import format_bytes
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
-_NEED_TRAINING = ("GradientAccumulationScheduler", "LearningRateFinder", "SpikeDetection")
+_NEED_TRAINING = ("GradientAccumulationScheduler", "SpikeDetection")
 """Lightning callbacks that fail when no optimizer step is taken."""
 
 

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -160,10 +160,11 @@ def _input(pair: Any, spec: QuantSpec | None) -> tuple[float, int]:
     """Return scale and zero point of an input."""
     _need(isinstance(pair, list) and len(pair) == 2 and spec is not None, f"{pair!r:.80} as the grid of an input")
     scale, zero_point = pair
+    grid = cast(QuantSpec, spec)
     _need(type(scale) in (int, float), f"the input scale {scale!r:.80}")
     value = torch.tensor(float(scale), dtype=torch.float32)
     _need(bool((value > 0) & value.isfinite() & value.reciprocal().isfinite()), f"the input scale {scale!r:.80}")
-    least, greatest = (0, 0) if spec.symmetric else (spec.quant_min, spec.quant_max)  # type: ignore[union-attr]
+    least, greatest = (0, 0) if grid.symmetric else (grid.quant_min, grid.quant_max)
     _need(type(zero_point) is int and least <= zero_point <= greatest, f"the input zero point {zero_point!r:.80}")
     return float(scale), zero_point
 

@@ -51,8 +51,8 @@ def load_quantized_state_dicts() -> None:
             prepared.undo()  # with strict=False, nothing of what was loaded is quantized
         return result
 
-    load_state_dict._prepares_quantized = True  # type: ignore[attr-defined]
-    nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign]
+    load_state_dict._prepares_quantized = True  # type: ignore[attr-defined]  # a mark, so that it is extended once
+    nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign]  # on purpose: see above
 
 
 @contextmanager

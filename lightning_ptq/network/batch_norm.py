@@ -10,9 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lightning_ptq.errors import UnfoldedBatchNormWarning, warn
 from lightning_ptq.network.fold_check import RecordedCalls, close, why_not
@@ -21,6 +19,7 @@ from lightning_ptq.network.foldable import NORM_TENSORS, FoldableBatchNorm, fold
 from lightning_ptq.network.op import quantized_ops
 from lightning_ptq.network.trace import Trace
 from lightning_ptq.runtime.patching import hooked
+from lightning_ptq.runtime.structure import mean_and_magnitude, tensors_in
 
 __all__ = ["NORM_TENSORS", "FoldableBatchNorm", "fold_batch_norms", "folded_ahead", "folded_norms", "is_folded"]
 
@@ -93,16 +92,15 @@ def _fingerprint(
 
     def record(name: str, op: Any, args: Any, kwargs: Any) -> None:
         for tensor in op.input_tensors(args, kwargs).values():
-            x = tensor.detach().double()
-            if x.numel():
-                sums.setdefault(name, []).append(torch.stack([x.sum(), x.abs().sum()]) / x.numel())
+            if tensor.numel():
+                sums.setdefault(name, []).append(mean_and_magnitude(tensor))
 
     with ExitStack() as stack:
         stack.enter_context(hooked(quantized_ops(module), before=record))
         if calls is not None:
             stack.enter_context(hooked(calls.modules, before=calls.record))
         result = run()
-    tensors = [leaf.detach().double() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+    tensors = [tensor.detach().double() for tensor in tensors_in(result)]
     return {**sums, "": [t for t in tensors if t.numel()]}
 
 

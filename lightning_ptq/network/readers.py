@@ -15,6 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_ptq.network.op import QuantizedOp
 from lightning_ptq.network.swapping import Swapped
+from lightning_ptq.runtime.structure import is_dense
 
 _COPIES = ("aten::clone", "aten::contiguous")
 
@@ -127,7 +128,7 @@ class OutputTracker:
     def exit(self, name: str, module: nn.Module, output: Any) -> None:
         """Record the end of a module's forward."""
         self._fed.pop(name, None)
-        if isinstance(module, Swapped) and _is_dense(output):
+        if isinstance(module, Swapped) and is_dense(output):
             self.outputs.setdefault(name, Output())
             self._add(output, name, _channel_dim(module, output))
 
@@ -171,17 +172,13 @@ class OutputTracker:
         return elements.as_strided(view.size, view.stride, view.offset)
 
 
-def _is_dense(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout is torch.strided
-
-
 def _input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """Return the input of a layer or a batch norm that has one; None for other modules."""
     if isinstance(module, QuantizedOp):
         inputs = list(module.input_tensors(args, kwargs).values())
     else:
         inputs = [*args, *kwargs.values()][:1] if isinstance(module, Swapped) else []
-    return inputs[0] if len(inputs) == 1 and _is_dense(inputs[0]) else None
+    return inputs[0] if len(inputs) == 1 and is_dense(inputs[0]) else None
 
 
 def _channel_dim(module: nn.Module, tensor: Tensor) -> int:

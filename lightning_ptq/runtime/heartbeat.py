@@ -77,7 +77,7 @@ class Heartbeat:
         """End the thread."""
         self._closed.set()
         if threading.current_thread() is not self._thread:
-            self._thread.join(1.0)
+            self._thread.join(_SLOW)  # its last request may take a while on a busy machine
 
     def _announce(self, text: str, patience: float) -> None:
         deadline = time.monotonic() + patience

@@ -117,6 +117,12 @@ def dense(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
     return filter(is_dense, tensors)
 
 
+def mean_and_magnitude(x: Tensor) -> Tensor:
+    """Return the means of a tensor's values and of their magnitudes, (2,), float64: a checksum up to rounding."""
+    values = x.detach().double()
+    return torch.stack([values.sum(), values.abs().sum()]) / max(values.numel(), 1)
+
+
 class _Splitter(pickle.Pickler):
     """Pickles objects without their tensors and without what is kept by reference."""
 

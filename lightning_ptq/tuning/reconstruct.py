@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from lightning_ptq.activations.calls import unit_errors
 from lightning_ptq.activations.groups import Group
 from lightning_ptq.activations.shards import Shard, ShardSamples
 from lightning_ptq.activations.unit_data import UnitData
-from lightning_ptq.errors import PTQError, UnitError
+from lightning_ptq.errors import UnitError
 from lightning_ptq.network.units import Unit, set_unit_states, unit_qconfigs, unit_states
 from lightning_ptq.runtime.gradient import Gradient
 from lightning_ptq.runtime.memory import trim_heap
@@ -100,27 +101,23 @@ def reconstruct_unit(
     start, ranks = time.perf_counter(), ranks or Ranks()
     seeds = {shard.index: seed * config.parts + shard.index for shard, _ in data}
     samples = [ShardSamples(shard, of_shard, config.held_out, seeds[shard.index]) for shard, of_shard in data]
-    loss = LOSSES[config.loss]
-
-    def held_out_error() -> float:
-        trim_heap()  # these forwards have other sizes than the steps; neither fits into the heap that the other leaves
-        with unit_errors():
-            own_sums = {own.shard.index: loss.held_out(own.held_out(unit.module)) for own in samples}
-        sums = _over_shards(ranks, own_sums)
-        trim_heap()
-        return sum(error for error, _ in sums) / max(sum(magnitude for _, magnitude in sums), 1e-30)
-
     if all(_over_shards(ranks, {own.shard.index: own.empty for own in samples})):
         raise UnitError("no calibration sample reaches it")
-    before, widths = held_out_error(), unit_qconfigs(unit)
+    before, widths = _held_out_error(unit, samples, config, ranks), unit_qconfigs(unit)
     bits = "/".join(sorted(set(map(str, widths))))
     if before < config.tolerance_for(widths):
         return UnitResult(unit.name, bits, before, before, False, 0, time.perf_counter() - start)
     saved = unit_states(unit)
     try:
         restart()
-        curve = _tune(unit, samples, steps, config, ranks, on_step)
-        after = held_out_error()
+        tuners = [make_tuner(unit, name, layer, config) for name, layer in unit.layers.items()]
+        with tuning_state(unit, config):
+            curve = _optimize(unit, tuners, samples, steps, config, ranks, on_step)
+        for tuner in tuners:
+            tuner.write()
+        # All ranks took the same steps; the broadcast ensures that they end with the same bytes.
+        ranks.broadcast(tensor for layer in unit.layers.values() for tensor in layer.tensors().values())
+        after = _held_out_error(unit, samples, config, ranks)
     except UnitError:
         set_unit_states(unit, saved)
         raise
@@ -135,23 +132,14 @@ def _over_shards(ranks: Ranks, values: dict[int, T]) -> list[T]:
     return [merged[index] for index in sorted(merged)]
 
 
-def _tune(
-    unit: Unit,
-    samples: list[ShardSamples],
-    steps: int,
-    config: ReconstructionConfig,
-    ranks: Ranks,
-    on_step: Callable[[int], None],
-) -> list[tuple[int, float]]:
-    """Tune the unit's layers and write the tuned values into them; return the curve of the training loss."""
-    tuners = [make_tuner(unit, name, layer, config) for name, layer in unit.layers.items()]
-    with tuning_state(unit, config):
-        curve = _optimize(unit, tuners, samples, steps, config, ranks, on_step)
-    for tuner in tuners:
-        tuner.write()
-    # All ranks took the same steps; the broadcast ensures that they end with the same bytes.
-    ranks.broadcast(tensor for layer in unit.layers.values() for tensor in layer.tensors().values())
-    return curve
+def _held_out_error(unit: Unit, samples: list[ShardSamples], config: ReconstructionConfig, ranks: Ranks) -> float:
+    """Return the distance of the unit's held-out outputs from the float ones, relative to the magnitude of these."""
+    trim_heap()  # these forwards have other sizes than the steps; neither fits into the heap that the other leaves
+    with unit_errors():
+        own = {own.shard.index: LOSSES[config.loss].held_out(own.held_out(unit.module)) for own in samples}
+    sums = _over_shards(ranks, own)
+    trim_heap()
+    return sum(error for error, _ in sums) / max(sum(magnitude for _, magnitude in sums), 1e-30)
 
 
 def _optimize(
@@ -207,17 +195,6 @@ def unit_loss(
     with data.isolation.forward(unit.module, group.random_of(rows)):
         outputs = float_tensors_in(functional_call(unit.module, state, args, kwargs))
     return loss.training(outputs, group.wanted(rows))
-
-
-@contextmanager
-def unit_errors() -> Iterator[None]:
-    """Raise what the user's modules raise as a :class:`UnitError`."""
-    try:
-        yield
-    except (PTQError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise UnitError(f"its forward or backward pass fails with {type(error).__name__}: {error}") from error
 
 
 @contextmanager

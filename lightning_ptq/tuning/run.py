@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from lightning_ptq.activations.calls import Call
+from lightning_ptq.activations.calls import Call, unit_errors
 from lightning_ptq.activations.memory_plan import agree_to_keep, plan_memory
 from lightning_ptq.activations.replay import Replay, Stream
 from lightning_ptq.activations.shards import Shard, make_shards
@@ -23,7 +23,7 @@ from lightning_ptq.runtime.journal import Journal, LayerStates
 from lightning_ptq.runtime.progress import Progress
 from lightning_ptq.runtime.ranks import Ranks
 from lightning_ptq.tuning.config import ReconstructionConfig
-from lightning_ptq.tuning.reconstruct import UnitResult, reconstruct_unit, unit_errors
+from lightning_ptq.tuning.reconstruct import UnitResult, reconstruct_unit
 
 OnUnit = Callable[[UnitResult], None]
 """Function that is called with the result of each unit."""

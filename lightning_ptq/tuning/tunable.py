@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lightning_ptq.activations.calls import Call, same_leaves
+from lightning_ptq.activations.calls import Call, same_leaves, unit_errors
 from lightning_ptq.activations.groups import rows_of
 from lightning_ptq.activations.store import ActivationStore
 from lightning_ptq.activations.unit_data import UnitData
@@ -18,7 +18,7 @@ from lightning_ptq.network.units import Unit
 from lightning_ptq.runtime.patching import hooked
 from lightning_ptq.tuning.config import ReconstructionConfig
 from lightning_ptq.tuning.losses import LOSSES
-from lightning_ptq.tuning.reconstruct import tuning_state, unit_errors, unit_loss
+from lightning_ptq.tuning.reconstruct import tuning_state, unit_loss
 from lightning_ptq.tuning.tuners import make_tuner
 
 

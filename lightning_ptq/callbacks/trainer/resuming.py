@@ -135,8 +135,7 @@ def fingerprint(calibration: Calibration, forward: str = "") -> str:
     checksum = hashlib.sha256(_state_fingerprint(calibration.module).encode())
     checksum.update(f"{_version()} {torch.__version__} {calibration.prepared.qconfig} {forward}".encode())
     for batch in calibration.batches:
-        for leaf in Batch(batch).leaves():
-            checksum.update(_checksum(leaf))
+        checksum.update(Batch(batch).digest().encode())
     return checksum.hexdigest()
 
 

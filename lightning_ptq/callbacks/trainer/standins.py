@@ -47,7 +47,7 @@ class MutedLogger(Silent):
     def __init__(self, logger: Logger) -> None:
         self.__dict__["_logger"] = logger
 
-    @property  # type: ignore[misc]
+    @property  # type: ignore[misc]  # object declares it as an attribute that can be written
     def __class__(self) -> type:
         # Steps ask for the kind of logger by isinstance before they log an image, for example.
         return type(self._logger)
