@@ -9,6 +9,9 @@ nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.reuse_venv = "yes"
 nox.options.sessions = ["lint", "types", "tests", "integrations"]
 
+# Python does this on import, except where PYTHONDONTWRITEBYTECODE is set, as in many containers.
+COMPILE = "import compileall, sysconfig; compileall.compile_dir(sysconfig.get_path('purelib'), quiet=2, workers=0)"
+
 CODE = ["lightning_ptq", "recipes", "tests", "noxfile.py"]
 
 
@@ -23,6 +26,7 @@ def quickstart(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run unit tests, doctests and tests with several processes: nox -s tests [-- pytest arguments]"""
     session.install("-e", ".[tests]")
+    session.run("python", "-c", COMPILE)  # many tests start processes, and each would compile all of torch
     at_once = ["--numprocesses=auto", "--maxprocesses=4"]
     session.run("pytest", *at_once, *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
@@ -31,6 +35,7 @@ def tests(session: nox.Session) -> None:
 def integrations(session: nox.Session) -> None:
     """Tests with libraries that are slow to import, and so are left out of the other tests."""
     session.install("-e", ".[tests,integrations]")
+    session.run("python", "-c", COMPILE)
     files = session.posargs or ["tests/test_register_layer.py", "tests/test_docs.py", "tests/test_sweep_libraries.py"]
     session.run("pytest", *files, env={"OMP_NUM_THREADS": "1", "PTQ_TEST_INTEGRATIONS": "1"})
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -119,4 +120,35 @@ def text_table(name: str, value: Any, example: str, error: type[PTQError] = QCon
     """Return a dictionary of texts by texts, such as bit widths by pattern."""
     if not isinstance(value, Mapping) or not all(isinstance(part, str) for pair in value.items() for part in pair):
         raise error(f"{name} must be a dictionary of texts, got {value!r}. Write for example {example}.")
+    return dict(value)
+
+
+def keywords(
+    name: str,
+    value: Any,
+    function: Callable[..., Any],
+    taken: Collection[str] = (),
+    error: type[PTQError] = QConfigError,
+) -> dict[str, Any]:
+    """Return a dictionary of further arguments of a function; None is an empty one.
+
+    Args:
+        name: Name of the argument that holds them.
+        value: Its value.
+        function: The function or class that gets them.
+        taken: Names of the arguments that the caller gives itself.
+        error: Class of the error.
+    """
+    if value is None:
+        return {}
+    parameters = inspect.signature(function).parameters.values()
+    options = [p.name for p in parameters if p.name not in taken and p.kind is not p.VAR_KEYWORD]
+    further = any(p.kind is p.VAR_KEYWORD for p in parameters)  # the function checks these itself
+    if not isinstance(value, Mapping):
+        raise error(f"{name} must be a dictionary of arguments, got {value!r}. Its keys can be {options}.")
+    if unknown := [key for key in value if key in taken or not (further or key in options)]:
+        raise error(
+            f"{name} has {', '.join(map(repr, unknown))}, which {function.__name__} does not take here. Its keys can be"
+            f" {options}."
+        )
     return dict(value)

@@ -15,6 +15,9 @@ from torch.nn import functional as F
 
 import lightning_ptq as ptq
 from lightning_ptq import QConfig, QuantSpec, ReconstructionConfig
+from lightning_ptq.allocation.costs import size_cost
+from lightning_ptq.allocation.search import search_allocation
+from lightning_ptq.calibration.candidates import Candidates
 from lightning_ptq.callbacks import AdaQuantLayerwise, BitAllocator, CalibrationCapture, StatsTuning
 from lightning_ptq.callbacks.pipelines import advanced, light
 from lightning_ptq.errors import CalibrationError, PTQError, SensitivityError, SurgeryError
@@ -281,3 +284,30 @@ def test_a_calibration_whose_batches_are_freed_is_named():
 
 def test_the_description_of_a_calibration_is_short():
     assert repr(calibrated()) == "Calibration(Sequential, w8a8, 2 layers, 24 samples in 3 batches, on cpu)"
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: light(0.3, capture={"sepp": 1}), r"capture has 'sepp', which CalibrationCapture.*'step'"),
+        (lambda: light(0.3, capture=["step"]), r"capture must be a dictionary of arguments, got \['step'\]"),
+        (lambda: light(0.3, allocator={"candidates": ["w8a8"]}), r"allocator has 'candidates'"),
+        (lambda: advanced(0.3, allocator={"size": 1.0}), r"allocator has 'size'"),
+        (lambda: advanced(0.3, parallel={"mode": "sequential"}), r"parallel has 'mode'"),
+        (lambda: advanced(0.3, sequential={"stepz": 3}), r"stepz"),
+        (lambda: advanced(0.3, statistics={3: 3}), r"statistics has 3, which StatsTuning"),
+        (lambda: searched(measuring={"seeds": 3}), r"measuring has 'seeds'.*'measure'.*'seed'"),
+        (lambda: searched(measuring={"candidates": ["w8a8"]}), r"measuring has 'candidates'"),
+        (lambda: searched(solving={"timeout": 3}), r"solving has 'timeout'.*'time_limit'"),
+        (lambda: searched(solving=3), r"solving must be a dictionary of arguments, got 3"),
+    ],
+)
+def test_dictionaries_of_further_arguments_are_checked(make, told):
+    with pytest.raises(PTQError, match=told):
+        make()
+
+
+def searched(**options):
+    calibration = ptq.calibrate(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), [torch.ones(4, 4)], "w8a8")
+    costs = size_cost(calibration, Candidates(calibration, ["w8a8", "w4a4"]))
+    return search_allocation(calibration, ["w8a8", "w4a4"], costs, {"size": 1.0}, **options)

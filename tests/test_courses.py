@@ -118,10 +118,9 @@ def test_a_layer_that_first_runs_in_a_later_batch_is_quantized():
 @pytest.mark.parametrize(
     ("name", "granularity", "mode"),
     [
-        *((name, "layer", "sequential") for name in NETS),
+        *((name, "layer", "sequential") for name in NETS if name != "dense mixture"),
         ("branch", "block", "parallel"),
         ("dense mixture", "block", "sequential"),
-        ("mixture", "layer", "parallel"),
     ],
 )
 def test_every_course_is_tuned(name, granularity, mode):
@@ -137,7 +136,7 @@ def test_an_expert_without_rows_is_named_and_keeps_its_quantization():
     _, calibration = calibrated(lambda: Mixture(dense=True, bias=-50.0))
     before = calibration.layers["experts.3.0"].state()
     with pytest.warns(UntunableUnitWarning, match=r"experts\.3.*no calibration sample reaches it"):
-        adaquant(calibration, granularity="layer")
+        adaquant(calibration, granularity="layer", config=ReconstructionConfig(steps=4))
     after = calibration.layers["experts.3.0"].state()
     assert all(torch.equal(after[key], before[key]) for key in before)
 

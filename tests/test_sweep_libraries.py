@@ -65,9 +65,8 @@ CASES = {
         ),
         images(8), output="logits",
     ),
-    "timm efficientnet": Case(
-        lambda: timm.create_model("efficientnet_lite0", num_classes=4, num_features=16, stem_size=8), images(32)
-    ),
+    "timm efficientnet": Case(lambda: timm.create_model("test_efficientnet", num_classes=4), images(32)),
+    "timm byobnet": Case(lambda: timm.create_model("test_byobnet", num_classes=4), images(32)),
     "timm levit": Case(
         lambda: timm.models.levit.Levit(img_size=32, embed_dim=(16, 16), key_dim=8, depth=(1, 1), num_heads=(2, 2)),
         images(32),

@@ -17,7 +17,7 @@ from lightning_ptq.allocation.costs import Cost
 from lightning_ptq.allocation.sensitivity import measure_choice, measure_sensitivity
 from lightning_ptq.allocation.sensitivity_table import SensitivityTable
 from lightning_ptq.allocation.solver import BitAllocation, allocate_bits
-from lightning_ptq.arguments import text_table, whole
+from lightning_ptq.arguments import keywords, text_table, whole
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.candidates import Candidates, Choice, TunedStates
 from lightning_ptq.calibration.checks import check_calibration
@@ -101,9 +101,12 @@ def search_allocation(
     """
     check_calibration(calibration, batches=True)
     rounds = whole("rounds", rounds, error=AllocationError)
-    measuring = {"measure": "kl", **(measuring or {})}
+    own = ("calibration", "candidates", "base", "states", "progress", "journal")
+    measuring = {"measure": "kl", **keywords("measuring", measuring, measure_sensitivity, own, AllocationError)}
+    own = ("sensitivity", "costs", "budgets", "max_degradation")
+    solving = keywords("solving", solving, allocate_bits, own, AllocationError)
     search = _Search(
-        calibration, candidates, costs, budgets, states, measuring, solving or {}, max_degradation, progress, journal
+        calibration, candidates, costs, budgets, states, measuring, solving, max_degradation, progress, journal
     )
     first = sensitivity or search.table(None)
     search.start(first)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lightning_ptq.arguments import keywords
 from lightning_ptq.callbacks.adaquant import AdaQuantLayerwise
 from lightning_ptq.callbacks.allocator import DEFAULT_CANDIDATES, BitAllocator
 from lightning_ptq.callbacks.base import PTQCallback
@@ -42,9 +43,11 @@ def light(
     """
     candidates = _texts(candidates)
     return [
-        CalibrationCapture(candidates[0], num_samples, **capture or {}),
-        BitAllocator(size, candidates=list(candidates), **allocator or {}),
-        StatsTuning(seed=seed, **statistics or {}),
+        CalibrationCapture(candidates[0], num_samples, **_capture(capture)),
+        BitAllocator(
+            size, candidates=candidates, **keywords("allocator", allocator, BitAllocator, ("size", "candidates"))
+        ),
+        StatsTuning(**{"seed": seed, **keywords("statistics", statistics, StatsTuning)}),
     ]
 
 
@@ -81,12 +84,22 @@ def advanced(
     """
     candidates = _texts(candidates)
     return [
-        CalibrationCapture(candidates[0], num_samples, **capture or {}),
-        AdaQuantLayerwise("parallel", candidates=list(candidates), **{"seed": seed, "steps": 60, **(parallel or {})}),
-        BitAllocator(size, **allocator or {}),
-        AdaQuantLayerwise("sequential", **{"seed": seed, **(sequential or {})}),
-        StatsTuning(seed=seed, **statistics or {}),
+        CalibrationCapture(candidates[0], num_samples, **_capture(capture)),
+        AdaQuantLayerwise(
+            "parallel", candidates=candidates, **{"seed": seed, "steps": 60, **_tuning("parallel", parallel)}
+        ),
+        BitAllocator(size, **keywords("allocator", allocator, BitAllocator, ("size", "candidates"))),
+        AdaQuantLayerwise("sequential", **{"seed": seed, **_tuning("sequential", sequential)}),
+        StatsTuning(**{"seed": seed, **keywords("statistics", statistics, StatsTuning)}),
     ]
+
+
+def _capture(options: Any) -> dict[str, Any]:
+    return keywords("capture", options, CalibrationCapture, ("qconfig", "num_samples"))
+
+
+def _tuning(name: str, options: Any) -> dict[str, Any]:
+    return keywords(name, options, AdaQuantLayerwise, ("mode", "candidates"))
 
 
 def _texts(candidates: Sequence[str]) -> list[str]:

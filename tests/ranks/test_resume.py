@@ -30,7 +30,7 @@ pytestmark = [
 def quantized(
     root: Path,
     world: int = 1,
-    steps: int = 30,
+    steps: int = 12,
     scale: float = 1.0,
     qconfig: str = "w8a8",
     measure: Any = "kl",
@@ -67,8 +67,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return run(1, quantized, tmp_path_factory.mktemp("whole"))[0]
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("world", "seed"), [(1, 0), (1, 1), (2, 1)])
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_path, whole, world, seed):
     draw = random.Random(seed)
     kills = 0
@@ -120,16 +119,15 @@ def doubled(module: Any, batch: Any) -> Any:
 
 @pytest.mark.parametrize(
     "change",
-    [{"steps": 31}, {"scale": 1.01}, {"qconfig": "w6a6"}, {"step": doubled}],
+    [{"steps": 13}, {"scale": 1.01}, {"qconfig": "w6a6"}, {"step": doubled}],
     ids=lambda change: next(iter(change)),
 )
-def test_progress_of_another_run_is_not_used(tmp_path, monkeypatch, change):
+def test_progress_of_another_run_is_not_used(tmp_path, monkeypatch, whole, change):
     cut_off(tmp_path, monkeypatch, **change)
     theirs = pieces(tmp_path)
-    expected = quantized(tmp_path / "elsewhere")
     with pytest.warns(ProgressWarning, match="progress of another run"):
         found = quantized(tmp_path)
-    assert same_state(found, expected)
+    assert same_state(found, whole)
     assert pieces(tmp_path) == theirs
 
 

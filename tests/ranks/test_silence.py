@@ -47,6 +47,7 @@ def tunes(root: Any, timeout: float) -> None:
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_stopped_rank_ends_the_run_on_the_other(tmp_path, monkeypatch, stopped):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("lightning_ptq.runtime.ranks._FAREWELL", 1.0)
     processes, other = Processes(2, tunes, tmp_path, 3.0), 1 - stopped
     until(lambda: any(tmp_path.glob("lightning_ptq_activations_*/*.bin")))
     processes.kill(signal.SIGSTOP, stopped)

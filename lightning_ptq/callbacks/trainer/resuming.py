@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +20,7 @@ from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.errors import CallbackError, ProgressWarning, warn
 from lightning_ptq.runtime.fingerprint import fingerprint as fingerprint_of
 from lightning_ptq.runtime.fingerprint import module_fingerprint
-from lightning_ptq.runtime.journal import NO_JOURNAL, Journal, write_whole
+from lightning_ptq.runtime.journal import NO_JOURNAL, Journal
 from lightning_ptq.runtime.ranks import digest
 
 if TYPE_CHECKING:
@@ -93,26 +95,24 @@ def progress_folder(trainer: Trainer, resume_dir: str | None) -> Path:
 
 
 def check_resume_dir(trainer: Trainer, resume_dir: str | None) -> Path:
-    """Return the folder of the progress, after a file was written there, so that one without room is an error now.
+    """Return the folder of the progress, after a file was written on its disk: one without room is an error now.
 
     Raises:
         CallbackError: If that fails.
     """
     folder = progress_folder(trainer, resume_dir)
-    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    probe = folder / "probe"
+    # The folder itself is not made: several ranks may share it, and none could remove it without disturbing another.
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     try:
-        write_whole(probe, bytes(_PROBE))
-        probe.unlink(missing_ok=True)  # several ranks may share the folder
+        with tempfile.TemporaryFile(dir=existing) as probe:
+            probe.write(bytes(_PROBE))
+            probe.flush()
+            os.fsync(probe.fileno())
     except OSError as error:
         raise CallbackError(
             f"the progress of the run cannot be saved in resume_dir, which is {str(folder)!r} ({error}). Name a folder"
             " with room that can be written to, as in CalibrationCapture(resume_dir=...), or write resume=False."
         ) from error
-    finally:
-        with suppress(OSError):
-            for parent in missing:
-                parent.rmdir()
     return folder
 
 
