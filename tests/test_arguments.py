@@ -294,7 +294,6 @@ def test_the_description_of_a_calibration_is_short():
         (lambda: light(0.3, allocator={"candidates": ["w8a8"]}), r"allocator has 'candidates'"),
         (lambda: advanced(0.3, allocator={"size": 1.0}), r"allocator has 'size'"),
         (lambda: advanced(0.3, parallel={"mode": "sequential"}), r"parallel has 'mode'"),
-        (lambda: advanced(0.3, sequential={"stepz": 3}), r"stepz"),
         (lambda: advanced(0.3, statistics={3: 3}), r"statistics has 3, which StatsTuning"),
         (lambda: searched(measuring={"seeds": 3}), r"measuring has 'seeds'.*'measure'.*'seed'"),
         (lambda: searched(measuring={"candidates": ["w8a8"]}), r"measuring has 'candidates'"),

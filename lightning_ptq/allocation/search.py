@@ -101,10 +101,10 @@ def search_allocation(
     """
     check_calibration(calibration, batches=True)
     rounds = whole("rounds", rounds, error=AllocationError)
-    own = ("calibration", "candidates", "base", "states", "progress", "journal")
-    measuring = {"measure": "kl", **keywords("measuring", measuring, measure_sensitivity, own, AllocationError)}
-    own = ("sensitivity", "costs", "budgets", "max_degradation")
-    solving = keywords("solving", solving, allocate_bits, own, AllocationError)
+    taken = ["calibration", "candidates", "base", "states", "progress", "journal"]
+    measuring = {"measure": "kl", **keywords("measuring", measuring, measure_sensitivity, taken, AllocationError)}
+    taken = ["sensitivity", "costs", "budgets", "max_degradation"]
+    solving = keywords("solving", solving, allocate_bits, taken, AllocationError)
     search = _Search(
         calibration, candidates, costs, budgets, states, measuring, solving, max_degradation, progress, journal
     )
