@@ -22,6 +22,8 @@ from lightning_ptq import AdaQuantLayerwise, CalibrationCapture, QConfig, StatsT
 from lightning_ptq.errors import CalibrationError, UnrepeatableForwardWarning
 from lightning_ptq.runtime.isolation import Isolation
 
+PACKAGES = ["pytorch_lightning"]
+
 DATA = seeded(7, 512, 8) @ seeded(8, 8, 16)
 
 
