@@ -10,8 +10,9 @@ from lightning_ptq.allocation.search import AllocationResult, apply_allocation, 
 from lightning_ptq.allocation.sensitivity import measure_choice, measure_sensitivity
 from lightning_ptq.allocation.sensitivity_table import SensitivityTable
 from lightning_ptq.allocation.solver import BitAllocation, allocate_bits
+from lightning_ptq.calibration.calibrate import calibrate
 from lightning_ptq.calibration.calibration import Calibration
-from lightning_ptq.calibration.calibrator import Calibrator, calibrate
+from lightning_ptq.calibration.calibrator import Calibrator
 from lightning_ptq.calibration.candidates import Candidates
 from lightning_ptq.export.packed import load_packed, save_packed
 from lightning_ptq.export.state_dicts import load_quantized_state_dicts as _load_quantized_state_dicts

@@ -104,9 +104,15 @@ class FunctionalOpWarning(PTQWarning):
 
 
 class UnsupportedLayerWarning(PTQWarning):
-    """A layer of a quantizable type that cannot be swapped (lazy or re-parametrized): it stays float."""
+    """A layer of a quantizable type that cannot be swapped (a lazy one, for example): it stays float."""
 
-    remedy = "Before the PTQ run, call a lazy module once, and remove parametrizations such as weight norm."
+    remedy = "Before the PTQ run, call a lazy module once."
+
+
+class BakedWeightWarning(PTQWarning):
+    """A layer with weight norm, spectral norm, pruning or another parametrization: its computed weight is quantized."""
+
+    remedy = "Nothing is wrong. The quantized layer has a plain weight; what computed it is for training only."
 
 
 class TiedWeightWarning(PTQWarning):
@@ -142,6 +148,15 @@ class UntunableUnitWarning(PTQWarning):
     remedy = (
         "Nothing is wrong: the layers of such a block are tuned one by one, and others keep their initial quantization."
         " Choose other blocks (blocks=), or give these layers more bits by overrides."
+    )
+
+
+class SkippedStepWarning(PTQWarning):
+    """A step of statistics tuning that was left out, because its effect cannot be measured or differentiated."""
+
+    remedy = (
+        "Nothing is wrong with the quantized module. To do the step, give StatsTuning an output= that can be compared,"
+        " or CalibrationCapture a step= that runs the tuned network last."
     )
 
 

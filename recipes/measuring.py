@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import move_data_to_device
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ from lightning_ptq import (
     save_packed,
     size_cost,
 )
+from lightning_ptq.calibration.forward import default_forward
 from lightning_ptq.callbacks import pipelines
 from lightning_ptq.errors import PTQWarning
 from lightning_ptq.report.tables import allocation_table
@@ -83,20 +85,25 @@ def trainer(callbacks: list[Any] | None = None, **options: Any) -> pl.Trainer:
     return pl.Trainer(**settings | options)
 
 
+def validated(module: pl.LightningModule, loader: DataLoader, score: str = "top1") -> float:
+    """Return the score that the module logs in validation, in percent."""
+    return 100 * trainer().validate(module, loader, verbose=False)[0][score]
+
+
 def top1(module: Classifier, loader: DataLoader) -> float:
     """Return the top-1 accuracy in percent."""
-    return 100 * trainer().validate(module, loader, verbose=False)[0]["top1"]
+    return validated(module, loader)
 
 
-def seconds_per_pass(module: Classifier, loader: DataLoader, batch_size: int = 32) -> float:
+def seconds_per_pass(module: pl.LightningModule, loader: DataLoader, batch_size: int = 32) -> float:
     """Return the seconds of one forward and backward pass over the dataset, on the Trainer's device."""
     device = trainer().strategy.root_device
     module = copy.deepcopy(module).train().to(device)
-    images = [image for image, _ in DataLoader(loader.dataset, batch_size=batch_size)]
+    batches = list(DataLoader(loader.dataset, batch_size=batch_size, collate_fn=loader.collate_fn))
     start = 0.0
-    for batch in [images[0], *images]:  # the first batch warms up, before the clock starts
+    for batch in [batches[0], *batches]:  # the first batch warms up, before the clock starts
         module.zero_grad()
-        module(batch.to(device)).square().mean().backward()
+        default_forward(module, move_data_to_device(batch, device)).square().mean().backward()
         if not start:
             start = _now(device)
     return _now(device) - start
@@ -120,13 +127,13 @@ def packed_size(module: nn.Module) -> int:
         return save_packed(module, Path(folder) / "packed.safetensors")
 
 
-def budget_for(module: Classifier, calibration: DataLoader, budget: str) -> float:
+def budget_for(module: pl.LightningModule, calibration: DataLoader, budget: str) -> float:
     """Return a size budget: the number in ``budget``, or the size in bytes at uniform widths such as w4a4."""
     try:
         return float(budget)
     except ValueError:
-        images, _ = next(iter(calibration))
-        calibrated = calibrate(copy.deepcopy(module), [images[:1]], budget)  # sizes do not depend on the image
+        batch = next(iter(calibration))
+        calibrated = calibrate(copy.deepcopy(module), [batch], budget)  # sizes do not depend on the samples
         choices = Candidates(calibrated, [budget])
         return size_cost(calibrated, choices).total(choices.uniform(budget))
 
@@ -136,11 +143,11 @@ Pipeline = Literal["nearest", "adaquant", "light", "advanced"]
 
 def callbacks_for(
     pipeline: Pipeline, qconfig: str, size: float | None, candidates: list[str] | None, statistics: bool, seed: int,
-    tuning: dict[str, Any], first_last_bits: int | None = 8,
+    tuning: dict[str, Any], first_last_bits: int | None = 8, capture: dict[str, Any] | None = None,
 ) -> list[Any]:  # fmt: skip
     """Return the callbacks of a pipeline."""
     widths: dict[str, Any] = {} if candidates is None else {"candidates": candidates}
-    edges = {"first_last_bits": first_last_bits}
+    edges = {"first_last_bits": first_last_bits, **(capture or {})}
     if pipeline in ("light", "advanced"):
         if size is None:
             raise SystemExit(f"the {pipeline} pipeline allocates bit widths and needs a budget. Add --budget w4a4.")
@@ -157,11 +164,12 @@ def callbacks_for(
 
 
 def run(
-    float_module: Classifier,
+    float_module: pl.LightningModule,
     calibration: DataLoader,
     test: DataLoader,
     *,
     model: str,
+    score: str = "top1",
     qconfig: str,
     mode: Literal["sequential", "parallel"],
     granularity: Literal["layer", "block"],
@@ -173,6 +181,7 @@ def run(
     budget: str | None = None,
     candidates: list[str] | None = None,
     first_last_bits: int | None = 8,
+    capture: dict[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Quantize a copy of the module by ``trainer.fit``, measure it, print tables, and write the record as JSON.
@@ -183,30 +192,30 @@ def run(
     record: dict[str, Any] = {
         "model": model, "qconfig": qconfig, "mode": mode, "granularity": granularity, "steps": steps, "seed": seed,
         "pipeline": pipeline, "statistics": statistics, "budget": budget, "first_last_bits": first_last_bits,
-        "options": options,
+        "capture": capture, "options": options, "score": score,
     }  # fmt: skip
-    record["top1_float"] = top1(float_module, test)
+    record[f"{score}_float"] = validated(float_module, test, score)
     record["seconds_per_pass"] = seconds_per_pass(float_module, calibration)
     pl.seed_everything(seed, verbose=False)
     nearest = copy.deepcopy(float_module)
-    trainer([CalibrationCapture(qconfig)]).fit(nearest, calibration)
-    record["top1_rtn"] = top1(nearest, test)
+    trainer([CalibrationCapture(qconfig, **(capture or {}))]).fit(nearest, calibration)
+    record[f"{score}_rtn"] = validated(nearest, test, score)
     del nearest
 
     module = copy.deepcopy(float_module)
     size = None if budget is None else budget_for(float_module, calibration, budget)
     tuning = {"mode": mode, "granularity": granularity, "steps": steps, "seed": seed, **options}
-    callbacks = callbacks_for(pipeline, qconfig, size, candidates, statistics, seed, tuning, first_last_bits)
+    callbacks = callbacks_for(pipeline, qconfig, size, candidates, statistics, seed, tuning, first_last_bits, capture)
     start = time.perf_counter()
     trainer(callbacks).fit(module, calibration)
     record["seconds"] = time.perf_counter() - start
-    record["top1_quantized"] = top1(module, test)
+    record[f"{score}_quantized"] = validated(module, test, score)
     record["peak_rss_mb"] = peak_rss_mb()
     record["device"] = str(trainer().strategy.root_device)
     if torch.cuda.is_initialized():
         record["peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 1e6
     record["size_bytes"] = packed_size(module)
-    record["size_bytes_float"] = sum(t.numel() * t.element_size() for t in float_module.net.state_dict().values())
+    record["size_bytes_float"] = sum(t.numel() * t.element_size() for t in float_module.state_dict().values())
     for callback in callbacks:
         _take(record, callback)
     _print(record)
@@ -244,10 +253,11 @@ def _print(record: dict[str, Any]) -> None:
         if table.row_count:
             console.print(table)
     table = Table("what", "value", title=f"{record['model']}: {record['pipeline']}")
-    drop = record["top1_float"] - record["top1_quantized"]
-    table.add_row("top-1 float, %", f"{record['top1_float']:.2f}")
-    table.add_row(f"top-1 rounded to nearest at {record['qconfig']}", f"{record['top1_rtn']:.2f}")
-    table.add_row("top-1 quantized", f"{record['top1_quantized']:.2f}, a drop of {drop:.2f}")
+    score = record["score"]
+    float_score, nearest, quantized = (record[f"{score}_{which}"] for which in ("float", "rtn", "quantized"))
+    table.add_row(f"{score} float, %", f"{float_score:.2f}")
+    table.add_row(f"{score} rounded to nearest at {record['qconfig']}", f"{nearest:.2f}")
+    table.add_row(f"{score} quantized", f"{quantized:.2f}, a drop of {float_score - quantized:.2f}")
     passes = record["seconds"] / record["seconds_per_pass"]
     table.add_row("seconds", f"{record['seconds']:.1f}, or {passes:.1f} passes forward and backward")
     gpu = f", and {record['peak_gpu_mb']:.0f} on the GPU" if "peak_gpu_mb" in record else ""

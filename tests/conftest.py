@@ -18,6 +18,7 @@ def pl(request: pytest.FixtureRequest) -> Any:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "pl" in metafunc.fixturenames:
-        # What could differ between the packages has tests with both; in the other files one of them is enough.
-        packages = getattr(metafunc.module, "PACKAGES", ["pytorch_lightning", "lightning.pytorch"])
+        # One of them is enough, except where the library tells classes of the one from those of the other.
+        both = any(marker.name == "both_packages" for marker in metafunc.definition.iter_markers())
+        packages = ["pytorch_lightning", *(["lightning.pytorch"] if both else [])]
         metafunc.parametrize("pl", packages, indirect=True)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import pytest
 import torch
 from helpers import Snapshot, build
-from zoo import Case
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from zoo import Case, detect
 
 from lightning_ptq import (
     QConfig,
@@ -27,7 +30,7 @@ from lightning_ptq import (
 )
 from lightning_ptq.calibration.batch import Batch
 from lightning_ptq.calibration.candidates import Candidates
-from lightning_ptq.calibration.forward import run_forward
+from lightning_ptq.calibration.forward import eval_mode, run_forward
 from lightning_ptq.runtime.structure import tensors_in
 
 QCONFIG = QConfig.parse("w4a4", first_last_bits=None)
@@ -47,6 +50,18 @@ def same(left, right):
     return len(left) == len(right) and all(map(torch.equal, left, right))
 
 
+def independent_macs(module, case):
+    """Multiply-accumulates of one sample, counted by torch in the float module."""
+    counter = FlopCounterMode(display=False)
+    with (
+        eval_mode(module),
+        sdpa_kernel(SDPBackend.MATH),
+        counter,
+    ):  # with gradients, since the counter's hooks need them
+        case.forward(module, Batch(case.batches[0]).copy())
+    return counter.get_total_flops() / 2 / Batch(case.batches[0]).samples
+
+
 def float_module(case: Case):
     return build(case.make).to(case.dtype).eval()
 
@@ -57,6 +72,9 @@ def run_everything(case: Case, folder: Path) -> None:
     expected, before = outputs(module, case), Snapshot(module)
     preflight = inspect(module, case.batches[0], QCONFIG, step=case.forward)
     assert preflight.layers
+    assert preflight.covered >= case.covered
+    if case.counted and not preflight.uncounted and case.forward is not detect:
+        assert preflight.macs == pytest.approx(independent_macs(module, case), rel=0.01)
     before.assert_unchanged()
 
     calibration = calibrate(module, case.batches, QCONFIG, forward=case.forward)

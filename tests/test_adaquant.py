@@ -67,12 +67,17 @@ def output_error(calibration, name):
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize(("mode", "granularity"), MODES)
 def test_outputs_come_closer_to_the_float_net(name, mode, granularity):
-    calibration = calibration_of(name)
+    # Embeddings are rounded and not tuned: at 3 bits their error would hide what tuning does elsewhere.
+    calibration = calibration_of(name, overrides={"embed": "w8"} if name == "transformer" else {})
     before = output_error(calibration, name)
     result = adaquant(calibration, mode=mode, granularity=granularity, config=CONFIG)
     assert output_error(calibration, name) < 0.95 * before
     blocks = {"resnet": ["stem", "blocks.0", "blocks.1", "head"], "transformer": ["layers.0", "layers.1", "head"]}
-    names = list(calibration.layers) if granularity == "layer" else blocks[name]
+    layers = [layer for layer in calibration.layers if layer != "embed"]
+    if name == "transformer":
+        products = [f"layers.{i}.attention.attention_1_{part}" for i in (0, 1) for part in ("scores", "values")]
+        assert {"embed", *products} < {*calibration.layers}
+    names = layers if granularity == "layer" else blocks[name]
     assert [row.name for row in result.units] == names
     assert all(row.accepted == (row.error_after < row.error_before) for row in result.units)
     assert sum(row.accepted for row in result.units) >= 2

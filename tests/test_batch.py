@@ -685,3 +685,11 @@ def graph_of(x):
     graph = Graph(len(x))
     graph.x = x
     return graph
+
+
+@pytest.mark.parametrize("with_targets", [False, True])
+def test_images_of_one_size_that_are_not_square_are_counted(with_targets):
+    images = [seeded(i, 3, 48, 64) for i in range(4)]
+    batch = Batch((images, [{"boxes": torch.zeros(3, 4)}] * 4) if with_targets else images)
+    assert batch.samples == 4
+    assert Batch([images[0]]).samples == 3  # one tensor: the column of a batch

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from lightning_ptq.errors import (
 )
 from lightning_ptq.network.op import ops_in_mode
 from lightning_ptq.numerics.quantize import choose_qparams
+from lightning_ptq.runtime.patching import hooked
 
 
 class OutOfOrder(nn.Module):
@@ -188,7 +191,37 @@ class Functional(nn.Module):
 )
 def test_a_product_outside_any_layer_is_named(product, op):
     with pytest.warns(FunctionalOpWarning, match=op):
-        calibrate(Functional(product), X, "w4a4")
+        calibrate(Functional(product), X, QConfig.parse("w4a4", operations="layers"))
+
+
+@pytest.mark.parametrize(
+    ("product", "names"),
+    [
+        (lambda x, w: x @ w, ["weight_weight_1", "linear_1"]),
+        (lambda x, w: F.linear(x, w, w[0]), ["weight_weight_0", "linear_1"]),
+        (lambda x, w: torch.einsum("ni,nij->nj", x, w.expand(len(x), 4, 4)), ["einsum_1"]),
+        (
+            lambda x, w: F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0],
+            ["attention_1_scores", "attention_1_values"],
+        ),
+    ],
+    ids=["matmul", "linear", "einsum", "attention"],
+)
+def test_a_product_in_a_forward_that_the_module_has_of_its_own_is_quantized(product, names):
+    net = Functional(product)
+    expected, own = net(X[0]), net.inner.forward
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        calibration = calibrate(net, X, QConfig.parse("w4a4", first_last_bits=None))
+    assert sorted(calibration.layers) == sorted([*(f"inner.{name}" for name in names), "last"])
+    calls = []
+    inside = {name: net.get_submodule(f"inner.{name}") for name in names}
+    with hooked(inside, before=lambda name, *_: calls.append(name)):
+        net(X[0])
+    assert sorted(calls) == sorted(names)
+    calibration.prepared.undo()
+    assert net.inner.forward is own
+    assert torch.equal(net(X[0]), expected)
 
 
 @pytest.mark.parametrize("observer", ["minmax", "percentile", "mse"])

@@ -16,6 +16,7 @@ from lightning_ptq.network.prepare import prepare
 from lightning_ptq.runtime.eager import is_compiled, not_compiled
 
 pytestmark = [
+    pytest.mark.both_packages,
     pytest.mark.filterwarnings("ignore::lightning_ptq.errors.RolledBackWarning"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
     pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`"),

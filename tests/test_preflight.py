@@ -51,11 +51,12 @@ class Mixed(nn.Module):
 MACS = {"conv": 2592, "grouped": 288, "gate": 16, "head": 15, "spare": 0}
 PRODUCT = 20  # the row of 4 by the table of 4 x 5
 ALL = sum(MACS.values()) + PRODUCT
-QCONFIG = QConfig.parse("w4a6", exclude=["gate"])
+QCONFIG = QConfig.parse("w4a6", exclude=["gate"], operations="layers")
+PRODUCTS = QConfig.parse("w4a6", exclude=["gate"])
 
 
-def mixed():
-    return inspect_module(build(Mixed), IMAGES, QCONFIG)
+def mixed(qconfig=QCONFIG):
+    return inspect_module(build(Mixed), IMAGES, qconfig)
 
 
 def test_the_layers_their_widths_and_their_work():
@@ -94,17 +95,72 @@ def test_products_outside_any_layer():
     assert (product.module, product.operators, product.macs) == ("", ("mm",), PRODUCT)
 
 
+def test_a_product_with_a_parameter_is_among_the_layers():
+    found = mixed(PRODUCTS)
+    layers = {layer.name: layer for layer in found.layers}
+    table, product = layers.pop("table_weight_1"), layers.pop("linear_1")
+    assert (table.kind, table.shape, table.parameters, table.macs) == ("Parameter", (4, 5), 20, 0)
+    assert (product.kind, product.shape, product.parameters, product.macs) == ("linear", (), 0, PRODUCT)
+    assert (table.widths, table.status, product.widths, product.status) == ("w4a6", "quantized", "w4a6", "quantized")
+    assert [*layers.values()] == mixed().layers  # the others are as they were
+    assert not found.products
+    assert found.macs == ALL
+    assert found.covered == pytest.approx((2592 + 288 + 15 + PRODUCT) / ALL)
+    bits = 2592 * 64 + 288 * 24 + 15 * 64 + PRODUCT * 6 * 4
+    float_bits = 32 * 32 * (2592 + 288 + 15 + PRODUCT)
+    assert found.bops == pytest.approx(bits / float_bits)
+    assert found.covered_parameters == pytest.approx((72 + 8 + 15 + 20) / 190)
+    tables = {table.key: table for table in found.tables()}
+    assert "products" not in tables
+    assert {row[0]: row[1:3] for row in tables["widths"].rows} == {
+        "w8a8": (2, 2607), "w4a6": (3, 288 + PRODUCT), "float": (2, 16),
+    }  # fmt: skip
+    assert sorted(warning.category for warning in found.warnings) == [
+        "UnfoldedBatchNormWarning", "UnreachedLayerWarning",
+    ]  # fmt: skip
+    # 20 weights of 32 bits become 20 of 4 bits, and a scale for each of the 5 columns.
+    assert mixed().packed_bytes - found.packed_bytes == 20 * 4 - (20 // 2 + 5 * 4)
+
+
+def test_a_bilinear_layer_is_counted():
+    net = nn.Sequential(nn.Linear(4, 4), Twofold(nn.Bilinear(4, 4, 3)), nn.Linear(3, 2))
+    found = inspect_module(net, seeded(0, 8, 4))
+    # Each of the three outputs is a sum over 4 x 4 pairs of features.
+    assert [(layer.kind, layer.shape, layer.macs) for layer in found.layers] == [
+        ("Linear", (4, 4), 16), ("Bilinear", (3, 4, 4), 48), ("Linear", (2, 3), 6),
+    ]  # fmt: skip
+    assert (found.products, found.covered, found.macs) == ([], 1, 70)
+
+
+class Twofold(nn.Module):
+    """Gives a layer its input twice."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, x)
+
+
 def test_a_product_that_torch_has_no_formula_for():
-    class Bilinear(nn.Module):
+    class Distances(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.both, self.last = nn.Linear(4, 4), nn.Bilinear(4, 4, 4), nn.Linear(4, 2)
+            self.weight = nn.Parameter(torch.randn(4, 4))
 
         def forward(self, x: Tensor) -> Tensor:
-            x = self.first(x)
-            return self.last(self.both(x, x))
+            return torch.cdist(x, self.weight)
 
-    found = inspect_module(build(Bilinear), seeded(0, 8, 4))
+    class Nearest(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.both, self.last = nn.Linear(4, 4), Distances(), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.both(self.first(x)))
+
+    found = inspect_module(build(Nearest), seeded(0, 8, 4))
     assert [(product.module, product.macs) for product in found.products] == [("both", None)]
     assert found.macs == 16 + 8
     assert "100.0% of those that torch can count" in str(found.tables()[0].rows)
@@ -123,8 +179,11 @@ def test_fused_attention_is_counted_in_its_parts():
 
     found = inspect_module(build(Attending), seeded(0, 8, 3, 4))
     # Queries, keys and values of three tokens; two products of 3 x 3 x 4; the projection.
-    assert [(product.module, product.macs) for product in found.products] == [("attention", 144 + 72 + 48)]
-    assert found.covered == pytest.approx(48 / (48 + 264))
+    assert {row.name.rpartition(".")[2]: row.macs for row in found.layers} == {
+        "first": 48, "attention": 144, "attention_1_scores": 36, "attention_1_values": 36, "out_proj": 48,
+    }  # fmt: skip
+    assert not found.products
+    assert found.covered == 1
     assert torch.backends.mha.get_fastpath_enabled()
 
 
@@ -151,8 +210,9 @@ def test_recurrent_layers_are_counted(kind, gates, options, mode):
     with mode():
         assert macs_below(count_macs(net, lambda: net.eval()(x)), "layer") == 4 * expected
         found = inspect_module(net, x)
-    assert [(product.module, product.macs) for product in found.products] == [("layer", expected)]
-    assert found.covered == pytest.approx(16 * directions * 4 / (16 * directions * 4 + expected))
+    assert {row.name: row.macs for row in found.layers} == {"layer": expected, "head": 16 * directions * 4}
+    assert not found.products
+    assert found.covered == 1
     assert not found.uncounted
 
 
@@ -186,10 +246,18 @@ def test_grouped_products_are_counted():
         net(x)
     except RuntimeError:
         pytest.skip("this torch has grouped products for GPUs only")
-    found = inspect_module(net, x)
+    parameters = 256 + 16 + 64 + 4 + 2 * 2048
+    found = inspect_module(net, x, QConfig.parse("w4a4", operations="layers"))
     assert [(product.operators, product.macs) for product in found.products] == [(("_grouped_mm",), 2 * 16 * 32)]
     assert found.covered == pytest.approx((256 + 64) / (256 + 64 + 1024))
-    assert found.covered_parameters == pytest.approx((256 + 64) / (256 + 16 + 64 + 4 + 2 * 2048))
+    assert found.covered_parameters == pytest.approx((256 + 64) / parameters)
+    found = inspect_module(net, x)
+    assert [(layer.name, layer.shape, layer.parameters, layer.macs) for layer in found.layers] == [
+        ("first", (16, 16), 272, 256), ("up_weight_2", (4, 16, 32), 2048, 0), ("linear_1", (), 0, 512),
+        ("down_weight_2", (4, 32, 16), 2048, 0), ("linear_2", (), 0, 512), ("last", (4, 16), 68, 64),
+    ]  # fmt: skip
+    assert (found.products, found.covered) == ([], 1)
+    assert found.covered_parameters == pytest.approx((parameters - 16 - 4) / parameters)  # biases stay float
 
 
 @pytest.mark.parametrize(
@@ -222,7 +290,7 @@ class Spectral(nn.Module):
 
 
 def test_what_has_no_formula_is_in_a_line_of_its_own():
-    found = inspect_module(build(Spectral), seeded(0, 8, 8))
+    found = inspect_module(build(Spectral), seeded(0, 8, 8), QConfig.parse("w4a4", operations="layers"))
     assert [(product.operators, product.macs) for product in found.products] == [
         (("mm",), 64), (("_fft_c2r", "_fft_r2c"), None),
     ]  # fmt: skip
@@ -230,6 +298,12 @@ def test_what_has_no_formula_is_in_a_line_of_its_own():
     assert overview["operators not counted"] == "_fft_c2r, _fft_r2c"
     assert overview["share in quantized layers"] == "55.6% of those that torch can count"
     assert "operators not counted" not in dict(mixed().tables()[0].rows)
+    found = inspect_module(build(Spectral), seeded(0, 8, 8))
+    assert [(product.operators, product.macs) for product in found.products] == [(("_fft_c2r", "_fft_r2c"), None)]
+    assert [(layer.name, layer.kind, layer.macs) for layer in found.layers] == [
+        ("first", "Linear", 64), ("matmul_1", "matmul", 64), ("last", "Linear", 16),
+    ]  # fmt: skip
+    assert dict(found.tables()[0].rows)["share in quantized layers"] == "100.0% of those that torch can count"
 
 
 def test_operators_of_other_packages_are_named_if_their_inputs_are_large():
@@ -254,7 +328,7 @@ class Recommender(nn.Module):
 
 
 def test_parameters_that_stay_float_are_stated():
-    found = inspect_module(build(Recommender), torch.randint(50, (8, 2)))
+    found = inspect_module(build(Recommender), torch.randint(50, (8, 2)), QConfig.parse("w4a4", operations="layers"))
     total, quantized = 800 + 400 + 68 + 8 + 5, 64 + 4
     assert found.covered == 1
     assert found.parameters == total
@@ -275,9 +349,8 @@ def test_parameters_that_stay_float_are_stated():
 
 def test_a_small_share_is_not_rounded_to_nothing():
     net = build(lambda: nn.Sequential(nn.Embedding(4000, 8), nn.Linear(8, 1)))
-    (share,) = [
-        value for name, value in inspect_module(net, torch.arange(8)).tables()[0].rows if "parameters that" in name
-    ]
+    rows = inspect_module(net, torch.arange(8), QConfig.parse("w4a4", operations="layers")).tables()[0].rows
+    (share,) = [value for name, value in rows if "parameters that" in name]
     assert share == "0.025%"
 
 
@@ -295,8 +368,11 @@ class Expanded(nn.Module):
 
 def test_a_module_that_gets_an_expanded_parameter():
     found = inspect_module(build(Expanded), seeded(0, 4, 5, 8))
-    assert {layer.name: layer.macs for layer in found.layers if layer.macs} == {"first": 192, "last": 48}
-    assert [(p.module, p.macs) for p in found.products] == [("attention", 3 * 64 + 2 * 5 * 64 + 2 * 3 * 5 * 8 + 3 * 64)]
+    assert {layer.name.rpartition(".")[2]: layer.macs for layer in found.layers} == {
+        "first": 192, "attention": 3 * 64 + 2 * 5 * 64, "attention_1_scores": 3 * 5 * 8,
+        "attention_1_values": 3 * 5 * 8, "out_proj": 3 * 64, "last": 48,
+    }  # fmt: skip
+    assert not found.products
 
 
 class Marked(Tensor):
@@ -310,11 +386,15 @@ def test_tensors_of_other_classes_are_counted():
     assert {name: macs / 8 for name, macs in found.items()} == {k: v for k, v in MACS.items() if v} | {"": PRODUCT}
 
 
+class ModeLinear(nn.Linear):
+    mode = "fan_in"
+
+
 def test_a_layer_that_cannot_be_swapped():
-    net = nn.Sequential(nn.Linear(4, 8), nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 2))
-    found = inspect_module(net, seeded(0, 8, 4))
+    net = nn.Sequential(nn.Linear(4, 8), ModeLinear(8, 8), nn.Linear(8, 2))
+    found = inspect_module(net, seeded(0, 8, 4), QConfig.parse("w4a4", operations="layers"))
     status = {layer.name: (layer.kind, layer.status, layer.macs) for layer in found.layers}
-    assert status["1"] == ("ParametrizedLinear", "not supported", 64)
+    assert status["1"] == ("ModeLinear", "not supported", 64)
     assert [warning.category for warning in found.warnings] == ["UnsupportedLayerWarning", "FunctionalOpWarning"]
     assert found.products == []  # it is among the layers already
     assert found.covered == pytest.approx((32 + 16) / (32 + 64 + 16))
@@ -349,8 +429,13 @@ def test_torch_counts_what_the_shapes_say(make):
     batch = seeded(1, 4, 3, 8, 8) if isinstance(net, Zoo) else token_batches(1)[0]
     size = 4 if isinstance(net, Zoo) else 8
     counted = count_macs(net, lambda: default_forward(net.eval(), batch))
-    expected = multiply_accumulates(calibrate(net, [batch], "w8a8"))
-    assert {name: macs_below(counted, name) / size for name in expected} == pytest.approx(expected)
+    modules = {name for name, _ in net.named_modules()}
+    expected: dict[str, float] = {}
+    for name, macs in multiply_accumulates(calibrate(net, [batch], "w8a8")).items():
+        place = name if name in modules else name.rpartition(".")[0]  # a call site's products are those of its module
+        expected[place] = expected.get(place, 0.0) + macs
+    assert {name: counted.get(name, 0.0) / size for name in expected} == pytest.approx(expected)
+    assert sum(counted.values()) / size == pytest.approx(sum(expected.values()))  # there is nothing else
     assert not any(child._forward_hooks or child._forward_pre_hooks for child in build(make).modules())
 
 
@@ -378,31 +463,47 @@ NETS = {
     "transformer": lambda: (build(lambda: Transformer(16)), token_batches(5)),
 }
 IMAGE_BYTES = 40 * 6 * 36 * 4  # output of a convolution of the ResNet, all samples
-TOKEN_BYTES, MASK_BYTES = 40 * 5 * 16 * 4, 40 * 5
+TOKEN_BYTES, MASK_BYTES, SCORE_BYTES = 40 * 5 * 16 * 4, 40 * 5, 40 * 5 * 5 * 4
 # What is held at the worst unit. The estimate is at the capture of the second of two equal shards: two streams and the
 # inputs of its half, these inputs once more while they are concatenated, and what the other half holds. The peak is
 # measured on shards of three and two batches.
 HELD = [
     # blocks.1.conv2: each stream keeps the outputs of the stem, blocks.0.conv2 and blocks.1.conv1. Peak: without the
     # last, but with the unit's inputs, its targets, and its quantized outputs for three batches.
-    ("resnet", "layer", (7 / 2 + 1 / 2 + 6 / 2) * IMAGE_BYTES, (4 + 1 + 1 + 3 / 5) * IMAGE_BYTES),
+    ("resnet", "layer", "products", (7 / 2 + 1 / 2 + 6 / 2) * IMAGE_BYTES, (4 + 1 + 1 + 3 / 5) * IMAGE_BYTES),
     # blocks.0 and blocks.1: the same, but each stream keeps one output, and none after the unit.
-    ("resnet", "block", (3 / 2 + 1 / 2 + 2 / 2) * IMAGE_BYTES, (1 + 1 + 3 / 5) * IMAGE_BYTES),
+    ("resnet", "block", "products", (3 / 2 + 1 / 2 + 2 / 2) * IMAGE_BYTES, (1 + 1 + 3 / 5) * IMAGE_BYTES),
     # layers.1.down: each stream keeps three residuals and the output of `up`, which is as large as two of them and is
     # the input. Peak: the same with the inputs of three batches.
-    ("transformer", "layer", (12 / 2 + 2 / 2 + 10 / 2) * TOKEN_BYTES, (10 + 3 / 5 * 2) * TOKEN_BYTES),
+    ("transformer", "layer", "layers", (12 / 2 + 2 / 2 + 10 / 2) * TOKEN_BYTES, (10 + 3 / 5 * 2) * TOKEN_BYTES),
+    # layers.1.attention's scores: each stream keeps two residuals and queries, keys and values, of which the first two
+    # are the inputs; the values are needed later. Estimate: the outputs, too, are held by both halves. Peak: the second
+    # shard's queries while they are concatenated, with the inputs and outputs of both shards.
+    (
+        "transformer",
+        "layer",
+        "products",
+        (12 / 2 + 2 / 2 + 12 / 2) * TOKEN_BYTES + SCORE_BYTES,
+        (10 + 2 + 2 / 5) * TOKEN_BYTES + SCORE_BYTES,
+    ),
     # layers.0 and layers.1: as in the ResNet, and the mask is an input too.
-    ("transformer", "block", 3 * TOKEN_BYTES + 3 / 2 * MASK_BYTES, (1 + 1 + 3 / 5) * TOKEN_BYTES + MASK_BYTES),
+    (
+        "transformer",
+        "block",
+        "products",
+        3 * TOKEN_BYTES + 3 / 2 * MASK_BYTES,
+        (1 + 1 + 3 / 5) * TOKEN_BYTES + MASK_BYTES,
+    ),
 ]
 
 
 @quiet
-@pytest.mark.parametrize(("name", "granularity", "estimate", "peak"), HELD)
-def test_one_batch_tells_what_tuning_on_all_will_hold(name, granularity, estimate, peak):
+@pytest.mark.parametrize(("name", "granularity", "operations", "estimate", "peak"), HELD)
+def test_one_batch_tells_what_tuning_on_all_will_hold(name, granularity, operations, estimate, peak):
     net, batches = NETS[name]()
-    config = ReconstructionConfig(steps=2, batch_size=8)
-    found = inspect_module(net, batches[0], "w3a4", samples=40, granularity=granularity, config=config)
-    result = adaquant(calibrate(net, batches, "w3a4"), granularity=granularity, config=config)
+    config, qconfig = ReconstructionConfig(steps=2, batch_size=8), QConfig.parse("w3a4", operations=operations)
+    found = inspect_module(net, batches[0], qconfig, samples=40, granularity=granularity, config=config)
+    result = adaquant(calibrate(net, batches, qconfig), granularity=granularity, config=config)
     assert (found.plan.most, result.peak_activation_bytes) == (round(estimate), round(peak))
 
 

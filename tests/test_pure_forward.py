@@ -22,8 +22,6 @@ from lightning_ptq import AdaQuantLayerwise, CalibrationCapture, QConfig, StatsT
 from lightning_ptq.errors import CalibrationError, UnrepeatableForwardWarning
 from lightning_ptq.runtime.isolation import Isolation
 
-PACKAGES = ["pytorch_lightning"]
-
 DATA = seeded(7, 512, 8) @ seeded(8, 8, 16)
 
 
@@ -151,8 +149,10 @@ def test_random_numbers_differ_between_batches():
     drawn = []
     forward = lambda m, batch: drawn.append(torch.randn(3)) or m.net(batch)  # noqa: E731
     calibrate(m, list(DATA.split(256)), "w8a8", forward=forward)
-    assert torch.equal(drawn[0], drawn[1])  # the first batch runs twice
-    assert not torch.equal(drawn[1], drawn[2])
+    # The first batch runs three times: once to find the functions that are called, and twice to be compared.
+    assert torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[2], drawn[3])
 
 
 class RandomBlock(nn.Module):
@@ -276,7 +276,7 @@ def test_a_cache_among_the_arguments_starts_anew_in_every_call(granularity):
     calibration = calibrate(net, x, QConfig.parse("w3a8", first_last_bits=None))
     before = float(F.mse_loss(calibration.run(0), expected))
     result = adaquant(calibration, granularity=granularity)
-    assert len(result.units) == (4 if granularity == "block" else 7)
+    assert len(result.units) == (4 if granularity == "block" else 13)
     assert float(F.mse_loss(calibration.run(0), expected)) < before
 
 

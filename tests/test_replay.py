@@ -146,7 +146,8 @@ def test_inputs_of_every_unit_are_those_of_a_full_run(name, granularity):
                 data = UnitData(calls, store)
                 if stream == "quantized":  # tuning changes the unit between the two
                     for layer in unit.layers.values():
-                        layer.weight_fake_quant.scale *= 1.5
+                        for quantizer in layer.weight_quantizers.values():
+                            quantizer.scale *= 1.5
                 replay.finish(index, data.outputs(unit.module, len(calibration.batches), stream))
     assert not [module for module in calibration.module.modules() if "forward" in vars(module)]
 

@@ -205,7 +205,7 @@ class Answers(SmallNet):
     """Returns a dictionary of two tensors."""
 
     def forward(self, x):
-        return {"logits": super().forward(x), "again": x}
+        return {"scores": super().forward(x), "again": x}
 
 
 def test_invalid_input_is_refused_and_leaves_the_module_unchanged():
@@ -246,10 +246,10 @@ def test_a_loss_that_is_nan_is_named():
 def test_of_several_outputs_one_is_chosen():
     net = build(Answers).eval()
     calibration = calibrate(net, [seeded(5, 8, 1, 5, 5), seeded(6, 8, 1, 5, 5)], "w8a8")
-    with pytest.raises(SensitivityError, match=r"keys \['logits', 'again'\].*Set output="):
+    with pytest.raises(SensitivityError, match=r"keys \['scores', 'again'\].*Set output="):
         measure_sensitivity(calibration, CANDIDATES)
-    by_key = measure_sensitivity(calibration, CANDIDATES, output="logits")
-    by_function = measure_sensitivity(calibration, CANDIDATES, output=lambda found: found["logits"])
+    by_key = measure_sensitivity(calibration, CANDIDATES, output="scores")
+    by_function = measure_sensitivity(calibration, CANDIDATES, output=lambda found: found["scores"])
     assert by_key.rises == by_function.rises
 
 

@@ -17,6 +17,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_ptq import QConfig, calibrate, prepare
 from lightning_ptq.errors import (
+    BakedWeightWarning,
     PTQError,
     PTQWarning,
     QConfigError,
@@ -46,10 +47,9 @@ def test_undo_puts_the_very_same_objects_back(build: Callable[[], nn.Module]) ->
         assert isinstance(child, (QuantLayer, FoldableBatchNorm)) or "Quant" not in type(child).__name__
     assert not [name for name, c in net.named_modules() if type(c) in (nn.Conv2d, nn.Linear, nn.BatchNorm2d)]
     assert list(net.state_dict()) == list(state)
-    for layer in prepared.layers.values():
-        layer.set_parameters(
-            {"weight": layer.weight + 1, "bias": layer.bias}
-        )  # what tuning does to the swapped layers stays with them
+    for layer in prepared.layers.values():  # what tuning does to the swapped layers stays with them
+        biases = {name: getattr(layer, name) for name in layer.bias_names}
+        layer.set_parameters({**{name: weight + 1 for name, weight in layer.weights.items()}, **biases})
     prepared.undo()
     prepared.undo()
     assert objects(net) == before
@@ -59,7 +59,7 @@ def test_undo_puts_the_very_same_objects_back(build: Callable[[], nn.Module]) ->
 def test_layers_are_found_by_name_in_registration_order() -> None:
     layers = prepare(Zoo(), "w4").layers
     block = ["block.conv1", "block.conv2"]
-    assert list(layers) == ["stem", *block, "up", "depthwise", "hidden", "gate", "head"]
+    assert list(layers) == ["stem", *block, "up", "depthwise", "hidden", "embedding", "gate", "head"]
 
 
 def test_a_shared_module_stays_shared() -> None:
@@ -80,17 +80,16 @@ def test_a_tied_weight_is_named_and_marked(other: nn.Module) -> None:
     with pytest.warns(TiedWeightWarning, match="first") as caught:
         layers = prepare(net, "w4").layers
     assert "free" not in str(caught[0].message)
-    assert {name: layer.tied for name, layer in layers.items()} == {
-        "first": True,
-        "free": False,
-        **({"other": True} if isinstance(other, nn.Linear) else {}),
-    }
+    assert {name: layer.tied for name, layer in layers.items()} == {"first": True, "other": True, "free": False}
 
 
-def test_a_reparametrized_layer_is_skipped() -> None:
-    net = nn.Sequential(weight_norm(nn.Conv2d(3, 3, 1)), nn.LazyLinear(4), nn.Linear(4, 4)).eval()
+def test_a_layer_without_a_weight_of_its_own_is_skipped() -> None:
+    odd = nn.Conv2d(3, 3, 1)
+    del odd.weight
+    odd.weight = torch.ones(3, 3, 1, 1)
+    net = nn.Sequential(odd, nn.LazyLinear(4), nn.Linear(4, 4)).eval()
     skipped = list(net[:2])
-    with pytest.warns(UnsupportedLayerWarning, match=r"^0, 1: "):
+    with pytest.warns(UnsupportedLayerWarning, match=r"^0, 1: the weight is lazy or no parameter"):
         prepared = prepare(net, "w4")
     assert list(prepared.layers) == ["2"]
     assert list(net[:2]) == skipped
@@ -122,7 +121,7 @@ def test_a_warning_turned_into_an_error_leaves_the_module_as_it_was() -> None:
     before = objects(net)
     with warnings.catch_warnings():
         warnings.simplefilter("error", PTQWarning)
-        with pytest.raises(UnsupportedLayerWarning):
+        with pytest.raises(BakedWeightWarning):
             prepare(net, "w4")
     assert objects(net) == before
 
@@ -135,7 +134,7 @@ def test_a_module_is_prepared_once() -> None:
         prepare(net, "w8")
     assert objects(net) == before
     prepared.undo()
-    assert len(prepare(net, "w8").layers) == 8
+    assert len(prepare(net, "w8").layers) == 9
 
 
 def fold(net: nn.Module, x: Tensor) -> tuple[dict[str, str], Tensor]:
@@ -443,6 +442,11 @@ class ModeLinear(nn.Linear):
     mode = "fan_in"
 
 
+class Noise(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x)
+
+
 class ChannelConv(nn.Conv2d):
     def __init__(self) -> None:
         super().__init__(3, 3, 1)
@@ -455,9 +459,10 @@ class ChannelConv(nn.Conv2d):
         (SealedLinear(4, 4), "its class cannot be changed"),
         (ModeLinear(4, 4), "its class defines 'mode', the name of"),
         (ChannelConv(), "its attribute 'channels' has the name of"),
-        (parametrize.register_parametrization(nn.Linear(4, 4), "bias", nn.Identity()), "lazy or re-parametrized"),
+        (parametrize.register_parametrization(nn.Linear(4, 4), "bias", Noise()), "computed anew with other values"),
+        (nn.Embedding(4, 4, max_norm=1.0), "its max_norm changes the weight.*set max_norm to None"),
     ],
-    ids=["metaclass", "class_attribute", "attribute", "bias"],
+    ids=["metaclass", "class_attribute", "attribute", "random", "max_norm"],
 )
 def test_a_layer_that_cannot_be_swapped_stays_float_and_is_named(layer: nn.Module, reason: str) -> None:
     net = nn.ModuleDict({"odd": layer, "plain": nn.Linear(4, 4)})
@@ -468,10 +473,9 @@ def test_a_layer_that_cannot_be_swapped_stays_float_and_is_named(layer: nn.Modul
     assert type(layer) is kind
 
 
-@pytest.mark.parametrize("layer", [weight_norm(nn.Linear(4, 4)), nn.LazyLinear(4)], ids=["weight_norm", "lazy"])
-def test_if_no_layer_can_be_quantized_the_error_says_what_to_do(layer: nn.Module) -> None:
-    with pytest.raises(SurgeryError, match=r"nothing to quantize.*0: the weight is lazy or re-parametrized.*Run one"):
-        prepare(nn.Sequential(layer), "w4")
+def test_if_no_layer_can_be_quantized_the_error_says_what_to_do() -> None:
+    with pytest.raises(SurgeryError, match=r"nothing to quantize.*0: the weight is lazy or no parameter.*Run one"):
+        prepare(nn.Sequential(nn.LazyLinear(4)), "w4")
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::lightning_ptq.errors.FunctionalOpWarning")

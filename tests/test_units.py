@@ -127,9 +127,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[str], lis
         vision_transformer,
         IMAGE,
         ["conv_proj", VIT_LAYER + "0", VIT_LAYER + "1", VIT_LAYER + "2", "heads.head"],
-        [1, 2, 2, 2, 1],
+        [1, 6, 6, 6, 1],
     ),
-    "encoder": (Encoder, (2, 5, 3), ["embed", "encoder.layers.0", "encoder.layers.1", "head"], [1, 2, 2, 1]),
+    "encoder": (Encoder, (2, 5, 3), ["embed", "encoder.layers.0", "encoder.layers.1", "head"], [1, 6, 6, 1]),
     "convolutions": (convolutions, IMAGE, ["0", "3", "6"], [1, 1, 1]),
     "attribute_blocks": (AttributeBlocks, IMAGE, ["stem", "first", "second", "twice", "head"], [1, 2, 2, 2, 1]),
     "deep_residuals": (TwoDeepResiduals, IMAGE, ["first", "second"], [10, 10]),
@@ -155,8 +155,10 @@ def test_blocks_are_found_in_execution_order(name: str) -> None:
     assert in_units == watched.layer_order
 
     single = find_units(net, watched, "layer")
-    assert [unit.name for unit in single] == watched.layer_order
-    assert [list(unit.layers) for unit in single] == [[layer] for layer in watched.layer_order]
+    inside = {name: [at for at in watched.layer_order if at.startswith(f"{name}.")] for name in watched.layer_order}
+    outer = [name for name in watched.layer_order if not any(name in names for names in inside.values())]
+    assert [unit.name for unit in single] == outer
+    assert [list(unit.layers) for unit in single] == [[name, *inside[name]] for name in outer]
 
 
 def test_calls_are_counted() -> None:

@@ -15,8 +15,6 @@ import lightning_ptq
 from lightning_ptq import AdaQuantLayerwise, BitAllocator, CalibrationCapture, QConfig, calibrate
 from lightning_ptq.errors import CalibrationError
 
-PACKAGES = ["pytorch_lightning"]
-
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning_ptq.errors.PTQWarning"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -23,11 +23,18 @@ class Target:
         calls: The output of each call.
         whole: Their concatenation; None where their shapes do not fit.
         device: Device on which the unit computes them.
+        real: For each call, the values at positions with data, broadcastable to the output; None for all of them.
     """
 
     calls: list[Tensor]
     whole: Tensor | None
     device: torch.device
+    real: list[Tensor | None] = field(default_factory=list)
+
+    def of_call(self, call: int) -> Tensor:
+        """Return the output of a call on its device, 0 where there is padding."""
+        output, real = self.calls[call].to(self.device), self.real[call] if self.real else None
+        return output if real is None else output * real.to(output)
 
 
 @dataclass
@@ -80,8 +87,22 @@ class Group:
         """Return the targets of some rows, or of a whole call, whose outputs may have other rows than its inputs."""
         if isinstance(rows, slice):
             call = self.bounds.index(rows.start)
-            return [target.calls[call].to(target.device) for target in self.targets or []]
-        return [cast(Tensor, target.whole)[rows].to(target.device) for target in self.targets or []]
+            return [target.of_call(call) for target in self.targets or []]
+        whole = [cast(Tensor, target.whole)[rows].to(target.device) for target in self.targets or []]
+        return self.without_padding(whole, rows)
+
+    def without_padding(self, outputs: Sequence[Tensor], rows: Tensor | slice) -> list[Tensor]:
+        """Return outputs of some rows with 0 at positions of padding, so that these add nothing to a loss."""
+        return [self._masked(output, target, rows) for output, target in zip(outputs, self.targets or (), strict=True)]
+
+    def _masked(self, output: Tensor, target: Target, rows: Tensor | slice) -> Tensor:
+        if all(real is None for real in target.real):
+            return output
+        if isinstance(rows, slice):
+            real = target.real[self.bounds.index(rows.start)]
+        else:
+            real = torch.cat([part for part in target.real if part is not None])[rows]
+        return output if real is None else output * real.to(output)
 
     def slices(self) -> Iterator[slice]:
         """Return the rows of each call."""

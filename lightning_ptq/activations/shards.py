@@ -95,10 +95,10 @@ class ShardSamples:
     def targets(self) -> Iterator[Iterator[Tensor]]:
         """Yield, for each output of the float unit, its values on all calls, on the unit's device."""
         for column in zip(*(group.targets or [] for group in self.data.groups), strict=True):
-            yield (call.to(target.device) for target in column for call in target.calls)
+            yield (target.of_call(call) for target in column for call in range(len(target.calls)))
 
     def held_out(self, module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (output, target) of the quantized module on the held-out samples."""
         for group, rows in self._held_out:
             outputs = float_tensors_in(self.data.run(module, group, rows, "quantized"))
-            yield from zip(outputs, group.wanted(rows), strict=True)
+            yield from zip(group.without_padding(outputs, rows), group.wanted(rows), strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any, cast
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_ptq.activations.calls import Call, run_unit, unit_errors
 from lightning_ptq.activations.groups import Group, Target, rows_of, sample_wise, signature
 from lightning_ptq.activations.store import ActivationStore
+from lightning_ptq.calibration.padding import where_real
 from lightning_ptq.errors import UnitError
 from lightning_ptq.network.op import Mode
 from lightning_ptq.runtime.isolation import Isolation, RandomState
@@ -27,8 +28,15 @@ class UnitData:
     (attention over the first dimension, for example) is tuned on whole calls.
     """
 
-    def __init__(self, calls: list[list[Call]], store: ActivationStore, isolation: Isolation | None = None) -> None:
+    def __init__(
+        self,
+        calls: list[list[Call]],
+        store: ActivationStore,
+        isolation: Isolation | None = None,
+        padding: Sequence[Tensor | None] = (),
+    ) -> None:
         self.store = store
+        self.padding = padding
         self.isolation = isolation or Isolation()
         self.groups: list[Group] = []
         self.separable = True
@@ -76,6 +84,9 @@ class UnitData:
             if columns == {()} or len(columns) > 1:
                 raise UnitError("it returns no floating-point tensor" if columns == {()} else _VARY)
             group.targets = [self._stack_column(calls, column) for column in columns.pop()]
+            for target in group.targets if self.padding else ():
+                masks = (self.padding[batch] for batch, _ in group.calls)
+                target.real = _real(target.calls, masks)
         if len({len(group.targets or []) for group in self.groups}) > 1:
             raise UnitError(_VARY)
         self.separable = self._check_separable(unit)
@@ -204,6 +215,14 @@ class UnitData:
         if generator is not None:
             result = [result[i] for i in _shuffle(len(result), generator).tolist()]
         return result
+
+
+def _real(outputs: list[Tensor], masks: Iterator[Tensor | None]) -> list[Tensor | None]:
+    """Return which values of each output are no padding; the positions are found in all outputs, or in none."""
+    found = [where_real(output, mask, square=True) for output, mask in zip(outputs, masks, strict=True)]
+    if any(real is None or len(real) != len(output) for real, output in zip(found, outputs, strict=True)):
+        return [None] * len(found)
+    return found
 
 
 Sample = tuple[int, int]

@@ -14,6 +14,7 @@ from lightning_ptq.calibration.candidates import Candidates, Choice
 from lightning_ptq.calibration.outputs import OutputReader
 from lightning_ptq.errors import SensitivityError
 from lightning_ptq.network.op import QuantizedOp
+from lightning_ptq.runtime.gradient import gradient_errors
 from lightning_ptq.runtime.patching import hooked
 from lightning_ptq.runtime.progress import Progress, no_progress
 
@@ -47,7 +48,7 @@ def fisher_rises(
         progress: Called with the batches done, the batches in total, and a text.
 
     Raises:
-        SensitivityError: If the outputs have no dimension of classes, or no gradients.
+        SensitivityError: If the outputs have no dimension of classes, or cannot be differentiated.
     """
     ranks = calibration.ranks
     total = len(calibration.batches)
@@ -56,7 +57,7 @@ def fisher_rises(
         progress(batch, total, "backward pass")
         # A seed for each batch, so that the signs do not depend on which rank draws them.
         generator = torch.Generator(calibration.device).manual_seed(seed + batch)
-        calls, samples = _calls(calibration, reader, batch, generator)
+        calls, samples = layer_calls(calibration, reader, batch, generator)
         measured[batch] = {}
         for name, layer in calibration.layers.items():
             row = measured[batch].setdefault(name, {})
@@ -72,7 +73,7 @@ def fisher_rises(
     }
 
 
-class _Call:
+class LayerCall:
     """One call of a layer at its base: its arguments, its output, and the gradient of the projection at its output."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
@@ -80,16 +81,21 @@ class _Call:
         self.gradient: Tensor | None = None
 
 
-def _calls(
+@gradient_errors("Write measure='kl' or 'mse', which need no gradients.")
+def layer_calls(
     calibration: Calibration, reader: OutputReader, batch: int, generator: torch.Generator
-) -> tuple[dict[str, list[_Call]], int]:
-    """Return all calls of each layer in a forward and a backward pass on one batch, and the number of samples."""
-    calls: dict[str, list[_Call]] = {name: [] for name in calibration.layers}
-    outputs: list[tuple[_Call, Tensor]] = []
+) -> tuple[dict[str, list[LayerCall]], int]:
+    """Return all calls of each layer in a forward and a backward pass on one batch, and the number of samples.
+
+    Raises:
+        SensitivityError: If the outputs have no dimension of classes, or cannot be differentiated.
+    """
+    calls: dict[str, list[LayerCall]] = {name: [] for name in calibration.layers}
+    outputs: list[tuple[LayerCall, Tensor]] = []
 
     def record(name: str, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         tensor = layer.output_tensor(output)
-        call = _Call(args, kwargs, tensor.detach())
+        call = LayerCall(args, kwargs, tensor.detach())
         calls[name].append(call)
         outputs.append((call, tensor if tensor.requires_grad else tensor.requires_grad_()))
         passed_on = tensor.clone()  # because later modules may change their input in place
@@ -100,7 +106,8 @@ def _calls(
     if logits.dim() < 2 or not logits.requires_grad:
         why = f"have shape {tuple(logits.shape)}, without classes" if logits.dim() < 2 else "carry no gradients"
         raise SensitivityError(f"measure='fisher' needs logits with gradients, the outputs {why}. Use 'kl' or 'mse'.")
-    projection = _projection(logits, generator)
+    with torch.enable_grad():  # the caller may have gradients switched off
+        projection = _projection(logits, generator)
     # A layer whose output does not reach the logits has no gradient, and no rise.
     gradients = torch.autograd.grad(projection, [output for _, output in outputs], allow_unused=True)
     for (call, _), gradient in zip(outputs, gradients, strict=True):
@@ -121,7 +128,7 @@ def _projection(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def _rise(layer: QuantizedOp, calls: list[_Call], samples: int) -> float:
+def _rise(layer: QuantizedOp, calls: list[LayerCall], samples: int) -> float:
     """Return ``½ mean (δ · g)²`` over the samples, where ``δ · g`` is summed over the calls of one forward."""
     total: Tensor | float = 0.0
     apart = 0.0  # of calls on rows that cannot be told apart by sample, such as those routed to an expert

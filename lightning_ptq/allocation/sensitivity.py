@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any, cast
+
+import torch
 
 from lightning_ptq import arguments
 from lightning_ptq.activations.calls import same_up_to_rounding, unit_errors
@@ -18,7 +20,7 @@ from lightning_ptq.activations.memory_plan import keep_outputs
 from lightning_ptq.activations.replay import Replay
 from lightning_ptq.activations.store import ActivationStore
 from lightning_ptq.activations.unit_data import UnitData
-from lightning_ptq.allocation.fisher import fisher_rises
+from lightning_ptq.allocation.fisher import fisher_rises, layer_calls
 from lightning_ptq.allocation.sensitivity_table import MEASURES, Measure, SensitivityTable
 from lightning_ptq.arguments import one_of, text_table
 from lightning_ptq.calibration.calibration import Calibration
@@ -28,6 +30,7 @@ from lightning_ptq.calibration.forward import eval_mode
 from lightning_ptq.calibration.outputs import ChooseOutput, Meter
 from lightning_ptq.errors import QConfigError, UnitError
 from lightning_ptq.network.units import Unit, find_units
+from lightning_ptq.runtime.eager import no_inference_mode
 from lightning_ptq.runtime.journal import NO_JOURNAL, Journal, JournalEntry
 from lightning_ptq.runtime.memory import DEFAULT_MEMORY_LIMIT
 from lightning_ptq.runtime.progress import Progress, no_progress
@@ -54,7 +57,7 @@ def measure_sensitivity(
     Blocks before the layer return stored outputs instead of running again. Several ranks share the work.
 
     Args:
-        calibration: What :func:`~lightning_ptq.calibration.calibrator.calibrate` returned; its module stays unchanged.
+        calibration: What :func:`~lightning_ptq.calibration.calibrate.calibrate` returned; its module stays unchanged.
         candidates: Bit widths, such as ``["w8a8", "w4a8", "w4a4", "w2a4"]``.
         base: The candidate of all other layers, or one for each layer; by default each layer's widest.
         measure: See :data:`~lightning_ptq.allocation.sensitivity_table.Measure`; ``"loss"`` needs labels,
@@ -85,7 +88,7 @@ def measure_sensitivity(
     start = time.perf_counter()
     choices = Candidates(calibration, candidates, states)
     at_base = base_choice(choices, base)
-    with ActivationStore(memory_limit) as store, eval_mode(calibration.module), choices.restored():
+    with no_inference_mode(), ActivationStore(memory_limit) as store, eval_mode(calibration.module), choices.restored():
         choices.put_all(at_base)
         meter = _meter(calibration, measure, output)
         before = meter.measure_all()
@@ -118,10 +121,39 @@ def measure_choice(
     check_calibration(calibration, batches=True)
     one_of("measure", measure, MEASURES)
     choices = Candidates(calibration, sorted(set(choice.values())), states)
-    with eval_mode(calibration.module), choices.restored():
+    with no_inference_mode(), eval_mode(calibration.module), choices.restored():
         choices.put_all(choice)
         meter = _meter(calibration, measure, output)
         return _mean(meter.measure_all(), meter.samples)
+
+
+def check_measure(
+    calibration: Calibration, candidates: Sequence[str], measure: Measure, output: ChooseOutput | None
+) -> None:
+    """Check that :func:`measure_sensitivity` can measure, on one batch of each course of the forward.
+
+    Args:
+        calibration: A calibrated module; it is left unchanged.
+        candidates: The widest of them are measured; if there are none, the module as it is.
+        measure: As in :func:`measure_sensitivity`.
+        output: As in :func:`measure_sensitivity`.
+
+    Raises:
+        QConfigError: If a candidate cannot be parsed.
+        SensitivityError: As in :func:`measure_sensitivity`.
+    """
+    some = calibration.part(calibration.one_batch_per_course())
+    with ExitStack() as stack:
+        stack.enter_context(no_inference_mode())
+        stack.enter_context(eval_mode(calibration.module))
+        if candidates:
+            choices = Candidates(calibration, candidates)
+            stack.enter_context(choices.restored())
+            choices.put_all(choices.widest())
+        meter = _meter(some, measure, output)
+        meter.each()
+        for batch in range(len(some.batches) if measure == "fisher" else 0):
+            layer_calls(some, meter.reader, batch, torch.Generator(some.device).manual_seed(0))
 
 
 def base_choice(choices: Candidates, base: str | Choice | None) -> dict[str, str]:

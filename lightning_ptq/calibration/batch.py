@@ -42,8 +42,9 @@ class Batch:
     PIL images), or records (dictionaries, for example) that cannot be collated columns.
 
     - Tensors are images if all have three dimensions, the same 1, 3 or 4 channels, the same floating or uint8 type, and
-      different sizes: all square, or of at least 16 x 16 pixels. Images of one size must be square, of at least 8 x 8
-      pixels and 3 channels. Arrays of NumPy are also images with the channels last, of at least 8 x 8 pixels.
+      different sizes: all square, or of at least 16 x 16 pixels. Images of one size must have 3 channels, and be square
+      and of at least 8 x 8 pixels, or several of at least 16 x 16. Arrays of NumPy are also images with the channels
+      last, of at least 8 x 8 pixels.
     - Tensors are signals if all have the same floating or int16 type, and different lengths in the first of one or two
       dimensions, or 1 or 2 channels in the first and at least 4000 values in the second.
 

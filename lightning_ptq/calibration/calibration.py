@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from lightning_ptq.calibration.batch import Batch
 from lightning_ptq.calibration.batches import Batches
 from lightning_ptq.calibration.forward import Forward, fresh_batch, run_forward
+from lightning_ptq.calibration.padding import Mask, real_positions
 from lightning_ptq.network.op import QuantizedOp
 from lightning_ptq.network.prepare import Prepared
 from lightning_ptq.network.trace import Trace, merge_traces
 from lightning_ptq.numerics.fake_quantize import FakeQuantize
 from lightning_ptq.numerics.observers import MinMaxObserver
 from lightning_ptq.numerics.qconfig import LayerQConfig
+from lightning_ptq.runtime.eager import no_inference_mode
 from lightning_ptq.runtime.isolation import Isolation
 from lightning_ptq.runtime.ranks import Ranks
 
@@ -42,6 +44,7 @@ class Calibration:
         samples: Number of samples in the batches.
         ranks: Processes that share the work; each has all batches.
         isolation: What makes a forward depend on its batch alone.
+        mask: How to find which positions of a batch are no padding.
     """
 
     prepared: Prepared
@@ -55,6 +58,8 @@ class Calibration:
     samples: int
     ranks: Ranks = field(default_factory=Ranks)
     isolation: Isolation = field(default_factory=Isolation)
+    mask: Mask | None = None
+    _padding: dict[int, Tensor | None] = field(default_factory=dict, init=False, repr=False)
     _qparams: dict[tuple[str, LayerQConfig], list[tuple[Tensor, Tensor]]] = field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
@@ -79,10 +84,23 @@ class Calibration:
         courses = [id(trace) for trace in self.traces]
         return {courses.index(course): courses.count(course) / len(courses) for course in dict.fromkeys(courses)}
 
+    def part(self, indices: Iterable[int]) -> Calibration:
+        """Return the calibration with these batches only, counted anew from 0."""
+        chosen = list(indices)
+        batches = [self.batches[index] for index in chosen]
+        samples = sum(Batch(batch).samples for batch in batches)
+        return replace(self, batches=Batches(batches), traces=[self.traces[i] for i in chosen], samples=samples)
+
     @property
     def module(self) -> nn.Module:
         """The root module."""
         return self.prepared.module
+
+    def padding(self, index: int) -> Tensor | None:
+        """Return which positions of batch ``index`` hold data, (samples, positions); None for all of them."""
+        if index not in self._padding:  # the batches of other ranks are in files
+            self._padding[index] = real_positions(self.batches[index], self.mask)
+        return self._padding[index]
 
     def run(self, index: int, gradients: bool = False, rows: slice | None = None) -> Any:
         """Run the calibration forward on batch ``index``, or on some of its rows, in eval mode.
@@ -99,22 +117,30 @@ class Calibration:
         with self.isolation.forward(self.module, seed=index):
             return run_forward(self.module, self.forward, fresh_batch(batch, self.device), gradients)
 
+    @cached_property
+    def edges(self) -> tuple[str, ...]:
+        """The first and the last layer with weights that it multiplies by, in execution order."""
+        ops = self.prepared.layers
+        order = [name for name in self.trace.layer_order if ops[name].weight_names and not ops[name].is_lookup]
+        return (order[0], order[-1]) if order else ()
+
     def qconfig_at(self, name: str, candidate: LayerQConfig | None = None) -> LayerQConfig:
         """Return the specs of layer ``name`` where ``candidate`` takes the place of the default.
 
         What the :class:`~lightning_ptq.numerics.qconfig.QConfig` says about single layers (overrides, first and last)
         holds at every candidate.
         """
-        qconfig, order = self.prepared.qconfig, self.trace.layer_order
+        qconfig = self.prepared.qconfig
         if candidate is not None:
             qconfig = replace(qconfig, default=qconfig.default.with_bits_of(candidate))
-        return cast(LayerQConfig, qconfig.for_layer(name, edge=name in (order[0], order[-1])))
+        return cast(LayerQConfig, qconfig.for_layer(name, edge=name in self.edges))
 
     def round_to_nearest(self, name: str, qconfig: LayerQConfig) -> None:
         """Give layer ``name`` its float weights back, and quantizers for ``qconfig`` with newly chosen scales."""
         layer = self.layers[name]
         layer.restore_reference()
-        layer.attach(qconfig)
+        with no_inference_mode():
+            layer.attach(qconfig)
         quantizers = [*layer.weight_quantizers.values(), *layer.input_quantizers.values()]
         known = self._qparams.get((name, qconfig))
         if known is None:  # the search takes far longer than everything else here, so its outcome is kept

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from lightning_ptq.arguments import whole
 from lightning_ptq.calibration.batch import Batch
 from lightning_ptq.calibration.batches import Batches, merge_batches, own_share
 from lightning_ptq.calibration.calibration import Calibration, Observers, merge_observers
-from lightning_ptq.calibration.checks import check_module, explained
+from lightning_ptq.calibration.checks import (
+    check_module,
+    explained,
+    warn_of_float_parts,
+    warn_of_unsteady_sites,
+)
 from lightning_ptq.calibration.forward import Forward, default_forward, fresh_batch, run_forward
+from lightning_ptq.calibration.padding import Mask, check_mask, real_positions, real_values
 from lightning_ptq.calibration.repeatability import Recording, warn_if_different
 from lightning_ptq.calibration.repeats import Repeats
-from lightning_ptq.errors import CalibrationError, FewSamplesWarning, FunctionalOpWarning, UnreachedLayerWarning, warn
+from lightning_ptq.errors import CalibrationError, FewSamplesWarning, FunctionalOpWarning, warn
 from lightning_ptq.network.batch_norm import fold_batch_norms, folded_ahead
+from lightning_ptq.network.callers import call_sites, discover
 from lightning_ptq.network.op import QuantizedOp
-from lightning_ptq.network.prepare import Prepared, prepare
+from lightning_ptq.network.prepare import Prepared
 from lightning_ptq.network.trace import Trace, trace
 from lightning_ptq.numerics.fake_quantize import FakeQuantize
 from lightning_ptq.numerics.observers import MinMaxObserver, make_observer
-from lightning_ptq.numerics.qconfig import LayerQConfig, QConfig
+from lightning_ptq.numerics.qconfig import LayerQConfig
 from lightning_ptq.runtime.isolation import Isolation
 from lightning_ptq.runtime.patching import Before, hooked
 from lightning_ptq.runtime.ranks import Ranks
@@ -40,6 +47,8 @@ class Calibrator:
         num_samples: Number of samples at which :attr:`done` becomes true; None to use all.
         ranks: Processes of the run. Each observes its own batches, distributed as by ``DistributedSampler``.
         dataset_size: Size of the dataset, so that samples a sampler repeats as padding are not counted.
+        mask: Key of the batch, or function of it, that gives a boolean mask (samples, positions) which is False for
+            padding. By default the ``attention_mask`` beside ``input_ids`` is used, if there is one.
     """
 
     def __init__(
@@ -49,6 +58,7 @@ class Calibrator:
         num_samples: int | None = None,
         ranks: Ranks | None = None,
         dataset_size: int | None = None,
+        mask: Mask | None = None,
     ) -> None:
         check_module(prepared)
         self.prepared = prepared
@@ -56,6 +66,8 @@ class Calibrator:
         self.num_samples = None if num_samples is None else whole("num_samples", num_samples, error=CalibrationError)
         self.ranks = ranks or Ranks()
         self.dataset_size = dataset_size
+        self.mask = check_mask(mask)
+        self._real: Tensor | None = None  # positions of the present batch that hold data
         self._repeats = Repeats(self.ranks, sharded=dataset_size is not None)
         self.samples = 0
         self.batches = Batches()
@@ -105,8 +117,15 @@ class Calibrator:
             if Batch(batch).samples > room and Batch(batch).is_divisible:
                 batch = Batch(batch).rows(slice(0, int(room)))
         kept = fresh_batch(batch, torch.device("cpu"))
+        self._real = real_positions(kept, self.mask)
         recordings = [] if self._traces else [Recording(), Recording()]
+        if recordings:
+            self._add_call_sites(kept)
+            self.prepared.qconfig.check_patterns(self.prepared.layers)
         result, watched = self._trace(kept, self._watch, *recordings[:1])
+        is_new = not any(known.same_course(watched) for known in self._traces or [watched])
+        if is_new and (new := self._add_call_sites(kept)):  # which the batches before did not reach
+            result, watched = self._trace(kept, self._watch, only=new)
         if recordings:
             for recording, run in zip(recordings, ((result, watched), self._trace(kept, *recordings[1:])), strict=True):
                 recording.finish(*run)
@@ -116,15 +135,34 @@ class Calibrator:
         self.samples += Batch(kept).samples
         return result
 
-    def _trace(self, batch: Any, *watches: Before) -> tuple[Any, Trace]:
+    def _add_call_sites(self, batch: Any) -> list[str]:
+        """Run the forward on the next batch, make the call sites in it operations, and return the names of new ones."""
+        module, operations = self.prepared.module, self.prepared.qconfig.operations
+        if operations == "layers":
+            return []
+
+        def run() -> None:
+            with explained(module, batch):
+                run_forward(module, self.forward, fresh_batch(batch, self.device))
+
+        with self.isolation.forward(module, self._repeats.turn(len(self.batches)), learn=True):
+            found = discover(module, run, elementwise=operations == "all")
+        return self.prepared.add_call_sites(found.sites, found.routes)
+
+    def _trace(self, batch: Any, *watches: Before, only: Collection[str] | None = None) -> tuple[Any, Trace]:
         """Run the forward on the next batch; return its result and its trace.
 
         Args:
             batch: The batch.
             watches: Functions that are called before each operation that is to be quantized.
+            only: Names of the operations that are watched; all by default.
         """
         module, qconfig = self.prepared.module, self.prepared.qconfig
-        observed = {name: op for name, op in self.prepared.layers.items() if qconfig.for_layer(name) is not None}
+        observed = {
+            name: op
+            for name, op in self.prepared.layers.items()
+            if qconfig.for_layer(name) is not None and (only is None or name in only)
+        }
         seed = self._repeats.turn(len(self.batches))
         result: list[Any] = []
 
@@ -150,7 +188,7 @@ class Calibrator:
             if (name, which) not in self._observers:
                 self._observers[name, which] = self._observer(name).to(x.device)
             try:
-                self._observers[name, which].update(x)
+                self._observers[name, which].update(real_values(x, self._real))
             except ValueError:
                 raise CalibrationError(
                     f"NaN or an infinity in the input of layer {name!r}, calibration batch {len(self.batches)}."
@@ -184,12 +222,13 @@ class Calibrator:
             self.samples,
             self.ranks,
             self.isolation,
+            self.mask,
         )
         watched, courses = calibration.trace, calibration.one_batch_per_course()
         calibration.folded = fold_batch_norms(module, self._traces, lambda: [calibration.run(i) for i in courses])
         self._observe_again(calibration)
         calibration.layers = layers = self._quantized_layers(watched)
-        _warn_of_float_parts(self.prepared, watched)
+        warn_of_float_parts(self.prepared, watched)
         for name, layer in layers.items():
             layer.keep_reference()
             calibration.round_to_nearest(name, calibration.qconfig_at(name))
@@ -203,6 +242,7 @@ class Calibrator:
             del self._observers[key]
         with hooked({name: self.prepared.layers[name] for name in names}, before=self._watch):
             for index in range(len(self.batches) if names else 0):
+                self._real = calibration.padding(index)
                 calibration.run(index)
 
     def _exchange(self) -> None:
@@ -211,6 +251,8 @@ class Calibrator:
         if not any(self.ranks.gather(len(self.batches))):
             raise CalibrationError("the calibration loader is empty: no batch was seen. Give it at least one sample.")
         here = self.device
+        sites = [name for found in self.ranks.gather(list(call_sites(self.prepared.module))) for name in found]
+        self.prepared.add_call_sites(dict.fromkeys(sites))
         own = {} if repeated and self.ranks.rank else self._observers
         self._observers = merge_observers(self.ranks, own, lambda key: self._observer(key[0]).to(here))
         self.batches, self._traces = merge_batches(self.ranks, self.batches, self._traces, repeated)
@@ -220,7 +262,18 @@ class Calibrator:
 
     def _quantized_layers(self, watched: Trace) -> dict[str, QuantizedOp]:
         all_layers, qconfig = self.prepared.layers, self.prepared.qconfig
-        order = [name for name in watched.layer_order if qconfig.for_layer(name) is not None]  # execution order
+        unsteady = warn_of_unsteady_sites(self.prepared.module, self._traces)
+        order = [  # execution order
+            name for name in watched.layer_order if qconfig.for_layer(name) is not None and name not in unsteady
+        ]
+        unseen = [name for name in order if self._has_unseen_inputs(name)]
+        if unseen:
+            warn(
+                f"their forward multiplies by other means than torch's, so they stay float: {', '.join(unseen)}.",
+                FunctionalOpWarning,
+                stacklevel=3,
+            )
+        order = [name for name in order if name not in unseen]
         if not order:
             raise CalibrationError(
                 "the calibration forward reached no layer that is to be quantized. Check `exclude`, and that the"
@@ -228,72 +281,7 @@ class Calibrator:
             )
         return {name: all_layers[name] for name in order}
 
-
-def calibrate(
-    module: nn.Module | Prepared,
-    batches: Iterable[Any],
-    qconfig: QConfig | str | None = None,
-    *,
-    forward: Forward = default_forward,
-    num_samples: int | None = None,
-    ranks: Ranks | None = None,
-) -> Calibration:
-    """Quantize a module by rounding to nearest: prepare it, run the batches, fold batch norms, choose all scales.
-
-    An exception leaves the module as it was before.
-
-    Args:
-        module: A float module (then with ``qconfig``), or what :func:`~lightning_ptq.network.prepare.prepare` returned.
-        batches: Calibration batches, for example a ``DataLoader``; labels are not needed.
-        qconfig: What to quantize, for example ``"w4a8"``.
-        forward: Function of module and batch that runs a calibration forward.
-        num_samples: Stop after the batch that reaches this many samples.
-        ranks: Processes that each have batches of their own (:func:`~lightning_ptq.runtime.ranks.current_ranks`); a
-            single process by default.
-
-    Returns:
-        The calibrated module and what later steps need to run it again.
-
-    Raises:
-        SurgeryError: If the module cannot be prepared.
-        QConfigError: If the config does not fit.
-        CalibrationError: If there are no batches, or NaN in one.
-
-    Example:
-        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> calibration = calibrate(net, [torch.randn(16, 4)], "w4a8")
-        >>> [str(layer.qconfig) for layer in calibration.layers.values()]
-        ['w8a8', 'w8a8']
-    """
-    if isinstance(module, Prepared):
-        prepared = module
-    elif qconfig is None:
-        raise CalibrationError("qconfig is missing. Write for example calibrate(module, batches, 'w4a8').")
-    else:
-        prepared = prepare(module, qconfig)
-    try:
-        calibrator = Calibrator(prepared, forward, num_samples, ranks)
-        for batch in batches:
-            if calibrator.done:
-                break
-            calibrator.observe(batch)
-        return calibrator.finish()
-    except BaseException:
-        prepared.undo()
-        raise
-
-
-def _warn_of_float_parts(prepared: Prepared, watched: Trace) -> None:
-    unreached = [n for n in prepared.layers if n not in watched.layer_order and prepared.qconfig.for_layer(n)]
-    if unreached:
-        warn(
-            f"never called in the calibration forward, so they stay float: {', '.join(unreached)}.",
-            UnreachedLayerWarning,
-            stacklevel=3,
-        )
-    if watched.float_products:
-        scopes: dict[str, list[str]] = {}
-        for op, scope in sorted(watched.float_products):
-            scopes.setdefault(op, []).append(scope or "the module itself")
-        listed = "; ".join(f"{op} in {', '.join(names)}" for op, names in scopes.items())
-        warn(f"computed outside any layer, so they stay float: {listed}.", FunctionalOpWarning, stacklevel=3)
+    def _has_unseen_inputs(self, name: str) -> bool:
+        config = cast(LayerQConfig, self.prepared.qconfig.for_layer(name))
+        inputs = self.prepared.layers[name].input_names if config.activation else ()
+        return any((name, which) not in self._observers for which in inputs)

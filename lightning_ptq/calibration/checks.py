@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 from lightning_ptq.calibration.batch import Batch
 from lightning_ptq.calibration.calibration import Calibration
-from lightning_ptq.errors import CalibrationError, PTQError
+from lightning_ptq.errors import CalibrationError, FunctionalOpWarning, PTQError, UnreachedLayerWarning, warn
+from lightning_ptq.network.callers import call_sites, unsteady_sites
+from lightning_ptq.network.op import QuantizedOp
 from lightning_ptq.network.prepare import Prepared
+from lightning_ptq.network.trace import Trace
 
 _ABOUT_TYPES = re.compile(r"type|not implemented for", re.IGNORECASE)
 
@@ -84,3 +87,48 @@ def explained(module: nn.Module, batch: Any) -> Iterator[None]:
             f" module has weights of {wanted}: {error}. Convert the inputs in the loader or in the step, for example by"
             f" x.to({wanted})."
         ) from error
+
+
+def warn_of_float_parts(prepared: Prepared, watched: Trace) -> None:
+    """Warn of layers that were not called, and of products outside any operation.
+
+    Args:
+        prepared: The module.
+        watched: What its forwards did.
+    """
+    unreached = [  # an embedding may be read as a tensor, which is no call
+        name
+        for name, op in prepared.layers.items()
+        if name not in watched.layer_order and prepared.qconfig.for_layer(name) and not op.is_lookup
+    ]
+    if unreached:
+        warn(
+            f"never called in the calibration forward, so they stay float: {', '.join(unreached)}.",
+            UnreachedLayerWarning,
+            stacklevel=3,
+        )
+    if watched.float_products:
+        scopes: dict[str, list[str]] = {}
+        for op, scope in sorted(watched.float_products):
+            scopes.setdefault(op, []).append(scope or "the module itself")
+        listed = "; ".join(f"{op} in {', '.join(names)}" for op, names in scopes.items())
+        warn(f"computed outside any layer, so they stay float: {listed}.", FunctionalOpWarning, stacklevel=3)
+
+
+def warn_of_unsteady_sites(module: nn.Module, traces: Sequence[Trace]) -> list[str]:
+    """Return the call sites that stay float because their position does not tell which call they are, and warn of them.
+
+    Args:
+        module: The root.
+        traces: Traces of all forwards.
+    """
+    inside = {name: module.get_submodule(name.rpartition(".")[0]) for name in call_sites(module)}
+    # A layer that brings its call sites with it knows which is which.
+    unsteady = unsteady_sites([name for name, owner in inside.items() if not isinstance(owner, QuantizedOp)], traces)
+    if unsteady:
+        warn(
+            f"called a varying number of times in one forward, so they stay float: {', '.join(unsteady)}.",
+            FunctionalOpWarning,
+            stacklevel=4,
+        )
+    return unsteady

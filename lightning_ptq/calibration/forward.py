@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lightning_ptq.calibration.batch import Batch
 from lightning_ptq.errors import CalibrationError, PTQError, add_note
+from lightning_ptq.runtime.eager import not_checkpointed
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -68,8 +69,18 @@ def fresh_batch(batch: Any, device: torch.device) -> Any:
 def run_forward(module: nn.Module, forward: Forward, batch: Any, gradients: bool = False) -> Any:
     """Return ``forward(module, batch)``, run in eval mode and float32; training flags are restored."""
     device_type = next((parameter.device.type for parameter in module.parameters()), "cpu")
-    with eval_mode(module), torch.set_grad_enabled(gradients), torch.autocast(device_type, enabled=False):
-        return forward(module, batch)
+    # A backward pass that runs modules again would run them without the hooks, and in another state.
+    direct = not_checkpointed() if gradients else nullcontext()
+    with eval_mode(module), torch.set_grad_enabled(gradients), torch.autocast(device_type, enabled=False), direct:
+        try:
+            return forward(module, batch)
+        except StopIteration:  # the training loop would take it for the end of the loader
+            pass
+    raise CalibrationError(
+        "the calibration forward ran out of an iterator (StopIteration). Calibration runs it several times on each"
+        " batch, so it must not draw from an iterator or a generator that ends. Put what it draws into the batch, or"
+        " pass a function of module and batch: step= of CalibrationCapture."
+    )
 
 
 @contextmanager

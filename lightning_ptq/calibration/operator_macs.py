@@ -7,6 +7,7 @@ from collections.abc import Callable
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -113,6 +114,18 @@ def _sum_of_products(_: Any, batch1: Tensor, batch2: Tensor, **__: Any) -> float
     return batch1.numel() * batch2.shape[-1]
 
 
+def _trilinear(
+    left: Tensor, middle: Tensor, right: Tensor, expand1: Any, expand2: Any, expand3: Any, *_: Any, **__: Any
+) -> float:
+    """Return the number of products of three values, after new dimensions at the places ``expand``."""
+    shapes = []
+    for x, places in ((left, expand1), (middle, expand2), (right, expand3)):
+        for place in sorted(places):
+            x = x.unsqueeze(place)
+        shapes.append(x.shape)
+    return float(prod(torch.broadcast_shapes(*shapes)))
+
+
 def _grouped(x: Tensor, y: Tensor, *_: Any, **__: Any) -> float:
     # Rows by groups of matrices, or matrices of which the groups are columns. Each value of the one is used once for
     # each row or column of the other.
@@ -142,6 +155,7 @@ _FORMULAS: dict[str, Callable[..., float]] = {
         _attention,
     ),
     **dict.fromkeys(("aten::mv", "aten::addmv"), _matrix_by_vector),
+    "aten::_trilinear": _trilinear,
     **dict.fromkeys(("aten::dot", "aten::vdot"), _vectors),
     **dict.fromkeys(("aten::addbmm", "aten::_addmm_activation"), _sum_of_products),
     **dict.fromkeys(("aten::_grouped_mm", "aten::_scaled_grouped_mm"), _grouped),

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_ptq.calibration.calibration import Calibration
+from lightning_ptq.calibration.padding import where_real
 from lightning_ptq.errors import QConfigError, SensitivityError
 from lightning_ptq.network.op import ops_in_mode
 from lightning_ptq.runtime.patching import hooked
-from lightning_ptq.runtime.structure import float_tensors_in
+from lightning_ptq.runtime.structure import float_tensors_in, is_float
 
 Divergence = Literal["kl", "mse"]
 ChooseOutput = Callable[[Any], Any] | int | str  # jsonargparse tries to parse a value as these types in this order
@@ -28,7 +29,8 @@ class OutputReader:
 
     Args:
         calibration: A calibrated module.
-        choose: How to select the tensor if the network returns several: a key, an index, or a function of the output.
+        choose: How to select the tensor: a key, an index, or a function of the output. By default it is the only
+            floating-point tensor that is no scalar, or else the ``logits``.
     """
 
     def __init__(self, calibration: Calibration, choose: ChooseOutput | None = None) -> None:
@@ -48,7 +50,7 @@ class OutputReader:
             The network's output, (samples, ...), and what the forward returned.
 
         Raises:
-            SensitivityError: If the output is not a tensor, and ``choose`` does not select one.
+            SensitivityError: If ``choose`` selects no tensor, or without it, there is more than one candidate.
         """
         outputs: list[Any] = []
 
@@ -74,8 +76,8 @@ class OutputReader:
             if tensor is None:
                 raise SensitivityError(f"the network's output has no {self.choose!r}. {_described(output)}")
         elif not isinstance(output, Tensor):
-            leaves = float_tensors_in(output)
-            tensor = leaves[0] if len(leaves) == 1 else None
+            leaves = [leaf for leaf in float_tensors_in(output) if leaf.dim()]  # a scalar is the loss
+            tensor = leaves[0] if len(leaves) == 1 else _logits(output)
         if not (isinstance(tensor, Tensor) and tensor.dim()):
             raise SensitivityError(
                 f"cannot tell which tensor is the network's output. {_described(output)} Set output= to its key, its"
@@ -84,12 +86,18 @@ class OutputReader:
         return tensor
 
 
+def _logits(output: Any) -> Tensor | None:
+    """Return the entry or attribute ``logits`` of a mapping, a dataclass or a named tuple; None if there is none."""
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return logits if is_float(logits) else None
+
+
 def _described(output: Any) -> str:
     kind = type(output).__name__
     return f"It is a {kind} with the keys {list(output)}." if isinstance(output, Mapping) else f"It is a {kind}."
 
 
-def divergence(output: Tensor, target: Tensor, measure: Divergence) -> Tensor:
+def divergence(output: Tensor, target: Tensor, measure: Divergence, padding: Tensor | None = None) -> Tensor:
     """Return how far outputs are from targets, for each sample.
 
     Args:
@@ -98,13 +106,15 @@ def divergence(output: Tensor, target: Tensor, measure: Divergence) -> Tensor:
         measure: ``"kl"``: the Kullback-Leibler divergence of the softmax distributions in nats, mean over positions;
             classes are the second dimension of (n, c) and (n, c, height, width, ...), the last one of (n, t, c).
             ``"mse"``: the mean squared difference.
+        padding: Positions of the samples that hold data, (samples, positions); only these are compared. None for all.
 
     Returns:
         The divergences, (samples,), float64, on the CPU.
 
     Raises:
         QConfigError: If the measure is unknown.
-        SensitivityError: If the measure is ``"kl"`` and there are fewer than two classes.
+        SensitivityError: If the outputs have different shapes, or the measure is ``"kl"`` and there are fewer than two
+            classes.
 
     Example:
         >>> from torch import zeros, ones
@@ -113,9 +123,16 @@ def divergence(output: Tensor, target: Tensor, measure: Divergence) -> Tensor:
     """
     if measure not in ("kl", "mse"):
         raise QConfigError(f"the measure between outputs must be 'kl' or 'mse', got {measure!r}.")
+    if output.shape != target.shape:
+        raise SensitivityError(
+            f"the network's output has shape {tuple(output.shape)} when quantized, but {tuple(target.shape)} in float,"
+            " so the two cannot be compared: its shape depends on its values. Set output= to a function of the output"
+            " that returns a tensor of the same shape each time."
+        )
     output, target = output.cpu().double(), target.cpu().double()  # divergences may be as small as float32 rounding
     if measure == "mse":
         values = (output - target).square()
+        real = where_real(output, padding)
     else:
         classes = 2 if output.dim() == 3 else 1
         if output.dim() < 2 or output.shape[classes] < 2:  # with a single class, every divergence would be 0
@@ -125,6 +142,11 @@ def divergence(output: Tensor, target: Tensor, measure: Divergence) -> Tensor:
             )
         logs = F.log_softmax(output, classes), F.log_softmax(target, classes)
         values = F.kl_div(*logs, log_target=True, reduction="none").sum(classes)
+        real = where_real(output, padding)
+        real = None if real is None else real.squeeze(classes)
+    if real is not None:
+        counted = real.expand_as(values).reshape(len(values), -1)
+        return (values.reshape(len(values), -1) * counted).sum(1) / counted.sum(1).clamp(min=1)
     return values.reshape(len(values), -1).mean(1)
 
 
@@ -142,13 +164,17 @@ class Meter:
         calibration: The calibrated module; the outputs of its float layers are computed immediately.
         measure: ``"kl"`` or ``"mse"`` between the outputs, or ``"loss"``.
         output: The tensor of the network's output; see :class:`OutputReader`.
+        finite: Whether a measure that is NaN or an infinity is an error.
 
     Attributes:
         samples: Number of samples in each calibration batch.
     """
 
-    def __init__(self, calibration: Calibration, measure: str, output: ChooseOutput | None) -> None:
+    def __init__(
+        self, calibration: Calibration, measure: str, output: ChooseOutput | None, finite: bool = True
+    ) -> None:
         self.calibration = calibration
+        self.finite = finite
         self.measure = measure
         self.reader = OutputReader(calibration, output)
         self.targets = float_outputs(calibration, self.reader)
@@ -162,11 +188,27 @@ class Meter:
         """Return the measure of the module in its present state for each sample, by batch.
 
         The loss has a single value per batch. Several ranks share the batches.
+
+        Raises:
+            SensitivityError: On all ranks, if one of them cannot measure.
         """
         ranks, batches = self.calibration.ranks, range(len(self.calibration.batches))
-        own = {b: self._values(b, partial(self.calibration.run, b), "the base") for b in filter(ranks.owns, batches)}
-        by_batch = ranks.merge(own)
-        return [by_batch[batch] for batch in batches]
+        by_batch = ranks.merge({batch: self._outcome(batch) for batch in filter(ranks.owns, batches)})
+        found: list[Tensor] = []
+        for batch in batches:
+            outcome = by_batch[batch]
+            if isinstance(outcome, SensitivityError):
+                raise outcome
+            found.append(outcome)
+        return found
+
+    def _outcome(self, batch: int) -> Tensor | SensitivityError:
+        try:
+            return self._values(batch, partial(self.calibration.run, batch), "the base")
+        except SensitivityError as error:
+            if self.calibration.ranks.world == 1:
+                raise
+            return error  # the other ranks learn of it, and do not wait for this one
 
     def mean(self, values: list[Tensor] | None = None) -> float:
         """Return the mean over all samples of what :meth:`each` returned, or returns now."""
@@ -191,13 +233,25 @@ class Meter:
         if self.measure == "loss":
             values = torch.tensor([_loss(result)], dtype=torch.float64)
         else:
-            values = divergence(output, self.targets[batch], cast(Divergence, self.measure)).detach()
-        if not torch.isfinite(values).all():
+            measure, padding = cast(Divergence, self.measure), self.calibration.padding(batch)
+            values = divergence(output, self.targets[batch], measure, padding).detach()
+        if self.finite and not torch.isfinite(values).all():
             raise SensitivityError(
                 f"the {self.measure} with {what} is {float(values.mean())} on calibration batch {batch}."
                 " Check the module's output on that batch."
             )
         return values
+
+
+def check_output(calibration: Calibration, measure: Divergence, output: ChooseOutput | None) -> None:
+    """Check that the float network's output can be read and measured, on one batch of each course of the forward.
+
+    Raises:
+        SensitivityError: If it cannot.
+    """
+    some = calibration.part(calibration.one_batch_per_course())
+    for found in float_outputs(some, OutputReader(some, output)):
+        divergence(found, found, measure)
 
 
 def _loss(result: Any) -> float:

@@ -47,10 +47,11 @@ def _are_images(shapes: list[tuple[int, ...]], dtype: Any) -> bool:
     channels = {shape[0] for shape in shapes}
     if len(channels) > 1 or not channels.issubset(_CHANNELS) or not (_is_float(dtype) or _is_byte(dtype)):
         return False
-    # Columns of sequences, (batch, time, features), have such shapes too, but are not square.
+    # Columns of sequences, (batch, time, features), have such shapes too, but are not square, and rarely of 3 samples.
     sizes = {shape[1:] for shape in shapes}
     square, side = all(height == width for height, width in sizes), min(map(min, sizes))
-    return square and side >= _SIDE and channels == {3} if len(sizes) == 1 else square or side >= 2 * _SIDE
+    large = side >= 2 * _SIDE and (len(sizes) > 1 or len(shapes) > 1)
+    return channels == {3} and (large or (square and side >= _SIDE)) if len(sizes) == 1 else square or large
 
 
 def _are_pictures(shapes: list[tuple[int, ...]], dtype: Any) -> bool:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_ptq.allocation.costs import Cost, Table, bops_cost, check_table, size_cost, table_cost
 from lightning_ptq.allocation.frontier import Frontier, frontier_around
 from lightning_ptq.allocation.search import AllocationResult, apply_allocation, search_allocation
+from lightning_ptq.allocation.sensitivity import check_measure
 from lightning_ptq.allocation.sensitivity_table import MEASURES, Measure
 from lightning_ptq.allocation.solver import check_solving
 from lightning_ptq.arguments import is_number, one_of, whole
@@ -63,6 +65,7 @@ class BitAllocator(StepCallback):
     Raises:
         QConfigError: If an argument is out of its domain.
         AllocationError: If there is neither a budget nor max_degradation; in fit, if no choice fits the budget.
+        SensitivityError: In fit, before the work of any callback, if the network's output cannot be measured.
 
     Example::
 
@@ -109,15 +112,20 @@ class BitAllocator(StepCallback):
         self.max_degradation = max_degradation
         self.minimise = one_of("minimise", minimise, ("size", "bops", "table"), AllocationError)
         self.candidates = candidates
-        self.measuring = {"measure": measure, "output": output}
+        self.measuring: dict[str, Any] = {"measure": measure, "output": output}
         self.rounds = whole("rounds", rounds, error=AllocationError)
         self.ties, self.pins = check_solving(ties, pins, time_limit)
         self.time_limit = time_limit
         self._frontier: Frontier | None = None
 
+    def check(self, trainer: Trainer, calibration: Calibration) -> None:
+        """Check that the network's output can be measured with all layers at their widest candidates."""
+        check_measure(calibration, self._candidates(trainer), **self.measuring)
+
     def work(self, trainer: Trainer, calibration: Calibration, journal: Journal = NO_JOURNAL) -> AllocationResult:
         """Choose the widths, and give them to the layers."""
-        candidates, states = self._tuned(trainer)
+        states = self._states(trainer)
+        candidates = self._candidates(trainer) or list(states)
         with self._progress(trainer) as progress:
             result = search_allocation(
                 calibration,
@@ -150,15 +158,23 @@ class BitAllocator(StepCallback):
         costs = [size_cost(calibration, choices), bops_cost(calibration, choices)]
         return costs if self.table is None else [*costs, table_cost("table", self.table, choices)]
 
-    def _tuned(self, trainer: Trainer) -> tuple[list[str], TunedStates]:
-        """Return candidates and tuned states of a parallel AdaQuantLayerwise before this callback, or the defaults."""
-        states: TunedStates = {}
-        for callback in ptq_callbacks(trainer):
-            if callback is self:
-                break
-            if isinstance(callback, AdaQuantLayerwise) and callback.result is not None:
-                states = callback.result.states
-        return self.candidates or list(states) or list(DEFAULT_CANDIDATES), states
+    def _tunings(self, trainer: Trainer) -> list[AdaQuantLayerwise]:
+        """Return the AdaQuantLayerwise callbacks before this one."""
+        before = takewhile(lambda callback: callback is not self, ptq_callbacks(trainer))
+        return [callback for callback in before if isinstance(callback, AdaQuantLayerwise)]
+
+    def _candidates(self, trainer: Trainer) -> list[str]:
+        """Return the candidates: those given, those of a tuning before this callback, or the defaults.
+
+        An empty list stands for the calibrated widths, for which a tuning without candidates is done.
+        """
+        tunings = self._tunings(trainer)
+        return self.candidates or (tunings[-1].candidates or [] if tunings else list(DEFAULT_CANDIDATES))
+
+    def _states(self, trainer: Trainer) -> TunedStates:
+        """Return the tuned states of the tuning before this callback."""
+        results = [callback.result for callback in self._tunings(trainer) if callback.result is not None]
+        return results[-1].states if results else {}
 
     @property
     def _solving(self) -> dict[str, Any]:

@@ -53,6 +53,17 @@ class PTQCallback(LightningCallback):
         """Name of the work, for the progress bar, the report and the logs."""
         return self.role
 
+    def check(self, trainer: Trainer, calibration: Calibration) -> None:
+        """Check that the work can be done; called after the calibration pass, before the work of any callback.
+
+        Args:
+            trainer: Trainer of the run.
+            calibration: The calibrated module.
+
+        Raises:
+            PTQError: If it cannot; the message says what to write instead.
+        """
+
 
 class StepCallback(PTQCallback, ABC):
     """A callback that works once on the calibrated module, after the calibration pass.
@@ -78,10 +89,21 @@ class StepCallback(PTQCallback, ABC):
             return
         report = capture.report
         with report.stage(self.title):
-            self.result = self.work(trainer, capture.calibration, capture.journal_for(self))
+            self.result = self._work(trainer, capture.calibration, capture.journal_for(self))
+        capture.stage_is_over(trainer, pl_module, self)
         logged = {table.key for table in report.tables()}
         self.record(report)
         log_tables(trainer, [table for table in report.tables() if table.key not in logged])
+
+    def _work(self, trainer: Trainer, calibration: Calibration, journal: Journal) -> Any:
+        try:
+            return self.work(trainer, calibration, journal)
+        except StopIteration:  # the training loop would take it for the end of the loader, and the run for finished
+            pass
+        raise CallbackError(
+            f"{self.title}: the module ran out of an iterator (StopIteration). A run executes its parts several times,"
+            " so they must not draw from iterators or generators that end, nor return them."
+        )
 
     @abstractmethod
     def work(self, trainer: Trainer, calibration: Calibration, journal: Journal = NO_JOURNAL) -> Any:

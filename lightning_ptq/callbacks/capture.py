@@ -14,18 +14,19 @@ from lightning_ptq import arguments
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.calibrator import Calibrator
 from lightning_ptq.calibration.forward import Forward, default_forward
+from lightning_ptq.calibration.padding import Mask, check_mask
 from lightning_ptq.callbacks.base import PTQCallback, check_callbacks, check_order, check_trainer, ptq_callbacks
+from lightning_ptq.callbacks.trainer import dataloading, resuming
 from lightning_ptq.callbacks.trainer.checkpoints import no_optimizer_states, write_checkpoint
-from lightning_ptq.callbacks.trainer.dataloading import check_same_length, dataset_size, no_waiting, unshuffled
 from lightning_ptq.callbacks.trainer.lightning import isolate_rng
 from lightning_ptq.callbacks.trainer.loggers import log_ranges, log_settings
 from lightning_ptq.callbacks.trainer.muting import Step, calibration_forward, training_disabled
 from lightning_ptq.callbacks.trainer.reporting import check_report_dir, finish, publish, warn_if_changed
-from lightning_ptq.callbacks.trainer.resuming import Journals, check_resume_dir, forward_fingerprint, settings_of
+from lightning_ptq.callbacks.trainer.resuming import Journals
 from lightning_ptq.callbacks.trainer.signals import StopRequest
 from lightning_ptq.errors import CalibrationError, noted_warnings
 from lightning_ptq.network.prepare import Prepared, prepare
-from lightning_ptq.numerics.qconfig import QConfig
+from lightning_ptq.numerics.qconfig import Operations, QConfig
 from lightning_ptq.numerics.spec import ObserverName
 from lightning_ptq.report import PTQReport
 from lightning_ptq.report.ptq_report import plain
@@ -72,6 +73,9 @@ class CalibrationCapture(PTQCallback):
         report_dir: Folder for the files of the report; by default no files are written.
         timeout: Seconds without a sign of life after which a rank counts as dead, which ends the run on all others. A
             rank that computes or loads data for longer is alive; one whose process is stopped is not.
+        operations: What is quantized besides layers; see :class:`~lightning_ptq.numerics.qconfig.QConfig`.
+        mask: Key of the batch, or function of it, that gives a boolean mask (samples, positions), False for padding,
+            which takes part in no range, loss or statistic; by default the ``attention_mask`` beside ``input_ids``.
 
     Attributes:
         report: The :class:`~lightning_ptq.report.PTQReport` of the last run.
@@ -79,12 +83,6 @@ class CalibrationCapture(PTQCallback):
 
     Raises:
         QConfigError: If the config cannot be read.
-        CalibrationError: If ``num_samples`` is less than 1.
-
-    Example::
-
-        trainer = Trainer(max_epochs=1, callbacks=[CalibrationCapture("w8a8", num_samples=512)])
-        trainer.fit(module, calibration_loader)
     """
 
     role = "CalibrationCapture"
@@ -108,23 +106,20 @@ class CalibrationCapture(PTQCallback):
         resume_dir: str | None = None,
         report_dir: str | None = None,
         timeout: float = DEFAULT_TIMEOUT,
+        operations: Operations = "products",
+        mask: Mask | None = None,
     ) -> None:
         super().__init__()
         self.qconfig = QConfig.parse(
-            qconfig,
-            overrides=overrides,
-            exclude=exclude or (),
-            first_last_bits=first_last_bits,
-            symmetric_activations=symmetric_activations,
-            weight_observer=weight_observer,
-            activation_observer=activation_observer,
-            percentile=percentile,
-            signed_scales=signed_scales,
-        )
+            qconfig, overrides=overrides, exclude=exclude or (), first_last_bits=first_last_bits, operations=operations,
+            symmetric_activations=symmetric_activations, weight_observer=weight_observer, percentile=percentile,
+            activation_observer=activation_observer, signed_scales=signed_scales,
+        )  # fmt: skip
         if num_samples is not None:
             num_samples = arguments.whole("num_samples", num_samples, error=CalibrationError)
         self.num_samples = num_samples
         self.step = step
+        self.mask = check_mask(mask)
         self.save_checkpoint = arguments.flag("save_checkpoint", save_checkpoint)
         self.resume = arguments.flag("resume", resume)
         self.resume_dir = arguments.folder("resume_dir", resume_dir)
@@ -152,23 +147,23 @@ class CalibrationCapture(PTQCallback):
         check_trainer(trainer)
         check_callbacks(trainer)
         check_report_dir(self.report_dir)
-        self._progress_folder = check_resume_dir(trainer, self.resume_dir) if self.resume else None
+        self._progress_folder = resuming.check_resume_dir(trainer, self.resume_dir) if self.resume else None
         remove_abandoned()
         self._stop, self._error, self._journals, self._checksums = StopRequest(), None, None, {}
         self._ranks = current_ranks(self.timeout, partial(self._stop.check, trainer))
         pl_module.configure_model()
         self.calibration = self._calibrator = None
-        settings = plain({callback.title: settings_of(callback) for callback in ptq_callbacks(trainer)})
+        settings = plain({callback.title: resuming.settings_of(callback) for callback in ptq_callbacks(trainer)})
         self.report = PTQReport(type(pl_module).__name__, settings)
         # An error inside this block undoes everything. Afterwards, teardown and on_exception do.
         with ExitStack() as stack:
             stack.enter_context(noted_warnings(self.report.warnings, first=self._ranks.rank == 0))
-            self._fingerprint = forward_fingerprint(pl_module, self.step)
+            self._fingerprint = resuming.forward_fingerprint(pl_module, self.step)
             self._forward = calibration_forward(pl_module, self.step)
             self._prepared = prepare(pl_module, self.qconfig)
             stack.callback(self._undo_unless_finished)
             stack.enter_context(isolate_rng())
-            stack.enter_context(unshuffled(trainer))
+            stack.enter_context(dataloading.unshuffled(trainer))
             stack.enter_context(no_optimizer_states(pl_module))
             stack.enter_context(training_disabled(pl_module, self._observe, self._done))
             self._restore = stack.pop_all()
@@ -180,11 +175,10 @@ class CalibrationCapture(PTQCallback):
             self._pass.enter_context(self.report.stage(self.title))
             self._restore.callback(self._watch.close)
             self._watch.enter_context(self._stop.watching(self._ranks.world))
-            check_same_length(trainer, self._ranks)
-            self._restore.enter_context(no_waiting(trainer))
-            self._calibrator = Calibrator(
-                self._prepared, self._forward, self.num_samples, self._ranks, dataset_size(trainer)
-            )
+            dataloading.check_same_length(trainer, self._ranks)
+            self._restore.enter_context(dataloading.no_waiting(trainer))
+            size = dataloading.dataset_size(trainer)
+            self._calibrator = Calibrator(self._prepared, self._forward, self.num_samples, self._ranks, size, self.mask)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose all scales; the later callbacks continue from the calibrated module."""
@@ -201,11 +195,12 @@ class CalibrationCapture(PTQCallback):
         if self._progress_folder is not None:
             stages = [callback for callback in ptq_callbacks(trainer) if callback is not self]
             self._journals = Journals(self._progress_folder, self.calibration, stages, self._fingerprint)
+        self.stage_is_over(trainer, pl_module, self)
+        for stage in ptq_callbacks(trainer):
+            stage.check(trainer, self.calibration)
         trainer.should_stop = True
-        log.info(
-            "calibrated %d layers on %d samples, folded %d batch norms",
-            len(self.calibration.layers), self.calibration.samples, len(self.calibration.folded),
-        )  # fmt: skip
+        counts = len(self.calibration.layers), self.calibration.samples, len(self.calibration.folded)
+        log.info("calibrated %d layers on %d samples, folded %d batch norms", *counts)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the checkpoint, keep the quantized layers, and report the run.
@@ -215,6 +210,7 @@ class CalibrationCapture(PTQCallback):
         """
         if self.calibration is None:
             return
+        warn_if_changed(pl_module, self._checksums, saved=False)
         self._ranks.check_same(dict(pl_module.state_dict()))
         if self.save_checkpoint:
             write_checkpoint(trainer, self._ranks, self._progress_folder)
@@ -236,29 +232,32 @@ class CalibrationCapture(PTQCallback):
             CalibrationError: If there was none, and no quantized checkpoint was loaded.
         """
         if self._prepared is None:
-            warn_if_changed(pl_module, self._checksums)
             return
         if self._restored():
             log.info("the checkpoint is that of a finished run: the module is quantized already, nothing is left to do")
             self._prepared = None
             return
-        raise CalibrationError(
-            "no calibration batch was seen: the loader is empty, max_epochs or limit_train_batches is 0, or ckpt_path"
-            " is a checkpoint of the finished training. Give fit a loader with at least one sample and max_epochs=1,"
-            " and load trained weights by MyModule.load_from_checkpoint."
-        )
+        raise dataloading.no_batch_seen()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Enable training again, and drop the process groups of the run."""
         self._restore.close()
         self._ranks.close()
         self._ranks = Ranks()
+        if self._prepared is None and stage == "fit":
+            warn_if_changed(pl_module, self._checksums)
+            self._checksums = {}
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Enable training again, restore the float layers, and announce the failure to the other ranks."""
         self._restore.close()
         self._pass.close()
         self._ranks.leave(exception)
+
+    def stage_is_over(self, trainer: Trainer, pl_module: LightningModule, stage: PTQCallback) -> None:
+        """Remember what the last stage has made of the module, so that a change by another callback is noticed."""
+        if stage is ptq_callbacks(trainer)[-1]:
+            self._checksums = resuming.checksums(pl_module)
 
     def journal_for(self, stage: PTQCallback) -> Journal:
         """Return the journal of another callback; with ``resume=False`` it keeps nothing."""

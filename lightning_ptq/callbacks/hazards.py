@@ -7,12 +7,13 @@ import shutil
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.callbacks.adaquant import AdaQuantLayerwise
 from lightning_ptq.callbacks.base import capture_of, check_callbacks, check_order, check_trainer, ptq_callbacks
 from lightning_ptq.callbacks.statistics import StatsTuning
 from lightning_ptq.callbacks.trainer.muting import lightning_base
 from lightning_ptq.callbacks.trainer.resuming import progress_folder
-from lightning_ptq.errors import CallbackError
+from lightning_ptq.errors import CallbackError, PTQError
 from lightning_ptq.report.facts import Finding
 from lightning_ptq.report.preflight import Preflight
 from lightning_ptq.runtime.memory import format_bytes
@@ -34,6 +35,18 @@ def find_hazards(trainer: Trainer, module: LightningModule, preflight: Preflight
     """
     checks = (_refusals, _missing_methods, _few_batches, _other_callbacks, _devices, _shards, _checkpoint, _progress)
     return [hazard for check in checks for hazard in check(trainer, module, preflight)]
+
+
+def find_failures(trainer: Trainer | None, calibration: Calibration) -> list[Finding]:
+    """Return a hazard for each callback that would refuse to work on the calibrated module."""
+    found: list[Finding] = []
+    if trainer is not None:
+        for callback in ptq_callbacks(trainer):
+            try:
+                callback.check(trainer, calibration)
+            except PTQError as error:
+                found.append(Finding("refused", f"{callback.title}: {error}"))
+    return found
 
 
 def _refusals(trainer: Trainer, module: LightningModule, preflight: Preflight) -> Iterator[Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
@@ -12,7 +13,7 @@ from lightning_ptq.calibration.forward import Forward, default_forward
 from lightning_ptq.callbacks.adaquant import AdaQuantLayerwise
 from lightning_ptq.callbacks.base import ptq_callbacks
 from lightning_ptq.callbacks.capture import CalibrationCapture
-from lightning_ptq.callbacks.hazards import find_hazards
+from lightning_ptq.callbacks.hazards import find_failures, find_hazards
 from lightning_ptq.callbacks.trainer.muting import Step, calibration_forward
 from lightning_ptq.errors import CalibrationError
 from lightning_ptq.network.units import BlockRule, UnitKind
@@ -85,7 +86,7 @@ def inspect(
     # A training_step may use self.trainer, which Lightning sets in fit.
     attached = {"_trainer": trainer} if trainer is not None and _is_lightning(module) else {}
     with attributes(module, attached):
-        preflight = inspect_module(module, batch, forward=forward, **settings)
+        preflight = inspect_module(module, batch, forward=forward, check=partial(find_failures, trainer), **settings)
     hazards = find_hazards(trainer, cast(Any, module), preflight) if trainer is not None else []
     return replace(preflight, hazards=[*preflight.hazards, *hazards])
 

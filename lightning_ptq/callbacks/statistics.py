@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,15 +11,15 @@ from lightning_ptq import arguments
 from lightning_ptq.activations.shards import DEFAULT_SHARDS
 from lightning_ptq.arguments import flag, number, one_of, whole
 from lightning_ptq.calibration.calibration import Calibration
-from lightning_ptq.calibration.outputs import ChooseOutput, Divergence
+from lightning_ptq.calibration.outputs import ChooseOutput, Divergence, check_output
 from lightning_ptq.callbacks.adaquant import AdaQuantLayerwise
 from lightning_ptq.callbacks.base import StepCallback, ptq_callbacks
 from lightning_ptq.callbacks.trainer.loggers import log_scalars
-from lightning_ptq.errors import QConfigError
+from lightning_ptq.errors import QConfigError, SensitivityError
 from lightning_ptq.report import PTQReport
 from lightning_ptq.runtime.journal import NO_JOURNAL, Journal
 from lightning_ptq.runtime.memory import DEFAULT_MEMORY_LIMIT, parse_bytes
-from lightning_ptq.statistics.acceptance import StatisticsResult
+from lightning_ptq.statistics.acceptance import StatisticsResult, left_out
 from lightning_ptq.statistics.bias import check_tuning, tune_bias
 from lightning_ptq.statistics.normalization import para_normalize, reestimate_batch_norm
 
@@ -33,7 +35,8 @@ class StatsTuning(StepCallback):
     Runs :func:`~lightning_ptq.statistics.normalization.reestimate_batch_norm`,
     :func:`~lightning_ptq.statistics.normalization.para_normalize` and
     :func:`~lightning_ptq.statistics.bias.tune_bias`, as the last of the callbacks. Each step is kept only if it brings
-    the network closer to the float network on held-out samples.
+    the network closer to the float network on held-out samples. A step that cannot be measured or differentiated is
+    left out with a warning.
 
     Args:
         target: Statistics that the layers' outputs are corrected to. ``"batch_norm"``: those of the batch norms, folded
@@ -58,6 +61,10 @@ class StatsTuning(StepCallback):
     Raises:
         QConfigError: If an argument is out of its domain.
         StatisticsError: In fit, if there are too few samples.
+        SensitivityError: In fit, before the work of any callback, if the network's output cannot be read.
+
+    Warns:
+        SkippedStepWarning: In fit, naming a step that was left out, and why.
 
     Example::
 
@@ -98,21 +105,30 @@ class StatsTuning(StepCallback):
         self.memory_limit = memory_limit
         self.parts = parts
 
+    def check(self, trainer: Trainer, calibration: Calibration) -> None:
+        """Check that the network's output can be read."""
+        if self.target is not None or self.bias:
+            check_output(calibration, self.common["measure"], self.common["output"])
+
     def work(self, trainer: Trainer, calibration: Calibration, journal: Journal = NO_JOURNAL) -> list[StatisticsResult]:
         """Run the steps one after the other."""
+        steps: dict[str, Callable[..., StatisticsResult]] = {}
+        if self.target in ("auto", "batch_norm"):
+            steps["batch_norm"] = partial(reestimate_batch_norm, memory_limit=self.memory_limit)
+        if self.target in ("auto", "float"):
+            steps["para_normalization"] = partial(para_normalize, every_layer=True, memory_limit=self.memory_limit)
+        if self.bias:
+            steps["bias"] = partial(tune_bias, parts=self.shards(trainer), **self.tuning)
         results: list[StatisticsResult] = []
         with self._progress(trainer) as progress:
-            common: dict[str, Any] = {**self.common, "progress": progress, "journal": journal}
-            store: dict[str, Any] = {"memory_limit": self.memory_limit}
-            if self.target in ("auto", "batch_norm"):
-                results.append(reestimate_batch_norm(calibration, **store, **common))
-            if self.target in ("auto", "float"):
-                results.append(para_normalize(calibration, every_layer=True, **store, **common))
-            if self.bias:
-                results.append(tune_bias(calibration, parts=self.shards(trainer), **self.tuning, **common))
-        for step, row in enumerate(results):
+            for name, step in steps.items():
+                try:
+                    results.append(step(calibration, progress=progress, journal=journal, **self.common))
+                except SensitivityError as error:
+                    results.append(left_out(name, str(error)))
+        for index, row in enumerate(results):
             values = {"ptq/statistics/before": row.before, "ptq/statistics/after": row.after}
-            log_scalars(trainer, {**values, "ptq/statistics/accepted": float(row.accepted)}, step)
+            log_scalars(trainer, {**values, "ptq/statistics/accepted": float(row.accepted)}, index)
         return results
 
     def shards(self, trainer: Trainer) -> int:

@@ -18,6 +18,7 @@ from lightning_ptq.export.file import FORMAT_VERSION, Contents, Entry, read, wri
 from lightning_ptq.export.fit import Fit, kind
 from lightning_ptq.export.state_dicts import writable
 from lightning_ptq.network.batch_norm import FoldableBatchNorm, folded_norms
+from lightning_ptq.network.callers import layers_of
 from lightning_ptq.network.op import QuantizedOp, quantized_ops
 from lightning_ptq.network.prepare import Prepared, is_prepared, prepare
 from lightning_ptq.numerics.fake_quantize import FakeQuantize
@@ -98,6 +99,7 @@ def load_packed(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         raise fit.other_model(str(error)) from error
     before = TensorSnapshot({})
     try:
+        prepared.add_call_sites([*contents.layers, *layers_of(contents.tensors)])
         fit.check(prepared)
         with writable(module):
             before = TensorSnapshot(fit.overwritten(module))

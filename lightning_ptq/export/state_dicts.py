@@ -22,6 +22,7 @@ from torch import nn
 
 from lightning_ptq.calibration.layer_costs import state_key
 from lightning_ptq.errors import SurgeryError
+from lightning_ptq.network.callers import add_call_sites, layers_of
 from lightning_ptq.network.op import RECORD, quantized_ops
 from lightning_ptq.network.prepare import Prepared, is_prepared, prepare
 
@@ -75,6 +76,9 @@ def _prepared_for(module: nn.Module, state_dict: Mapping[str, Any]) -> Prepared 
             prepared = prepare(module, "w8a8")  # the state dict brings the specs
         except SurgeryError:  # there is nothing to quantize; torch names the keys that do not fit
             return None
+    sites = add_call_sites(module, layers_of(state_dict))
+    if prepared is not None:
+        prepared.remember_callers(sites)
     for name, op in quantized_ops(module).items():  # float layers too: a batch norm may have been folded into one
         op.add_biases(state_dict, state_key(name, ""))
     return prepared

@@ -3,6 +3,6 @@
 Importing this package registers the kinds of layers that can be swapped.
 """
 
-from lightning_ptq.network import batch_norm, layers
+from lightning_ptq.network import attention, batch_norm, layers, linears, recurrent, tables
 
-__all__ = ["batch_norm", "layers"]
+__all__ = ["attention", "batch_norm", "layers", "linears", "recurrent", "tables"]

@@ -114,7 +114,7 @@ class FoldableBatchNorm(Swapped):
 
 register_swap(_BatchNorm, FoldableBatchNorm)
 # Torchvision, detectron2, timm and transformers each have classes of this name, with statistics as buffers.
-register_swap_by_name("FrozenBatchNorm", FoldableBatchNorm)
+register_swap_by_name("*FrozenBatchNorm*", FoldableBatchNorm)
 
 
 def is_folded(module: nn.Module) -> bool:

@@ -8,11 +8,10 @@ and bring their own ``forward`` (static "same" padding, for example) keep it: th
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar, cast
 
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_ptq.errors import QConfigError
 from lightning_ptq.network.op import QuantizedOp
@@ -25,6 +24,7 @@ from lightning_ptq.network.swapping import (
 )
 from lightning_ptq.numerics.fake_quantize import FakeQuantize
 from lightning_ptq.numerics.granularity import ChannelLayout
+from lightning_ptq.runtime.frames import frames, outside
 
 Kind = TypeVar("Kind", bound="type[QuantLayer]")
 
@@ -50,10 +50,12 @@ class QuantLayer(Swapped, QuantizedOp):
     """
 
     prefix = "Quant"
-    added_names = ("qconfig", "mode", "reference", "tied", "weight_fake_quant", "input_fake_quant", "qconfig_json")
-    input_names = ("input",)
-    weight_names = ("weight",)
-    bias_names = ("bias",)
+    added_names: ClassVar[tuple[str, ...]] = (
+        "qconfig", "mode", "reference", "tied", "baked", "weight_fake_quant", "input_fake_quant", "qconfig_json",
+    )  # fmt: skip
+    input_names: ClassVar[tuple[str, ...]] = ("input",)
+    weight_names: ClassVar[tuple[str, ...]] = ("weight",)
+    bias_names: ClassVar[tuple[str, ...]] = ("bias",)
     output_channel_dim: ClassVar[int] = 0
 
     weight: Tensor
@@ -82,10 +84,15 @@ class QuantLayer(Swapped, QuantizedOp):
     @classmethod
     def reason_against(cls, module: nn.Module) -> str:
         """Return why ``module`` cannot be quantized, or an empty text."""
-        weights = [module._parameters.get(name) for name in cls.weight_names]
-        if any(weight is None or nn.parameter.is_lazy(weight) for weight in weights) or is_parametrized(module):
-            return "the weight is lazy or re-parametrized"
+        weights = [module._parameters.get(name) for name in cls.weight_names_of(module)]
+        if any(weight is None or nn.parameter.is_lazy(weight) for weight in weights):
+            return "the weight is lazy or no parameter"
         return super().reason_against(module)
+
+    @classmethod
+    def weight_names_of(cls, module: nn.Module) -> tuple[str, ...]:
+        """Return the names of the weights of a float layer."""
+        return cls.weight_names
 
     def channels(self, name: str) -> ChannelLayout:
         """Return where the output channels of weight ``name`` lie."""
@@ -121,6 +128,14 @@ class QuantLayer(Swapped, QuantizedOp):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the float layer's forward on the quantized input and weight; safe in several threads."""
+        if frames.stack:  # what the layer calls is no call site of the module that runs it
+            with outside:
+                return self._run(args, kwargs)
+        return self._run(args, kwargs)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kwargs = dict(kwargs)
+        functional = kwargs.pop("functional", None)  # what the network computes with this layer's weight
         if self.mode == "float":
             replaced = self.reference or {}  # without a reference, float mode uses the parameters
         else:
@@ -130,7 +145,14 @@ class QuantLayer(Swapped, QuantizedOp):
                 name: quantizer(weights[name]) if self.training else quantizer.constant(weights[name])
                 for name, quantizer in self.weight_quantizers.items()
             }
-        with tensors_replaced(self, replaced):
+        if functional is not None:
+            with tensors_replaced(self, replaced):
+                return functional.compute(args[0], self.weight, getattr(self, "bias", None))
+        return self._call(args, kwargs, replaced)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Mapping[str, Any]) -> Any:
+        """Run the float class's forward with ``tensors`` in place of its parameters."""
+        with tensors_replaced(self, tensors):
             return super().forward(*args, **kwargs)
 
     def _quantize_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -228,6 +250,11 @@ class QuantConvTranspose1d(_Transposed, nn.ConvTranspose1d):
 @register_layer(nn.ConvTranspose2d)
 class QuantConvTranspose2d(_Transposed, nn.ConvTranspose2d):
     """Fake-quantized :class:`torch.nn.ConvTranspose2d`."""
+
+
+@register_layer(nn.ConvTranspose3d)
+class QuantConvTranspose3d(_Transposed, nn.ConvTranspose3d):
+    """Fake-quantized :class:`torch.nn.ConvTranspose3d`."""
 
 
 @register_layer(nn.Linear)

@@ -17,16 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ptq.errors import SurgeryError
+from lightning_ptq.network.baking import Baked
 from lightning_ptq.numerics.fake_quantize import FakeQuantize
 from lightning_ptq.numerics.granularity import ChannelLayout, Granularity, ScaleLayout
-from lightning_ptq.numerics.qconfig import LayerQConfig
+from lightning_ptq.numerics.qconfig import LayerQConfig, Operations
 from lightning_ptq.numerics.spec import QuantSpec
 from lightning_ptq.numerics.weight_scales import weight_qparams
 from lightning_ptq.runtime.structure import float_tensors_in
 
 Mode = Literal["float", "quantized"]
 
-_STATE = ("qconfig", "mode", "reference", "tied")
+_STATE = ("qconfig", "mode", "reference", "tied", "baked")
 
 FLOAT_BITS = 32
 """Bit width that float values count with."""
@@ -50,22 +51,28 @@ class QuantizedOp(nn.Module):
         bias_names: Parameters that are tuned with the weights and stay float.
         is_linear: True if the output is a sum of products, each of one weight and inputs, plus the first bias. Only
             then can statistics tuning scale and shift the output by weights and bias.
+        is_lookup: True if the output is rows of the weights, and nothing is multiplied.
+        quantized_from: The first of the values of ``QConfig.operations`` with which this kind is quantized.
         qconfig: Specs of weights and inputs; None as long as the operation is float.
         mode: ``"quantized"``, or ``"float"`` to compute what the float operation computes.
         reference: Weights and biases of the float operation during a run, which ``"float"`` mode computes with; None
             outside a run.
         tied: True if another operation shares a weight; such weights are not tuned.
+        baked: How to load what the layer was before its computed weight was made a parameter, if that was so.
     """
 
     input_names: ClassVar[tuple[str, ...]] = ()
     weight_names: ClassVar[tuple[str, ...]] = ()
     bias_names: ClassVar[tuple[str, ...]] = ()
     is_linear: ClassVar[bool] = True
+    is_lookup: ClassVar[bool] = False
+    quantized_from: ClassVar[Operations] = "layers"
 
     qconfig: LayerQConfig | None
     mode: Mode
     reference: dict[str, Tensor | None] | None
     tied: bool
+    baked: Baked | None
 
     def init_op(self) -> None:
         """Start as a float operation."""
@@ -171,7 +178,8 @@ class QuantizedOp(nn.Module):
             quantizer = FakeQuantize(qconfig.weight, self.layout(name, qconfig.weight.granularity))
             # Replaces one of other specs, past any __setattr__ of the float class.
             nn.Module.__setattr__(self, f"{name}_fake_quant", quantizer.to(weight.device))
-        device = next((weight.device for weight in self.weights.values()), torch.device("cpu"))
+        places = (tensor.device for tensor in (*self.weights.values(), *self.buffers()))
+        device = next(places, torch.device("cpu"))
         for name in self.input_names:
             activation = qconfig.activation and FakeQuantize(qconfig.activation).to(device)
             nn.Module.__setattr__(self, f"{name}_fake_quant", cast(nn.Module, activation))  # None is no quantizer
@@ -208,9 +216,11 @@ class QuantizedOp(nn.Module):
 
     def tensors(self) -> State:
         """Return what tuning changes, by name: parameters, scales and zero points."""
-        parameters = dict(self.named_parameters(remove_duplicate=False))
-        buffers = {name: buffer for name, buffer in self.named_buffers() if "fake_quant" in name}
-        return {**parameters, **buffers}
+        # Operations inside this one have tensors of their own.
+        found: State = dict(self.named_parameters(recurse=False, remove_duplicate=False))
+        for name, quantizer in (*self.weight_quantizers.items(), *self.input_quantizers.items()):
+            found.update((f"{name}_fake_quant.{key}", buffer) for key, buffer in quantizer.named_buffers())
+        return found
 
     def state(self) -> State:
         """Return a copy of :meth:`tensors`."""
@@ -241,6 +251,8 @@ class QuantizedOp(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take the structure from the state dict: a layer saved quantized gets quantizers of the saved specs."""
+        if baked := self.__dict__.get("baked"):
+            baked.load(state_dict, prefix)
         saved = state_dict.get(prefix + RECORD)
         if saved is not None:
             self.attach(_recorded(saved, prefix))

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from itertools import chain
 from types import MemberDescriptorType
 from typing import Any, ClassVar
 
 from torch import nn
 
 from lightning_ptq.network.op import QuantizedOp
+from lightning_ptq.numerics.qconfig import Operations, includes
 
 _REGISTRY: dict[type[nn.Module], type[Swapped]] = {}
 """Maps a float class to the class that replaces it and its subclasses."""
 
 _BY_NAME: dict[str, type[Swapped]] = {}
-"""Maps part of a class name to a counterpart, for classes of packages that need not be installed."""
+"""Maps a pattern of class names to a counterpart, for classes of packages that need not be installed."""
 
 _CONTENTS = ("_parameters", "_buffers", "_modules")
 
@@ -56,6 +59,11 @@ class Swapped(nn.Module):
         return cls.swap(twin)
 
     @classmethod
+    def applies_to(cls, module: nn.Module) -> bool:
+        """Return False for a module that only has the name of those that this is the counterpart of."""
+        return True
+
+    @classmethod
     def reason_against(cls, module: nn.Module) -> str:
         """Return why ``module`` cannot be swapped, or an empty text."""
         bases = type(module).__mro__
@@ -89,12 +97,23 @@ class Swapped(nn.Module):
         if rest and isinstance(rest[0], tuple) and float_class.__setstate__ is nn.Module.__setstate__:
             rest[0] = rest[0][0]  # without the slots, which nn.Module cannot restore
         make, *args = (float_class if value is swapped else value for value in (make, *args))
-        return _revive, (float_class, make, tuple(args), _slots(self)), *rest
+        return _revive, (float_class, make, tuple(args), _slots(self), *self._class_maker()), *rest
+
+    @classmethod
+    def _class_maker(cls) -> tuple[Callable[[type[nn.Module]], Any], ...]:
+        """Return what makes the counterpart of a float class when a pickle is read, if it is not the registry."""
+        return ()
 
 
-def _revive(float_class: type[nn.Module], make: Any, args: tuple[Any, ...], slots: dict[str, Any]) -> nn.Module:
+def _revive(
+    float_class: type[nn.Module],
+    make: Any,
+    args: tuple[Any, ...],
+    slots: dict[str, Any],
+    make_class: Callable[[type[nn.Module]], Any] | None = None,
+) -> nn.Module:
     """Make the module of a pickle, which then gets its state."""
-    counterpart = swapped_class(float_class)
+    counterpart = (make_class or swapped_class)(float_class)
     if counterpart is None:
         raise TypeError(
             f"{float_class.__name__} has no quantized counterpart. Register it again as before pickling, then load."
@@ -145,7 +164,8 @@ class FloatState:
     def restore(self) -> None:
         """Restore class, attributes, parameters and children.
 
-        Hooks stay as they are now, so that the user's handles keep working. Buffers keep their present values.
+        Hooks and train mode stay as they are now, so that the user's handles keep working. Buffers keep their present
+        values.
         """
         module: Any = self.module
         if isinstance(module, Swapped):
@@ -159,6 +179,7 @@ class FloatState:
                 _move_alike(old, present)
             self._attributes[name].clear()
             self._attributes[name].update(old)
+        self._attributes["training"] = module.training
         vars(module).clear()
         vars(module).update(self._attributes)
 
@@ -176,9 +197,9 @@ def register_swap(float_class: type[nn.Module], counterpart: type[Swapped]) -> N
     _REGISTRY[float_class] = counterpart
 
 
-def register_swap_by_name(part: str, counterpart: type[Swapped]) -> None:
-    """Have ``counterpart`` take the place of module classes whose name contains ``part``, and of derived classes."""
-    _BY_NAME[part] = counterpart
+def register_swap_by_name(pattern: str, counterpart: type[Swapped]) -> None:
+    """Have ``counterpart`` take the place of module classes whose name matches ``pattern``, and of derived classes."""
+    _BY_NAME[pattern] = counterpart
 
 
 def registered_types(counterpart: type[Swapped] = Swapped) -> tuple[type[nn.Module], ...]:
@@ -188,14 +209,22 @@ def registered_types(counterpart: type[Swapped] = Swapped) -> tuple[type[nn.Modu
 
 def registered_counterpart(float_class: type[nn.Module]) -> type[Swapped] | None:
     """Return the counterpart that is registered for a float class or the nearest of its bases."""
+    if issubclass(float_class, Swapped):
+        return None
     # The nearest registered base class decides, so that a derived class may be registered with a kind of its own.
-    for parent in float_class.__mro__ if not issubclass(float_class, Swapped) else ():
-        if parent in _REGISTRY:
-            return _REGISTRY[parent]
-        for part, counterpart in _BY_NAME.items():
-            if part in parent.__name__ and issubclass(parent, nn.Module):
-                return counterpart
-    return None
+    bases = [parent for parent in float_class.__mro__ if issubclass(parent, nn.Module)]
+    known = (_REGISTRY[parent] for parent in bases if parent in _REGISTRY)
+    named = (kind for parent in bases for pattern, kind in _BY_NAME.items() if fnmatchcase(parent.__name__, pattern))
+    return next(chain(known, named), None)
+
+
+def counterpart_of(module: nn.Module, operations: Operations = "all") -> type[Swapped] | None:
+    """Return the registered counterpart of a float module, if ``operations`` includes it."""
+    kind = registered_counterpart(type(module))
+    if kind is None or not kind.applies_to(module):
+        return None
+    is_wanted = not issubclass(kind, QuantizedOp) or includes(operations, kind.quantized_from)
+    return kind if is_wanted else None
 
 
 def swapped_class(float_class: type[nn.Module]) -> Any:
@@ -236,7 +265,8 @@ class ReplaceableTensor:
         replaced = _replacements.by_module.get(id(module))
         if replaced is not None and self.name in replaced:
             return replaced[self.name]
-        for values in (vars(module), vars(module).get("_parameters", {}), vars(module).get("_buffers", {})):
+        own = module.__dict__
+        for values in (own, own.get("_parameters", {}), own.get("_buffers", {})):
             if self.name in values:
                 return values[self.name]
         raise AttributeError(f"{type(module).__name__!r} object has no attribute {self.name!r}")

@@ -38,6 +38,11 @@ class Unit:
     layers: dict[str, QuantizedOp]
     calls: int
 
+    @property
+    def is_lookup(self) -> bool:
+        """True if it is an embedding: each row is alone with its scale, so tuning cannot do better than rounding."""
+        return isinstance(self.module, QuantizedOp) and self.module.is_lookup
+
 
 def find_units(
     module: nn.Module, trace: Trace, granularity: UnitKind = "block", blocks: BlockRule | None = None

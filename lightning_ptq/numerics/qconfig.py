@@ -6,11 +6,21 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal, get_args
 
-from lightning_ptq.arguments import flag, text_table, texts, whole
+from lightning_ptq.arguments import flag, one_of, text_table, texts, whole
 from lightning_ptq.errors import QConfigError
 from lightning_ptq.numerics.spec import ObserverName, QuantSpec
+
+Operations = Literal["layers", "products", "all"]
+"""Which operations are quantized; see :class:`QConfig`."""
+
+
+def includes(operations: Operations, kind: Operations) -> bool:
+    """Return True if ``operations`` includes what ``kind`` adds to the values before it."""
+    levels = get_args(Operations)
+    return levels.index(kind) <= levels.index(operations)
+
 
 # Digits of ASCII, and no zero in front: one text for one candidate.
 _CANDIDATE = re.compile(r"w(0|[1-9][0-9]{0,8})(?:g(0|[1-9][0-9]{0,8}))?(?:a(0|[1-9][0-9]{0,8}))?")
@@ -108,6 +118,9 @@ class QConfig:
         exclude: Patterns of layers that stay float.
         first_last_bits: Least bit width, for weights and activations, of the first and the last layer in execution
             order; None to treat them like all others. An override that names such a layer wins.
+        operations: ``"layers"``: layers that multiply by weights. ``"products"``: also embeddings, and products of two
+            tensors that a forward computes by functions, such as those of attention. ``"all"``: also sums and products
+            of elements, and concatenations.
 
     Example:
         >>> config = QConfig.parse("w4a4", overrides={"head.*": "w8a8"}, exclude=["*.gate"])
@@ -121,6 +134,7 @@ class QConfig:
     overrides: tuple[tuple[str, LayerQConfig], ...] = ()
     exclude: tuple[str, ...] = ()
     first_last_bits: int | None = 8
+    operations: Operations = "products"
 
     def __post_init__(self) -> None:
         if not isinstance(self.default, LayerQConfig):
@@ -138,6 +152,7 @@ class QConfig:
         object.__setattr__(self, "exclude", tuple(texts("exclude", self.exclude)))
         if self.first_last_bits is not None:
             object.__setattr__(self, "first_last_bits", whole("first_last_bits", self.first_last_bits, 2, 8))
+        one_of("operations", self.operations, ("layers", "products", "all"))
 
     @classmethod
     def parse(
@@ -152,6 +167,7 @@ class QConfig:
         activation_observer: ObserverName = "mse",
         percentile: float = 99.99,
         signed_scales: bool = True,
+        operations: Operations = "products",
     ) -> QConfig:
         """Build a config from plain types; a :class:`QConfig` or its dictionary passes through.
 
@@ -174,7 +190,7 @@ class QConfig:
 
         given = text_table("overrides", {} if overrides is None else overrides, "{'head': 'w8a8'}")
         pairs = tuple((pattern, layer(candidate)) for pattern, candidate in given.items())
-        return cls(layer(text), pairs, tuple(texts("exclude", exclude)), first_last_bits)
+        return cls(layer(text), pairs, tuple(texts("exclude", exclude)), first_last_bits, operations)
 
     def for_layer(self, name: str, edge: bool = False) -> LayerQConfig | None:
         """Return the specs of the layer called ``name``, or None where it stays float.
@@ -192,13 +208,18 @@ class QConfig:
             return self.default.at_least(self.first_last_bits)
         return self.default
 
+    @property
+    def patterns(self) -> list[str]:
+        """All patterns of layer names."""
+        return [*dict(self.overrides), *self.exclude]
+
     def check_patterns(self, names: Iterable[str]) -> None:
         """Check that every pattern matches at least one of the layer names.
 
         Raises:
             QConfigError: Naming the patterns that match nothing, and some of the names there are.
         """
-        check_patterns([*dict(self.overrides), *self.exclude], names, "QConfig")
+        check_patterns(self.patterns, names, "QConfig")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as JSON-compatible types."""
@@ -207,6 +228,7 @@ class QConfig:
             "overrides": [(pattern, pair.to_dict()) for pattern, pair in self.overrides],
             "exclude": list(self.exclude),
             "first_last_bits": self.first_last_bits,
+            "operations": self.operations,
         }
 
     @classmethod
@@ -222,7 +244,7 @@ class QConfig:
                 raise KeyError(f"unknown: {sorted(unknown)}")
             overrides = tuple((pattern, LayerQConfig.from_dict(pair)) for pattern, pair in data.get("overrides", ()))
             default, exclude = LayerQConfig.from_dict(data["default"]), tuple(texts("exclude", data.get("exclude", ())))
-            return cls(default, overrides, exclude, data.get("first_last_bits", 8))
+            return cls(default, overrides, exclude, data.get("first_last_bits", 8), data.get("operations", "layers"))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise QConfigError(
                 f"cannot read {dict(data)!r} as a QConfig ({error}). Write what QConfig.to_dict() returns,"

@@ -11,6 +11,8 @@ from lightning_ptq.numerics.observers import MSE_RANGES
 from lightning_ptq.numerics.quantize import EMPTY_SCALE, choose_qparams, fake_quantize
 from lightning_ptq.numerics.spec import QuantSpec
 
+_LARGE, _CHUNK = 2**18, 2**16  # values; rows are independent, and a chunk that fits into the cache is searched faster
+
 
 def weight_qparams(rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Return scale and zero point of a weight, one each per row.
@@ -30,6 +32,14 @@ def weight_qparams(rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         >>> weight_qparams(torch.tensor([[-2.0, 0.0, 1.0], [2.0, 0.0, -1.0]]), QuantSpec(2))[0]
         tensor([ 1., -1.])
     """
+    if rows.numel() > _LARGE and len(rows) > 1:  # such as a table of embeddings
+        size = max(16, _CHUNK // rows.shape[1])
+        scales, zero_points = zip(*(_chosen(part, spec) for part in rows.split(size)), strict=True)
+        return torch.cat(scales), torch.cat(zero_points)
+    return _chosen(rows, spec)
+
+
+def _chosen(rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     rows = rows.detach().float()
     scale, zero_point = _unsigned_qparams(rows, spec)
     # Any scale fits a row of zeros; this one is not lost in a module of half precision.

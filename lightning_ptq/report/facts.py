@@ -26,7 +26,7 @@ class LayerFacts:
 
     Attributes:
         name: Qualified name.
-        kind: Class of the float layer.
+        kind: Class of the float layer; the function of a call site, or ``"Parameter"``.
         shape: Shape of the weight, or of the first one if there are several; empty without a weight.
         widths: Bit widths, such as ``"w4a8"``, or ``"float"``.
         parameters: Number of parameters.

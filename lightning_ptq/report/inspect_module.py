@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_ptq.activations.memory_plan import MemoryPlan, plan_memory
 from lightning_ptq.activations.shards import make_shards
 from lightning_ptq.allocation.costs import multiply_accumulates
+from lightning_ptq.calibration.calibrate import calibrate
 from lightning_ptq.calibration.calibration import Calibration
-from lightning_ptq.calibration.calibrator import calibrate
 from lightning_ptq.calibration.forward import Forward, default_forward
-from lightning_ptq.calibration.layer_costs import Work, count_work, macs_below, packed_size
+from lightning_ptq.calibration.layer_costs import Work, count_work, packed_size
 from lightning_ptq.errors import CalibrationError, PTQWarning, SurgeryError, UnfoldedBatchNormWarning, noted_warnings
 from lightning_ptq.network.batch_norm import FoldableBatchNorm
-from lightning_ptq.network.op import QuantizedOp, ops_in_mode
-from lightning_ptq.network.swapping import swapped_class
+from lightning_ptq.network.op import ops_in_mode
 from lightning_ptq.network.units import BlockRule, Unit, UnitKind, find_units, unit_qconfigs
 from lightning_ptq.numerics.qconfig import QConfig
 from lightning_ptq.report.facts import Finding, FloatParameters, FloatProduct, LayerFacts, UnitFacts
+from lightning_ptq.report.float_parts import (
+    FloatLayer,
+    added_layer,
+    float_layers,
+    float_parameters,
+    innermost,
+    is_in,
+    unquantized,
+    with_baked,
+)
 from lightning_ptq.report.preflight import Preflight
 from lightning_ptq.runtime.memory import DEFAULT_MEMORY_LIMIT, parse_bytes
 from lightning_ptq.runtime.patching import left_unchanged
@@ -42,6 +51,7 @@ def inspect_module(
     blocks: BlockRule | None = None,
     config: ReconstructionConfig | None = None,
     memory_limit: str | int = DEFAULT_MEMORY_LIMIT,
+    check: Callable[[Calibration], list[Finding]] | None = None,
 ) -> Preflight:
     """Find out what quantization will do to a module, from one batch; nothing is tuned or changed.
 
@@ -55,6 +65,7 @@ def inspect_module(
         blocks: Name patterns of the blocks, or a function of name and module; by default an automatic search.
         config: Steps and batch size of AdaQuant.
         memory_limit: Limit of the activations in memory.
+        check: Function that returns further hazards of the calibrated module.
 
     Raises:
         SurgeryError: If there is nothing to quantize, the module is quantized already, or a layer is still lazy.
@@ -76,21 +87,15 @@ def inspect_module(
     with ExitStack() as stack:
         for context in (left_unchanged(module), noted_warnings(notes), _warnings_ignored()):
             stack.enter_context(context)
-        float_layers, parameters = _describe(module), _parameters(module)
+        qconfig = QConfig.parse(qconfig)
+        layers, parameters = float_layers(module, qconfig), float_parameters(module)
         calibration = calibrate(module, [batch], qconfig, forward=forward)
         stack.callback(calibration.prepared.undo)
-        units = find_units(module, calibration.trace, granularity, blocks)
+        parameters = with_baked(parameters, calibration)
+        units = [u for u in find_units(module, calibration.trace, granularity, blocks) if not u.is_lookup]
         outlook = _plan(calibration, units, samples, config or ReconstructionConfig(), parse_bytes(memory_limit))
-        return _preflight(calibration, float_layers, parameters, outlook, notes)
-
-
-@dataclass(frozen=True)
-class _FloatLayer:
-    """Facts about a float layer, recorded before it is replaced."""
-
-    kind: str
-    shape: tuple[int, ...]
-    parameters: int
+        preflight = _preflight(calibration, layers, parameters, outlook, notes)
+        return replace(preflight, hazards=[*preflight.hazards, *(check(calibration) if check else ())])
 
 
 @dataclass(frozen=True)
@@ -131,31 +136,6 @@ def _warnings_ignored() -> Iterator[None]:
         yield
 
 
-def _describe(module: nn.Module) -> dict[str, _FloatLayer]:
-    """Return the layers of quantizable types by qualified name, also those that cannot be swapped."""
-    layers = {}
-    for name, child in module.named_modules():
-        counterpart = swapped_class(type(child))
-        if counterpart is not None and issubclass(counterpart, QuantizedOp):
-            weights = [getattr(child, weight_name, None) for weight_name in counterpart.weight_names]
-            # A re-parametrized weight is a computed attribute, not a parameter.
-            shape = next((tuple(weight.shape) for weight in weights if isinstance(weight, Tensor)), ())
-            layers[name] = _FloatLayer(type(child).__name__, shape, sum(p.numel() for p in child.parameters()))
-    return layers
-
-
-def _parameters(module: nn.Module) -> list[FloatParameters]:
-    """Return the parameters that each module holds itself; shared ones belong to the first module that has them."""
-    found: list[FloatParameters] = []
-    visited: set[int] = set()
-    for name, child in module.named_modules():
-        own = [p for p in child._parameters.values() if p is not None and id(p) not in visited]
-        visited.update(map(id, own))
-        if own:
-            found.append(FloatParameters(name, type(child).__name__, sum(p.numel() for p in own)))
-    return found
-
-
 def _plan(
     calibration: Calibration, units: list[Unit], samples: int, config: ReconstructionConfig, limit: int
 ) -> _Outlook:
@@ -176,7 +156,7 @@ def _plan(
 
 def _preflight(
     calibration: Calibration,
-    float_layers: dict[str, _FloatLayer],
+    float_layers: dict[str, FloatLayer],
     parameters: list[FloatParameters],
     outlook: _Outlook,
     notes: list[PTQWarning],
@@ -190,7 +170,7 @@ def _preflight(
         layers=_layers(calibration, float_layers, work.macs),
         folded=calibration.folded,
         unfolded=_unfolded(calibration, notes),
-        products=_products(calibration, float_layers, work),
+        products=_products(calibration, {*float_layers, *calibration.layers}, work),
         units=outlook.units,
         macs=sum(work.macs.values()),
         float_bytes=calibration.prepared.float_bytes,
@@ -200,7 +180,7 @@ def _preflight(
         warnings=[Finding(type(note).__name__, str(note), note.remedy) for note in notes],
         hazards=outlook.hazards,
         parameters=sum(row.parameters for row in parameters),
-        float_parameters=_unquantized(calibration, parameters),
+        float_parameters=unquantized(calibration, parameters),
     )
 
 
@@ -208,13 +188,6 @@ def _work_of_one_sample(calibration: Calibration) -> Work:
     with ops_in_mode(calibration.module, "float"):
         work = count_work(calibration.module, lambda: calibration.run(0))
     return replace(work, macs={name: macs / calibration.samples for name, macs in work.macs.items()})
-
-
-def _unquantized(calibration: Calibration, parameters: list[FloatParameters]) -> list[FloatParameters]:
-    """Return the parameters that stay float, without those that a folded batch norm loses; most of them first."""
-    quantized = {name: layer.weight_count for name, layer in calibration.layers.items()}
-    rest = [replace(row, parameters=row.parameters - quantized.get(row.module, 0)) for row in parameters]
-    return sorted((row for row in rest if row.parameters > 0), key=lambda row: -row.parameters)
 
 
 def _bit_operations(calibration: Calibration) -> float:
@@ -225,8 +198,9 @@ def _bit_operations(calibration: Calibration) -> float:
     return quantized / (sum(layer.bit_operations(macs[name]) for name, layer in layers.items()) or 1.0)
 
 
-def _layers(calibration: Calibration, layers: dict[str, _FloatLayer], macs: dict[str, float]) -> list[LayerFacts]:
+def _layers(calibration: Calibration, layers: dict[str, FloatLayer], macs: dict[str, float]) -> list[LayerFacts]:
     prepared, order = calibration.prepared, calibration.trace.layer_order
+    own = _macs_of((*order, *(name for name in layers if name not in order)), macs)
     norms = {layer: norm for norm, layers in calibration.folded.items() for layer in layers.split(", ")}
 
     def status(name: str) -> str:
@@ -237,21 +211,32 @@ def _layers(calibration: Calibration, layers: dict[str, _FloatLayer], macs: dict
         return "excluded" if prepared.qconfig.for_layer(name) is None else "never called"
 
     def facts(name: str) -> LayerFacts:
-        layer, quantized = layers[name], calibration.layers.get(name)
-        place = "first" if name == order[0] else "last" if name == order[-1] else ""
+        quantized = calibration.layers.get(name)
+        layer = layers.get(name) or added_layer(prepared.layers[name])
+        place = dict(zip(calibration.edges, ("first", "last"), strict=False)).get(name, "")
         return LayerFacts(
             name,
             layer.kind,
             layer.shape,
             "float" if quantized is None else str(quantized.qconfig),
             layer.parameters,
-            macs_below(macs, name),
+            own[name],
             place,
             norms.get(name, ""),
             status(name),
         )
 
-    return [facts(name) for name in (*order, *(name for name in layers if name not in order))]
+    return [facts(name) for name in own]
+
+
+def _macs_of(names: Iterable[str], macs: Mapping[str, float]) -> dict[str, float]:
+    """Return the multiply-accumulates in each of some modules, outside those of them that are inside it."""
+    own = dict.fromkeys(names, 0.0)
+    for at, count in macs.items():
+        inside = innermost(at, own)
+        if inside is not None:
+            own[inside] += count
+    return own
 
 
 def _unfolded(calibration: Calibration, notes: list[PTQWarning]) -> dict[str, str]:
@@ -267,7 +252,7 @@ def _unfolded(calibration: Calibration, notes: list[PTQWarning]) -> dict[str, st
 def _products(calibration: Calibration, layers: Collection[str], work: Work) -> list[FloatProduct]:
     """Return what is computed outside the layers: per module a row of what is counted, and a row of what is not."""
     # Layers that cannot be swapped compute products too, but are among the layers already.
-    places = {name for name in (*work.counted, *work.uncounted) if not _is_in(name, layers)}
+    places = {name for name in (*work.counted, *work.uncounted) if not is_in(name, layers)}
     order = list(calibration.trace.calls)
     products = []
     # In execution order; the root, which has no entry if it was not called itself, comes first.
@@ -277,8 +262,3 @@ def _products(calibration: Calibration, layers: Collection[str], work: Work) -> 
         if uncounted := work.uncounted.get(name):
             products.append(FloatProduct(name, tuple(sorted(uncounted)), None))
     return products
-
-
-def _is_in(name: str, layers: Collection[str]) -> bool:
-    """Return True for a layer and for a module inside one."""
-    return any(name == layer or name.startswith(f"{layer}.") for layer in layers)

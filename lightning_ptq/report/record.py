@@ -20,6 +20,7 @@ from lightning_ptq.errors import PTQWarning
 from lightning_ptq.network.op import QuantizedOp
 from lightning_ptq.numerics.observers import HistogramObserver, MinMaxObserver
 from lightning_ptq.numerics.qconfig import LayerQConfig
+from lightning_ptq.report.float_parts import kind_of
 from lightning_ptq.statistics.acceptance import StatisticsResult
 from lightning_ptq.tuning.run import AdaQuantResult
 
@@ -65,7 +66,7 @@ class LayerRecord:
 
     Attributes:
         name: Qualified name.
-        kind: Class of the float layer.
+        kind: Class of the float layer; the function of a call site, or ``"Parameter"``.
         widths: Bit widths, for example ``"w4a8"``.
         parameters: Number of weights.
         macs: Multiply-accumulates for one sample.
@@ -145,7 +146,7 @@ class RunRecord:
         self.layers = [
             LayerRecord(
                 name,
-                type(layer).__name__.removeprefix("Quant"),
+                kind_of(layer),
                 str(layer.qconfig),
                 layer.weight_count,
                 work[name].macs,

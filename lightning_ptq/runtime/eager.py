@@ -1,4 +1,4 @@
-"""Running modules without compilation and without checkpoints of autograd."""
+"""Running modules without compilation, without checkpoints of autograd, and outside inference mode."""
 
 from __future__ import annotations
 
@@ -58,6 +58,31 @@ def not_checkpointed() -> Iterator[None]:
         yield
 
     with attributes(torch.utils.checkpoint, {"CheckpointFunction": _Direct, **dict.fromkeys(_GENERATORS, once)}):
+        yield
+
+
+@contextmanager
+def no_inference_mode() -> Iterator[None]:
+    """Leave ``torch.inference_mode`` inside the ``with`` block; gradients are switched off, as they are in that mode.
+
+    Tensors that were made in inference mode could neither be tuned nor be used in tuning.
+
+    Example:
+        >>> with torch.inference_mode(), no_inference_mode():
+        ...     torch.zeros(1).is_inference(), torch.is_grad_enabled()
+        (False, False)
+    """
+    if not torch.is_inference_mode_enabled():
+        yield
+    else:
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """Run modules eagerly, with activations kept for the backward pass, and outside inference mode."""
+    with no_inference_mode(), not_compiled(), not_checkpointed():
         yield
 
 

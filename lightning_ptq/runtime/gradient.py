@@ -1,13 +1,15 @@
-"""The gradient of a step that is computed in shards, on one rank or on several."""
+"""The gradient of a step that is computed in shards, on one rank or on several, and errors of backward passes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import reduce
 
 import torch
 from torch import Tensor
 
+from lightning_ptq.errors import PTQError, SensitivityError
 from lightning_ptq.runtime.ranks import Ranks
 
 
@@ -54,3 +56,23 @@ class Gradient:
             variable.grad = gradient.view_as(variable).to(variable.dtype)
         self._flat.zero_()
         return total[-1]
+
+
+@contextmanager
+def gradient_errors(remedy: str) -> Iterator[None]:
+    """Raise what a user's module raises inside the ``with`` block as a :class:`SensitivityError`.
+
+    A module that runs without gradients may still fail with them, or in the backward pass. The library's own errors,
+    and that memory is exhausted, are passed on.
+
+    Args:
+        remedy: What the user can write instead.
+    """
+    try:
+        yield
+    except (PTQError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise SensitivityError(
+            f"the network cannot be differentiated, {type(error).__name__}: {error}. {remedy}"
+        ) from error

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_ptq.runtime.frames import frames, outside
+
 _MISSING = object()
 
 Before = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], None]
@@ -71,10 +73,10 @@ def hooked(
     """
 
     def enter(name: str) -> Any:
-        return lambda module, args, kwargs: before(name, module, args, kwargs) if before else None
+        return lambda module, args, kwargs: _apart(before, name, module, args, kwargs)
 
     def leave(name: str) -> Any:
-        return lambda module, args, kwargs, output: after(name, module, args, kwargs, output) if after else None
+        return lambda module, args, kwargs, output: _apart(after, name, module, args, kwargs, output)
 
     with ExitStack() as stack:
         for name, module in modules.items():
@@ -85,6 +87,14 @@ def hooked(
             if after is not None:
                 stack.callback(module.register_forward_hook(leave(name), with_kwargs=True).remove)
         yield
+
+
+def _apart(function: Any, *arguments: Any) -> Any:
+    """Call a function whose own calls of torch are no part of the forward that it watches."""
+    if not frames.stack or frames.discovering:
+        return function(*arguments)
+    with outside:
+        return function(*arguments)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
@@ -17,8 +18,9 @@ from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.checks import check_calibration
 from lightning_ptq.calibration.forward import eval_mode
 from lightning_ptq.calibration.outputs import ChooseOutput, Meter
-from lightning_ptq.errors import StatisticsError
+from lightning_ptq.errors import RolledBackWarning, SkippedStepWarning, StatisticsError, warn
 from lightning_ptq.network.op import QuantizedOp
+from lightning_ptq.runtime.eager import no_inference_mode
 from lightning_ptq.runtime.journal import NO_JOURNAL, Journal, JournalEntry
 from lightning_ptq.runtime.patching import TensorSnapshot
 
@@ -29,10 +31,11 @@ class StatisticsResult:
 
     Attributes:
         step: ``"batch_norm"``, ``"para_normalization"`` or ``"bias"``.
-        before: The measure between the outputs of the float and the quantized network on held-out samples.
+        before: The measure between the outputs of the float and the quantized network on held-out samples. NaN, as
+            after, if the step was left out.
         after: The same after the step.
         accepted: False if the step did not lower it by more than twice the standard error over the samples, so that it
-            was undone.
+            was undone, or if it was left out.
         layers: The layers, or unfolded batch norms, that the step changed (or would have).
         skipped: Why others were not changed, by name.
     """
@@ -66,7 +69,15 @@ def accept_if_better(
 ) -> StatisticsResult:
     """Do ``work`` on a part of the samples, and undo it unless it helps on the held-out rest.
 
-    The outcome is journaled; a resumed run reads it back.
+    The outcome is journaled; a resumed run reads it back. Where the measure is not finite before the step, it is left
+    out.
+
+    Raises:
+        SensitivityError: If the measure cannot be taken.
+
+    Warns:
+        RolledBackWarning: If the measure is not finite after the step.
+        SkippedStepWarning: If it is not finite before.
     """
     seed, held_out = check_acceptance(calibration, seed, held_out)
     one_of("measure", measure, ("kl", "mse", "loss"))
@@ -76,9 +87,11 @@ def accept_if_better(
         _restore_entry(calibration, entry.states.get(step, {}))
         return StatisticsResult(**{**entry.facts, "layers": tuple(entry.facts["layers"])})
     tuned, rest = split_samples(calibration, held_out, seed)
-    with eval_mode(module):
-        meter = Meter(rest, measure, output)
+    with no_inference_mode(), eval_mode(module):
+        meter = Meter(rest, measure, output, finite=False)
         values_before = meter.each()
+        if not math.isfinite(before := meter.mean(values_before)):
+            return left_out(step, f"the {measure} of the outputs is {before} before it, on held-out samples.")
         saved = TensorSnapshot(_tensors(module))
         try:
             changes = work(tuned)
@@ -87,14 +100,32 @@ def accept_if_better(
         except BaseException:  # an interrupt too: the module must not stay half changed
             _undo(module, saved)
             raise
-        before, after = (meter.mean(values) for values in (values_before, values_after))
-        accepted = is_better(torch.cat(values_after), torch.cat(values_before))
+        after = meter.mean(values_after)
+        accepted = math.isfinite(after) and is_better(torch.cat(values_after), torch.cat(values_before))
         if not accepted:
             _undo(module, saved)
+    if not math.isfinite(after):
+        warn(
+            f"the step {step!r} of statistics tuning was undone: with it, the {measure} of the outputs is {after}.",
+            RolledBackWarning,
+            stacklevel=3,
+        )
     result = StatisticsResult(step, before, after, accepted, tuple(changes.layers), changes.skipped)
     if ranks.rank == 0:
         journal.write(step, JournalEntry({step: saved.changed(_tensors(module))}, asdict(result)))
     return result
+
+
+def left_out(step: str, why: str) -> StatisticsResult:
+    """Return the result of a step that was not done, and warn of it.
+
+    Args:
+        step: Name of the step.
+        why: The reason, as sentences.
+    """
+    why = why.rstrip(".")
+    warn(f"the step {step!r} of statistics tuning was left out: {why}.", SkippedStepWarning, stacklevel=3)
+    return StatisticsResult(step, math.nan, math.nan, False, skipped={"every layer": why})
 
 
 def check_acceptance(calibration: Calibration, seed: int, held_out: float) -> tuple[int, float]:
@@ -143,21 +174,17 @@ def split_samples(calibration: Calibration, held_out: float, seed: int) -> tuple
         # At least one sample on either side.
         cut = samples - min(max(round(samples * held_out), 1), samples - 1)
         tune, rest = (_rows(calibration.batches[0], rows) for rows in (slice(0, cut), slice(cut, samples)))
-        return _with(calibration, [tune], calibration.traces), _with(calibration, [rest], calibration.traces)
+        return _with(calibration, tune), _with(calibration, rest)
     # Batches are drawn, since a loader may sort its samples.
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     cut = min(max(round(count * held_out), 1), count - 1)
 
-    def part(indices: list[int]) -> Calibration:
-        chosen = sorted(indices)  # in the order of the set, so that sums are added in the same order for any seed
-        return _with(calibration, [calibration.batches[i] for i in chosen], [calibration.traces[i] for i in chosen])
-
-    return part(order[cut:]), part(order[:cut])
+    # In the order of the set, so that sums are added in the same order for any seed.
+    return calibration.part(sorted(order[cut:])), calibration.part(sorted(order[:cut]))
 
 
-def _with(calibration: Calibration, batches: list[Any], traces: list[Any]) -> Calibration:
-    samples = sum(Batch(batch).samples for batch in batches)
-    return replace(calibration, batches=Batches(batches), traces=traces, samples=samples)
+def _with(calibration: Calibration, batch: Any) -> Calibration:
+    return replace(calibration, batches=Batches([batch]), samples=Batch(batch).samples)
 
 
 def _rows(batch: Any, rows: slice) -> Any:

@@ -13,15 +13,17 @@ from lightning_ptq.arguments import flag, is_number, whole
 from lightning_ptq.calibration.batch import Batch
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.outputs import ChooseOutput, Divergence, OutputReader, divergence, float_outputs
-from lightning_ptq.errors import QConfigError
+from lightning_ptq.errors import QConfigError, SensitivityError, StatisticsError
 from lightning_ptq.network.batch_norm import is_folded
-from lightning_ptq.runtime.gradient import Gradient
+from lightning_ptq.runtime.eager import no_inference_mode
+from lightning_ptq.runtime.gradient import Gradient, gradient_errors
 from lightning_ptq.runtime.journal import NO_JOURNAL, Journal
 from lightning_ptq.runtime.optimization import minimize
 from lightning_ptq.runtime.patching import frozen
 from lightning_ptq.runtime.progress import Progress, no_progress
 from lightning_ptq.statistics.acceptance import Changes, StatisticsResult, accept_if_better, check_acceptance
 
+_REMEDY = "Leave it out (bias=False of StatsTuning), or calibrate with a step= that runs the tuned network last."
 _NORMS = (nn.LayerNorm, nn.GroupNorm, _BatchNorm)
 
 
@@ -59,6 +61,7 @@ def tune_bias(
 
     Raises:
         StatisticsError: If there are fewer than two samples.
+        SensitivityError: If the output cannot be read, compared or differentiated.
         QConfigError: If an argument is outside its domain.
     """
     steps, lr, parts, norm_affine = check_tuning(steps, lr, parts, norm_affine)
@@ -66,10 +69,17 @@ def tune_bias(
     if measure not in ("kl", "mse"):
         raise QConfigError(f"bias tuning measures 'kl' or 'mse' between outputs, got {measure!r}.")
     values = _tuned_parameters(calibration, norm_affine)
+    parameters = list(values.values())
+    _check_gradients(calibration, OutputReader(calibration, output), parameters)
 
     def work(part: Calibration) -> Changes:
         distillation = _Distillation(part, measure, OutputReader(part, output), parts, seed)
-        distillation.run(list(values.values()), steps, lr, progress)
+        try:
+            distillation.run(parameters, steps, lr, progress)
+        except SensitivityError as error:
+            if calibration.ranks.world == 1:
+                raise
+            raise StatisticsError(str(error)) from error  # other ranks are in the middle of a step, which none may skip
         return Changes(list(values))
 
     return accept_if_better(
@@ -98,6 +108,28 @@ def _tuned_parameters(calibration: Calibration, norm_affine: bool) -> dict[str, 
                 calibration.prepared.remember(parameter)  # norms are not swapped, so undo() needs their values
                 parameters.setdefault(id(parameter), (f"{name}.{key}", parameter))
     return dict(parameters.values())
+
+
+def _check_gradients(calibration: Calibration, reader: OutputReader, parameters: list[nn.Parameter]) -> None:
+    """Check that the output has a gradient with respect to some of the parameters, before they are tuned.
+
+    Raises:
+        SensitivityError: If it has none on a batch of each course of the forward.
+    """
+    if not parameters:
+        return
+    with no_inference_mode(), frozen(calibration.module, trained=parameters), gradient_errors(_REMEDY):
+        for batch in calibration.one_batch_per_course():
+            output, _ = reader.read(partial(calibration.run, batch, gradients=True))
+            if output.requires_grad:
+                with torch.enable_grad():
+                    torch.autograd.grad(output.sum(), parameters, allow_unused=True)
+                return
+    name = next(reversed(reader.networks), "") or type(calibration.module).__name__
+    raise SensitivityError(
+        f"the network's output, which is that of {name!r}, carries no gradient to the biases, so that they cannot be"
+        f" tuned. {_REMEDY}"
+    )
 
 
 class _Distillation:
@@ -136,7 +168,7 @@ class _Distillation:
         self.order = self.order or torch.randperm(len(self.targets), generator=self.generator).tolist()
         index = self.order.pop()
         target, batch = self.targets[index], self.calibration.batches[index]
-        samples = len(target)
+        samples, padding = len(target), self.calibration.padding(index)
         # Random numbers belong to whole batches, and so do the targets that were computed with them.
         divisible = (
             Batch(batch).is_divisible and Batch(batch).samples == samples and not self.calibration.isolation.draws
@@ -146,6 +178,10 @@ class _Distillation:
             if not self.calibration.ranks.owns(shard):
                 continue
             rows = slice(start, min(start + size, samples))
-            output, _ = self.reader.read(partial(self.calibration.run, index, True, rows if divisible else None))
-            with torch.enable_grad():  # the target is a constant, but the caller may have gradients switched off
-                gradient.add(shard, divergence(output, target[rows], self.measure).sum() / samples)
+            # The target is a constant, but the caller may have gradients switched off.
+            with torch.enable_grad(), gradient_errors(_REMEDY):
+                output, _ = self.reader.read(partial(self.calibration.run, index, True, rows if divisible else None))
+                compared = None if padding is None or len(padding) != samples else padding[rows]
+                loss = divergence(output, target[rows], self.measure, compared).sum() / samples
+                if loss.requires_grad:  # else no bias takes part on this batch
+                    gradient.add(shard, loss)

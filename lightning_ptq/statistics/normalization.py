@@ -6,6 +6,7 @@ and its bias (Hubara et al., ICML 2021, sec. 5: batch-norm tuning and para-norma
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal, cast
 
 import torch
@@ -62,6 +63,7 @@ def reestimate_batch_norm(
 
     Raises:
         StatisticsError: If there are fewer than two samples.
+        SensitivityError: If the network's output cannot be read or compared.
     """
     acceptance = {"held_out": held_out, "measure": measure, "output": output, "seed": seed, "journal": journal}
     return _normalize("batch_norm", calibration, "batch_norm", memory_limit, progress, acceptance)
@@ -97,6 +99,7 @@ def para_normalize(
 
     Raises:
         StatisticsError: If there are fewer than two samples.
+        SensitivityError: If the network's output cannot be read or compared.
     """
     target: _Target = "every" if every_layer else "others"
     acceptance = {"held_out": held_out, "measure": measure, "output": output, "seed": seed, "journal": journal}
@@ -137,8 +140,11 @@ class _Normalizer:
         self.norms = norms if target == "batch_norm" else {}
         others = set() if target == "batch_norm" else set(calibration.layers)
         # Layers with a folded norm have the norm's statistics as their target, unless every layer is wanted.
-        self.others = others - set(norms) if target == "others" else others
+        others = others - set(norms) if target == "others" else others
+        linear = {name for name in others if calibration.layers[name].is_linear}
+        self.others = linear
         self.changes = Changes()
+        self.changes.skipped.update(dict.fromkeys(sorted(others - linear), "its output is not linear in its weights"))
 
     def run(self) -> Changes:
         """Correct one layer after the other; return what was changed."""
@@ -175,12 +181,16 @@ class _Normalizer:
     def _statistics(self, unit: Unit, calls: list[list[Call]]) -> ChannelStatistics | None:
         """Return the statistics of the unit's outputs; None if it has none."""
         statistics: ChannelStatistics | None = None
-        for call in (call for of_batch in calls for call in of_batch):
+        for batch, call in self._by_batch(calls):
             layer = unit.layers[unit.name]
             output = layer.output_tensor(self._run(unit, call))
             statistics = statistics or ChannelStatistics(layer.channel_dim(output))
-            statistics.update(output)
+            statistics.update(output, self.calibration.padding(batch))
         return statistics if statistics is not None and statistics.count else None
+
+    @staticmethod
+    def _by_batch(calls: list[list[Call]]) -> Iterator[tuple[int, Call]]:
+        return ((batch, call) for batch, of_batch in enumerate(calls) for call in of_batch)
 
     def _outputs(self, unit: Unit, calls: list[list[Call]]) -> list[list[Call]]:
         """Return the outputs by batch and call, each with the random state after the call."""
@@ -204,7 +214,7 @@ class _Normalizer:
     ) -> None:
         """Give the layer's output the target's statistics: ``y · factor + shift`` through its scales and its bias."""
         if not (layer.is_linear and layer.bias_names):
-            why = "it has no bias" if layer.is_linear else "its output is not linear in its weights"
+            why = "it has no bias" if layer.is_linear or layer.is_lookup else "its output is not linear in its weights"
             self.changes.skipped[name] = why
             return
         mean, deviation = target
@@ -232,9 +242,9 @@ class _Normalizer:
     def _reestimate(self, norm: _BatchNorm, calls: list[list[Call]]) -> bool:
         """Set the running statistics of an unfolded batch norm from its inputs in the quantized network, if any."""
         statistics = ChannelStatistics(1)
-        for call in (call for of_batch in calls for call in of_batch):
+        for batch, call in self._by_batch(calls):
             args, kwargs = call.tree()
-            statistics.update(first_argument(args, kwargs))
+            statistics.update(first_argument(args, kwargs), self.calibration.padding(batch))
         if not statistics.count:
             return False
         mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)

@@ -16,7 +16,7 @@ from lightning_ptq.calibration.forward import eval_mode
 from lightning_ptq.errors import QConfigError, RolledBackWarning, warn
 from lightning_ptq.network.units import BlockRule, UnitKind, find_units
 from lightning_ptq.numerics.qconfig import LayerQConfig, parse_candidates
-from lightning_ptq.runtime.eager import not_checkpointed, not_compiled
+from lightning_ptq.runtime.eager import plainly
 from lightning_ptq.runtime.journal import NO_JOURNAL, Journal
 from lightning_ptq.runtime.memory import DEFAULT_MEMORY_LIMIT, parse_bytes
 from lightning_ptq.runtime.progress import Progress, no_progress
@@ -81,7 +81,7 @@ def adaquant(
     check_calibration(calibration, batches=True)
     seed = check_arguments(mode, granularity, candidates, memory_limit, seed, blocks, config)
     kind = SequentialRun if mode == "sequential" else ParallelRun
-    with ActivationStore(memory_limit) as store, eval_mode(calibration.module), not_compiled(), not_checkpointed():
+    with ActivationStore(memory_limit) as store, eval_mode(calibration.module), plainly():
         widths, config = list(map(LayerQConfig.parse, candidates or ())), config or ReconstructionConfig()
         units = find_units(calibration.module, calibration.trace, granularity, blocks)
         units = tunable_units(calibration, units, store, config)

@@ -194,7 +194,7 @@ def unit_loss(
     args, kwargs = group.arguments(rows)
     with data.isolation.forward(unit.module, group.random_of(rows)):
         outputs = float_tensors_in(functional_call(unit.module, state, args, kwargs))
-    return loss.training(outputs, group.wanted(rows))
+    return loss.training(group.without_padding(outputs, rows), group.wanted(rows))
 
 
 @contextmanager

@@ -79,6 +79,8 @@ class Run(ABC):
         # Sequential mode shares the steps of each unit, so a rank holds its own shards; parallel mode shares the units.
         self.shards = [shard for shard in shards if not self.sequential or self.ranks.owns(shard.index)]
         self.work = [unit for unit in self.units if self.owns(unit)]
+        # Embeddings, for example: the units after them get other inputs than in the float model.
+        self.untuned = self.calibration.layers.keys() - {name for unit in self.units for name in unit.layers}
         counts = [self.steps_of(unit) for unit in self.work]
         self.steps = sum(counts)
         states = 0 if self.sequential else max(1, len(self.candidates))
@@ -131,16 +133,17 @@ class Run(ABC):
         unit, stream, isolation = self.work[index], self.float_streams[place], self.calibration.isolation
         calls = stream.inputs(index)
         shapes = _shapes(calls)
-        data = UnitData(calls, self.store, isolation)
+        padding = [self.calibration.padding(batch) for batch in stream.batches]
+        data = UnitData(calls, self.store, isolation, padding)
         with unit_errors():
             outputs = data.outputs(unit.module, len(stream.batches), "float")
         paired = True
-        if self.sequential and self.quantized_streams[place].needs_others(index):
+        if self.sequential and (self.untuned or self.quantized_streams[place].needs_others(index)):
             del data  # freed before the quantized inputs, which take as much, are captured
             calls = self.quantized_streams[place].inputs(index, stream.proof)
             # Experts of a mixture, for example, may get other samples when the units before them are quantized.
             paired = unit.name not in stream.picked and _shapes(calls) == shapes
-            data = UnitData(calls, self.store, isolation)
+            data = UnitData(calls, self.store, isolation, padding)
         if targets:
             with unit_errors():
                 own = outputs if paired else data.outputs(unit.module, len(stream.batches), "float")

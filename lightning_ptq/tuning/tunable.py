@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,8 @@ def tunable_units(
 ) -> list[Unit]:
     """Return the units that can be tuned; the layers of a block that cannot take its place.
 
+    Single embeddings are left out.
+
     Args:
         calibration: The calibrated module.
         units: Units in execution order.
@@ -36,6 +39,7 @@ def tunable_units(
     Warns:
         UntunableUnitWarning: Naming the blocks and layers that cannot be tuned, and why.
     """
+    units = [unit for unit in units if not unit.is_lookup]
     reasons = _failures(calibration, units, store, config)
     found: list[Unit] = []
     for unit in units:
@@ -44,6 +48,7 @@ def tunable_units(
         elif unit.name not in unit.layers:
             calls = calibration.trace.calls
             found += [Unit(name, layer, {name: layer}, calls[name]) for name, layer in unit.layers.items()]
+    found = [unit for unit in found if not unit.is_lookup]
     fresh = [unit for unit in found if unit not in units]
     blocks = {name: why for name, why in reasons.items() if not any(name in unit.layers for unit in units)}
     reasons |= _failures(calibration, fresh, store, config)
@@ -90,7 +95,9 @@ def _failures(
             return
         trying, state = True, isolation.random_state()
         try:
-            _try_unit(waiting[name], UnitData([[call]], store, isolation), Call.of(output, store.put), config)
+            # In a context of its own: a forward may collect, in context variables, what its modules compute.
+            data, result = UnitData([[call]], store, isolation), Call.of(output, store.put)
+            contextvars.Context().run(_try_unit, waiting[name], data, result, config)
         except UnitError as error:
             reasons[name] = str(error)
         finally:

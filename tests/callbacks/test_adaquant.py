@@ -10,8 +10,6 @@ from helpers import IMAGES, Snapshot, classifier, loader, same_state, state, tra
 from lightning_ptq import AdaQuantLayerwise, BitAllocator, CalibrationCapture, ReconstructionConfig, adaquant, calibrate
 from lightning_ptq.errors import CallbackError, QConfigError, RolledBackWarning
 
-PACKAGES = ["pytorch_lightning"]
-
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
     pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`"),

@@ -23,8 +23,6 @@ from lightning_ptq import (
 )
 from lightning_ptq.errors import AllocationError, QConfigError
 
-PACKAGES = ["pytorch_lightning"]
-
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_ptq.errors.RolledBackWarning")
 
 CANDIDATES = ["w8a8", "w4a4", "w2a4"]

@@ -12,9 +12,13 @@ import torch
 from helpers import IMAGES, Snapshot, classifier, loader, same_state, state, trainer
 
 from lightning_ptq import AdaQuantLayerwise, CalibrationCapture
-from lightning_ptq.errors import CallbackError, ChangedAfterwardsWarning, ProgressWarning, ReportWarning
-
-PACKAGES = ["pytorch_lightning"]
+from lightning_ptq.errors import (
+    CalibrationError,
+    CallbackError,
+    ChangedAfterwardsWarning,
+    ProgressWarning,
+    ReportWarning,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
@@ -195,21 +199,48 @@ def test_a_float_copy_of_the_weights_is_refused_before_the_work(pl, tmp_path, na
     assert seen == []
 
 
-def test_weights_that_another_callback_changes_at_the_end_are_named(pl, tmp_path):
-    class Average(pl.Callback):
-        def on_fit_start(self, trainer: Any, module: Any) -> None:
-            self.shadow = {name: p.detach().clone() for name, p in module.named_parameters()}
+@pytest.mark.parametrize("hook", ["on_train_epoch_end", "on_train_end", "on_fit_end"])
+@pytest.mark.parametrize("first", [True, False])
+def test_weights_that_another_callback_changes_at_the_end_are_named(pl, tmp_path, hook, first):
+    def change(self: Any, trainer: Any, module: Any) -> None:
+        for parameter in module.parameters():
+            parameter.data.add_(1)
 
-        def on_train_end(self, trainer: Any, module: Any) -> None:
-            for name, parameter in module.named_parameters():
-                if name in self.shadow:
-                    parameter.data.copy_(self.shadow[name] + 1)
+    module, average = classifier(pl), type("Average", (pl.Callback,), {hook: change})()
+    callbacks = [average, *ptq()] if first else [*ptq(), average]
+    if first and hook == "on_train_epoch_end":  # before the stages: nothing of theirs is lost
+        trainer(pl, tmp_path, *callbacks).fit(module, loader())
+        return
+    told = r"another callback has changed \d+ of \d+ tensors.*net\.0\.weight"
+    with pytest.warns(ChangedAfterwardsWarning, match=told) as caught:
+        trainer(pl, tmp_path, *callbacks).fit(module, loader())
+    ours = [str(warning.message) for warning in caught if warning.category is ChangedAfterwardsWarning]
+    assert len(ours) == 1
+    # What is changed before the checkpoint is written is in it.
+    before = hook == "on_train_epoch_end" or (first and hook == "on_train_end")
+    assert ("also in quantized.ckpt" in ours[0]) is before
 
+
+@pytest.mark.filterwarnings("ignore::lightning_ptq.errors.UnrepeatableForwardWarning")
+def test_a_step_that_runs_out_of_an_iterator_is_an_error(pl, tmp_path):
     module = classifier(pl)
-    with pytest.warns(
-        ChangedAfterwardsWarning, match=r"another callback has changed \d+ of \d+ tensors.*net\.0\.weight"
-    ):
-        trainer(pl, tmp_path, *ptq(), Average()).fit(module, loader())
+    before, draws = Snapshot(module), iter(range(9))
+
+    def step(module: Any, batch: Any) -> Any:
+        return module(batch[0]) + next(draws)
+
+    with pytest.raises(CalibrationError, match="ran out of an iterator"):
+        trainer(pl, tmp_path, *ptq(step=step)).fit(module, loader())
+    before.assert_unchanged()
+
+
+def test_a_stage_that_runs_out_of_an_iterator_does_not_end_the_run_as_finished(pl, tmp_path, monkeypatch):
+    monkeypatch.setattr(AdaQuantLayerwise, "work", lambda *args: next(iter(())))
+    module = classifier(pl)
+    before = Snapshot(module)
+    with pytest.raises(CallbackError, match=r"ran out of an iterator \(StopIteration\)"):
+        trainer(pl, tmp_path, *ptq()).fit(module, loader())
+    before.assert_unchanged()
 
 
 def test_a_resume_dir_that_cannot_be_written_is_found_before_the_work(pl, tmp_path, monkeypatch):

@@ -35,6 +35,7 @@ from lightning_ptq.network.layers import QuantLayer
 from lightning_ptq.tuning.reconstruct import ReconstructionConfig
 
 pytestmark = [
+    pytest.mark.both_packages,
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
     pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`"),
     pytest.mark.filterwarnings("ignore::lightning_ptq.errors.RolledBackWarning"),

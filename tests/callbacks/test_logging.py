@@ -180,6 +180,7 @@ def test_tensorboard_gets_pictures_texts_and_histograms(pl, tmp_path):
     assert "ptq/adaquant_parallel/loss" in events.Tags()["scalars"]
 
 
+@pytest.mark.both_packages
 def test_loggers_change_nothing_and_none_is_fine(pl, tmp_path):
     logged, _ = fit(pl, tmp_path / "a", [pl.loggers.CSVLogger(tmp_path), pl.loggers.TensorBoardLogger(tmp_path)])
     plain, callbacks = fit(pl, tmp_path / "b", False)

@@ -13,8 +13,6 @@ from lightning_ptq import AdaQuantLayerwise, BitAllocator, CalibrationCapture, Q
 from lightning_ptq.errors import CalibrationError, PTQError
 from lightning_ptq.report.inspect_module import inspect_module
 
-PACKAGES = ["pytorch_lightning"]
-
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning_ptq.errors.PTQWarning"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),

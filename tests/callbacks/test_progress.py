@@ -8,8 +8,6 @@ from helpers import classifier, loader, trainer
 from lightning_ptq import AdaQuantLayerwise, CalibrationCapture
 from lightning_ptq.callbacks.trainer import progress
 
-PACKAGES = ["pytorch_lightning"]
-
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
     pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`"),

@@ -21,8 +21,6 @@ from lightning_ptq import (
 from lightning_ptq.callbacks import pipelines
 from lightning_ptq.errors import CallbackError, QConfigError, StatisticsError
 
-PACKAGES = ["pytorch_lightning"]
-
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_ptq.errors.RolledBackWarning")
 
 SHORT = {"steps": 6, "batch_size": 8}

@@ -19,8 +19,6 @@ from lightning_ptq import CalibrationCapture, calibrate, prepare
 from lightning_ptq.errors import SurgeryError
 from lightning_ptq.network.prepare import is_prepared
 
-PACKAGES = ["pytorch_lightning"]
-
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
     pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`"),

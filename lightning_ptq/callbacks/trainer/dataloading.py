@@ -74,3 +74,12 @@ def dataset_size(trainer: Trainer) -> int | None:
     if sampler is None or sampler.drop_last:
         return None
     return len(sampler.dataset)  # type: ignore[arg-type]  # a Dataset need not be Sized, but this one is
+
+
+def no_batch_seen() -> CalibrationError:
+    """Return the error of a run whose loader gave no batch."""
+    return CalibrationError(
+        "no calibration batch was seen: the loader is empty, max_epochs or limit_train_batches is 0, or ckpt_path"
+        " is a checkpoint of the finished training. Give fit a loader with at least one sample and max_epochs=1,"
+        " and load trained weights by MyModule.load_from_checkpoint."
+    )

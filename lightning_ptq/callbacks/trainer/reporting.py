@@ -49,22 +49,25 @@ def finish(report: PTQReport, calibration: Calibration) -> dict[str, bytes]:
     return checksums(calibration.module)
 
 
-def warn_if_changed(module: LightningModule, finished: Mapping[str, bytes]) -> None:
+def warn_if_changed(module: LightningModule, finished: Mapping[str, bytes], saved: bool = True) -> None:
     """Warn if a state dict is no longer that of the finished run.
 
     Args:
         module: The quantized module.
         finished: Checksums of the state dict's entries when the run was finished; empty if no run was.
+        saved: Whether the checkpoint has been written already.
 
     Warns:
         ChangedAfterwardsWarning: If an entry has another checksum.
     """
     changed = finished and [name for name, found in checksums(module).items() if finished.get(name) != found]
     if changed:
+        files = "Files that were written before, such as quantized.ckpt, hold the tuned ones."
+        remedy = "The result is not what was tuned, also in quantized.ckpt. Leave that callback out of the PTQ run."
         named = ", ".join(changed[:3]) + (" and others" if len(changed) > 3 else "")
         warn(
             f"another callback has changed {len(changed)} of {len(finished)} tensors of the quantized module at the"
-            f" end of fit: {named}. Files that were written before, such as quantized.ckpt, hold the tuned ones.",
+            f" end of fit: {named}. {files if saved else remedy}",
             ChangedAfterwardsWarning,
             stacklevel=2,
         )
