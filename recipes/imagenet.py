@@ -74,6 +74,7 @@ def main(
     budget: str | None = None,
     candidates: list[str] | None = None,
     first_last_bits: int | None = 8,
+    capture: dict[str, Any] | None = None,
     options: dict[str, Any] | None = None,
 ) -> None:
     """Quantize a trained network, and measure accuracy, size, time and memory.
@@ -96,6 +97,7 @@ def main(
             as w4a8 for the size at these widths.
         candidates: Bit widths to choose from; those of BitAllocator by default.
         first_last_bits: Least bit width of the first and last layer; null if a budget may choose theirs too.
+        capture: Further arguments of CalibrationCapture.
         options: Further arguments of AdaQuantLayerwise.
     """
     quiet()
@@ -110,7 +112,7 @@ def main(
         DataLoader(Photographs(files[1::2], transform), 25),
         model=model, qconfig=qconfig, mode=mode, granularity=granularity, steps=steps, seed=seed, file=json,
         pipeline=pipeline, statistics=statistics, budget=budget, candidates=candidates,
-        first_last_bits=first_last_bits, **options or {},
+        first_last_bits=first_last_bits, capture=capture, **options or {},
     )  # fmt: skip
 
 
