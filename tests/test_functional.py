@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import Snapshot, build, relative_error, seeded
+from helpers import Snapshot, build, idle_quantizers, relative_error, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -332,3 +332,26 @@ def test_an_exported_and_a_traced_module_compute_the_same():
         exported = torch.export.export(net, (x,), strict=False).module()
         torch.testing.assert_close(exported(x), expected)
         torch.testing.assert_close(torch.jit.trace(net, x)(x), expected)
+
+
+class InPlace(nn.Module):
+    """Sums and products in place, followed by another operator in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.gate, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.a(x)
+        h *= self.gate(x).sigmoid()
+        h += x
+        return self.head(F.relu(h, inplace=True))
+
+
+def test_operators_in_place_can_be_differentiated():
+    net, batches = build(InPlace).eval(), [seeded(i, 32, 8) for i in range(2)]
+    calibration = calibrate(net, batches, QConfig.parse("w4a4", operations="all", first_last_bits=None))
+    assert {"mul_1", "add_1"} <= set(calibration.layers)
+    assert idle_quantizers(calibration, batches[0]) == []
+    tune_bias(calibration, steps=2, measure="mse")
+    measure_sensitivity(calibration, ["w8a8", "w4a4"], measure="fisher")

@@ -14,6 +14,7 @@ from torch import nn
 from lightning_ptq.network.call_sites import OF_TWO, CallSite, JoinSite, WeightedSite
 from lightning_ptq.network.functional import watching
 from lightning_ptq.network.op import RECORD, QuantizedOp, quantized_ops
+from lightning_ptq.network.own_forward import SwappedForward
 from lightning_ptq.network.parameters import is_parameter_op, move_parameter, parameter_op_name
 from lightning_ptq.network.routes import Route, routable, routed
 from lightning_ptq.network.swapping import FloatState, Swapped, float_class_of, set_class
@@ -25,7 +26,7 @@ from lightning_ptq.runtime.patching import hooked
 _NAME = re.compile(rf"({'|'.join((*OF_TWO, 'cat', 'linear', 'route'))})_(\d+)(_scores|_values)?")
 
 
-class Caller(Swapped):
+class Caller(SwappedForward):
     """Stands before the class of a module whose forward calls functions that are operations."""
 
     added_names = ()
@@ -56,13 +57,14 @@ class Caller(Swapped):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward of the float module, with calls handed to their sites."""
-        run = self.__dict__.get("own_forward") or super().forward
+        if self.runs_own_forward:
+            return super().forward(*args, **kwargs)
         if frames.discovering:
-            return run(*args, **kwargs)
+            return self._run_float_forward(super().forward, args, kwargs)
         frames.stack.append(Frame(self))
         try:
             with watching():
-                return run(*args, **kwargs)
+                return self._run_float_forward(super().forward, args, kwargs)
         finally:
             frames.stack.pop()
 
@@ -177,8 +179,7 @@ def add_call_sites(
             except Exception:  # classes can forbid to be derived from, or have another layout in memory
                 continue
             changed.append(original)
-            if "forward" in caller.__dict__:  # it would run in place of the one of the class
-                caller.__dict__["own_forward"] = caller.__dict__.pop("forward")
+            caller._keep_own_forward()
         device = next((tensor.device for tensor in (*caller.parameters(), *caller.buffers(), *tensors)), None)
         own = name.rpartition(".")[2]
         if found[1] == "parameter":

@@ -121,8 +121,11 @@ def _run(frame: Frame, call: _Call, func: Any, args: Any, kwargs: Any) -> Any:
     site = _site(frame, f"{function}_{frame.next(function)}")
     if site is None:
         return func(*args, **kwargs)
-    result = site(*operands, **rest)
-    return operands[0].copy_(result) if func in _IN_PLACE else result
+    if func not in _IN_PLACE:
+        return site(*operands, **rest)
+    # The backward pass of quantization reads the operand, which is then written to.
+    left = operands[0].clone() if torch.is_grad_enabled() else operands[0]
+    return operands[0].copy_(site(left, *operands[1:], **rest))
 
 
 def _weight_side(frame: Frame, function: str, operands: tuple[Any, ...]) -> int | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_ptq.errors import QConfigError
 from lightning_ptq.network.op import QuantizedOp
+from lightning_ptq.network.own_forward import SwappedForward
 from lightning_ptq.network.swapping import (
     ReplaceableTensor,
     Swapped,
@@ -39,7 +40,7 @@ def _keep_slow_path(module: nn.Module, args: Any) -> None:
     """Do nothing. A hook keeps nn.TransformerEncoderLayer off its fused path, which would use the float weights."""
 
 
-class QuantLayer(Swapped, QuantizedOp):
+class QuantLayer(SwappedForward, QuantizedOp):
     """Adds quantizers to a float class. It stands first among the bases.
 
     A layer has one input, one weight, and possibly a bias. Layers with other tensors override the names; inputs are the
@@ -52,6 +53,7 @@ class QuantLayer(Swapped, QuantizedOp):
     prefix = "Quant"
     added_names: ClassVar[tuple[str, ...]] = (
         "qconfig", "mode", "reference", "tied", "baked", "weight_fake_quant", "input_fake_quant", "qconfig_json",
+        "own_forward",
     )  # fmt: skip
     input_names: ClassVar[tuple[str, ...]] = ("input",)
     weight_names: ClassVar[tuple[str, ...]] = ("weight",)
@@ -70,6 +72,7 @@ class QuantLayer(Swapped, QuantizedOp):
 
     def _init_swapped(self) -> None:
         self.init_op()
+        self._keep_own_forward()
         for name in (*self.weight_names, *self.input_names):
             self.__dict__[f"{name}_fake_quant"] = None
         # A class that has no bias at all would ignore one; nn.Linear(bias=False) has an empty one, and can get it.
@@ -128,6 +131,8 @@ class QuantLayer(Swapped, QuantizedOp):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the float layer's forward on the quantized input and weight; safe in several threads."""
+        if self.runs_own_forward:
+            return super().forward(*args, **kwargs)
         if frames.stack:  # what the layer calls is no call site of the module that runs it
             with outside:
                 return self._run(args, kwargs)
@@ -151,9 +156,9 @@ class QuantLayer(Swapped, QuantizedOp):
         return self._call(args, kwargs, replaced)
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Mapping[str, Any]) -> Any:
-        """Run the float class's forward with ``tensors`` in place of its parameters."""
+        """Run the float module's forward with ``tensors`` in place of its parameters."""
         with tensors_replaced(self, tensors):
-            return super().forward(*args, **kwargs)
+            return self._run_float_forward(super().forward, args, kwargs)
 
     def _quantize_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         quantizers, values = self.input_quantizers, list(args)
