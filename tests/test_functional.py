@@ -355,3 +355,23 @@ def test_operators_in_place_can_be_differentiated():
     assert idle_quantizers(calibration, batches[0]) == []
     tune_bias(calibration, steps=2, measure="mse")
     measure_sensitivity(calibration, ["w8a8", "w4a4"], measure="fisher")
+
+
+class Mapped(nn.Module):
+    """Layers and products inside torch.vmap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(torch.vmap(lambda row: (row @ row.mT).softmax(-1) @ self.inner(row))(self.first(x)))
+
+
+def test_what_vmap_computes_stays_float():
+    net, batches = build(Mapped).eval(), [seeded(i, 16, 5, 8) for i in range(2)]
+    expected = net(batches[0])
+    with pytest.warns(FunctionalOpWarning):
+        calibration = calibrate(net, batches, "w8a8")
+    assert list(calibration.layers) == ["first", "head"]
+    assert relative_error(net(batches[0]), expected) < 1e-3

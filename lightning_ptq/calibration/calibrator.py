@@ -36,6 +36,7 @@ from lightning_ptq.numerics.qconfig import LayerQConfig
 from lightning_ptq.runtime.isolation import Isolation
 from lightning_ptq.runtime.patching import Before, hooked
 from lightning_ptq.runtime.ranks import Ranks
+from lightning_ptq.runtime.structure import is_transformed
 
 
 class Calibrator:
@@ -185,6 +186,8 @@ class Calibrator:
 
     def _watch(self, name: str, layer: Any, args: Any, kwargs: Any) -> None:
         for which, x in layer.input_tensors(args, kwargs).items():
+            if is_transformed(x):  # it has no values, so the layer stays float
+                continue
             if (name, which) not in self._observers:
                 self._observers[name, which] = self._observer(name).to(x.device)
             try:
@@ -231,6 +234,7 @@ class Calibrator:
         warn_of_float_parts(self.prepared, watched)
         for name, layer in layers.items():
             layer.keep_reference()
+            layer.exposed = name in watched.exposed
             calibration.round_to_nearest(name, calibration.qconfig_at(name))
         return calibration
 

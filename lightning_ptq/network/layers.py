@@ -52,8 +52,8 @@ class QuantLayer(SwappedForward, QuantizedOp):
 
     prefix = "Quant"
     added_names: ClassVar[tuple[str, ...]] = (
-        "qconfig", "mode", "reference", "tied", "baked", "weight_fake_quant", "input_fake_quant", "qconfig_json",
-        "own_forward",
+        "qconfig", "mode", "reference", "tied", "exposed", "baked", "weight_fake_quant", "input_fake_quant",
+        "qconfig_json", "own_forward",
     )  # fmt: skip
     input_names: ClassVar[tuple[str, ...]] = ("input",)
     weight_names: ClassVar[tuple[str, ...]] = ("weight",)

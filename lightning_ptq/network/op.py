@@ -27,7 +27,7 @@ from lightning_ptq.runtime.structure import float_tensors_in
 
 Mode = Literal["float", "quantized"]
 
-_STATE = ("qconfig", "mode", "reference", "tied", "baked")
+_STATE = ("qconfig", "mode", "reference", "tied", "exposed", "baked")
 
 FLOAT_BITS = 32
 """Bit width that float values count with."""
@@ -58,6 +58,7 @@ class QuantizedOp(nn.Module):
         reference: Weights and biases of the float operation during a run, which ``"float"`` mode computes with; None
             outside a run.
         tied: True if another operation shares a weight; such weights are not tuned.
+        exposed: True if other code reads a weight; it then lies on its grid, as after loading a packed file.
         baked: How to load what the layer was before its computed weight was made a parameter, if that was so.
     """
 
@@ -72,11 +73,12 @@ class QuantizedOp(nn.Module):
     mode: Mode
     reference: dict[str, Tensor | None] | None
     tied: bool
+    exposed: bool
     baked: Baked | None
 
     def init_op(self) -> None:
         """Start as a float operation."""
-        self.__dict__.update(dict.fromkeys(_STATE), mode="quantized", tied=False)
+        self.__dict__.update(dict.fromkeys(_STATE), mode="quantized", tied=False, exposed=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _STATE:  # the float class may have a __setattr__ that does not know these names
