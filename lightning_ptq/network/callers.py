@@ -15,7 +15,13 @@ from lightning_ptq.network.call_sites import OF_TWO, CallSite, JoinSite, Weighte
 from lightning_ptq.network.functional import watching
 from lightning_ptq.network.op import RECORD, QuantizedOp, quantized_ops
 from lightning_ptq.network.own_forward import SwappedForward
-from lightning_ptq.network.parameters import is_parameter_op, move_parameter, parameter_op_name
+from lightning_ptq.network.parameters import (
+    hand_out,
+    is_parameter_op,
+    move_parameter,
+    parameter_op_name,
+    parameters_of,
+)
 from lightning_ptq.network.routes import Route, routable, routed
 from lightning_ptq.network.swapping import FloatState, Swapped, float_class_of, set_class
 from lightning_ptq.network.trace import Trace
@@ -38,7 +44,7 @@ class Caller(SwappedForward):
             return super().__getattr__(name)
         value = cast(nn.Module, self._modules[holder])()
         frame = frames.stack[-1] if frames.stack else None
-        if frame is not None and frame.owner is self:
+        if frame is not None:
             frame.read.append(value)
         return value
 
@@ -61,12 +67,15 @@ class Caller(SwappedForward):
             return super().forward(*args, **kwargs)
         if frames.discovering:
             return self._run_float_forward(super().forward, args, kwargs)
-        frames.stack.append(Frame(self))
+        frame = Frame(self)
+        frames.stack.append(frame)
         try:
             with watching():
-                return self._run_float_forward(super().forward, args, kwargs)
+                result = self._run_float_forward(super().forward, args, kwargs)
         finally:
             frames.stack.pop()
+        hand_out(frame, result)
+        return result
 
 
 @dataclass
@@ -97,28 +106,29 @@ def discover(module: nn.Module, run: Callable[[], Any], elementwise: bool = Fals
 
     def enter(name: str, child: Any, *_: Any) -> None:
         hidden = isinstance(child, QuantizedOp) or (frames.stack and frames.stack[-1] is None)
-        frames.stack.append(None if hidden else Frame(child))
+        frames.stack.append(None if hidden else Frame(child, name))
 
-    def leave(*_: Any) -> None:
+    def leave(name: str, child: Any, args: Any, kwargs: Any, output: Any) -> None:
         frame = frames.stack.pop()
         if frame is not None:
+            hand_out(frame, output)
             for function, count in frame.counts.items():
                 key = names[id(frame.owner)], function
                 counts[key] = max(count, counts.get(key, 0))
             owner = names[id(frame.owner)]
-            prefix = f"{owner}." if owner else ""
-            parameters.update(dict.fromkeys(prefix + parameter_op_name(*item) for item in frame.parameters.items()))
+            parameters.update(dict.fromkeys(parameter_op_name(*item) for item in frame.parameters.items()))
             for layer in dict.fromkeys(frame.layers):
                 if layer.startswith(f"{owner}." if owner else "") and layer not in routes.setdefault(owner, []):
                     routes[owner].append(layer)
 
     depth = len(frames.stack)
     frames.discovering, frames.layers = True, routable(quantized_ops(module).items())
+    frames.parameters = parameters_of(dict(module.named_modules()))
     try:
         with hooked(dict(module.named_modules()), enter, leave), watching():
             run()
     finally:
-        frames.discovering, frames.layers = False, {}
+        frames.discovering, frames.layers, frames.parameters = False, {}, {}
         del frames.stack[depth:]
     wanted = [key for key in counts if elementwise or key[1] not in ("add", "mul", "cat")]
     sites = [name for owner, function in wanted for name in _site_names(owner, function, counts[owner, function])]
