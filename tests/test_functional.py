@@ -371,7 +371,34 @@ class Mapped(nn.Module):
 def test_what_vmap_computes_stays_float():
     net, batches = build(Mapped).eval(), [seeded(i, 16, 5, 8) for i in range(2)]
     expected = net(batches[0])
-    with pytest.warns(FunctionalOpWarning):
+    with pytest.warns(FunctionalOpWarning) as caught:
         calibration = calibrate(net, batches, "w8a8")
+    told = " ".join(str(warning.message) for warning in caught)
+    assert "inputs are not known, so they stay float: inner" in told
+    assert "bmm in the module itself" in told
     assert list(calibration.layers) == ["first", "head"]
     assert relative_error(net(batches[0]), expected) < 1e-3
+
+
+def test_layers_of_complex_weights_and_of_sparse_inputs_stay_float_and_are_named():
+    class Strange(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.waves, self.sparse = nn.Linear(8, 8, dtype=torch.cfloat), nn.Linear(8, 8, bias=False)
+            self.head = nn.Linear(8, 3)
+            self.register_buffer("mix", torch.eye(16).to_sparse())
+
+        def forward(self, x):
+            h = self.waves(x.to(torch.cfloat)).abs() + self.sparse(x.relu().to_sparse())
+            return self.head(torch.sparse.mm(self.mix, h))
+
+    net, x = build(Strange).eval(), seeded(0, 16, 8)
+    expected = net(x)
+    with pytest.warns() as caught:
+        calibration = calibrate(net, [x], "w8a8")
+    told = " ".join(str(warning.message) for warning in caught)
+    assert "waves: its weight is not of real floating-point numbers, so the layer stays float" in told
+    assert "inputs are not known, so they stay float: sparse" in told
+    assert "_sparse_addmm in the module itself" in told
+    assert list(calibration.layers) == ["head"]
+    assert relative_error(net(x), expected) < 1e-3

@@ -21,7 +21,7 @@ from lightning_ptq.calibration.checks import (
     warn_of_unsteady_sites,
 )
 from lightning_ptq.calibration.forward import Forward, default_forward, fresh_batch, run_forward
-from lightning_ptq.calibration.padding import Mask, check_mask, real_positions, real_values
+from lightning_ptq.calibration.padding import Mask, check_mask, check_mask_fits, real_positions, real_values
 from lightning_ptq.calibration.repeatability import Recording, warn_if_different
 from lightning_ptq.calibration.repeats import Repeats
 from lightning_ptq.errors import CalibrationError, FewSamplesWarning, FunctionalOpWarning, warn
@@ -36,7 +36,7 @@ from lightning_ptq.numerics.qconfig import LayerQConfig
 from lightning_ptq.runtime.isolation import Isolation
 from lightning_ptq.runtime.patching import Before, hooked
 from lightning_ptq.runtime.ranks import Ranks
-from lightning_ptq.runtime.structure import is_transformed
+from lightning_ptq.runtime.structure import is_dense
 
 
 class Calibrator:
@@ -69,6 +69,7 @@ class Calibrator:
         self.dataset_size = dataset_size
         self.mask = check_mask(mask)
         self._real: Tensor | None = None  # positions of the present batch that hold data
+        self._shapes: set[tuple[int, ...]] = set()  # of the inputs of the first batch
         self._repeats = Repeats(self.ranks, sharded=dataset_size is not None)
         self.samples = 0
         self.batches = Batches()
@@ -128,6 +129,7 @@ class Calibrator:
         if is_new and (new := self._add_call_sites(kept)):  # which the batches before did not reach
             result, watched = self._trace(kept, self._watch, only=new)
         if recordings:
+            check_mask_fits(self.mask, self._real, self._shapes)
             for recording, run in zip(recordings, ((result, watched), self._trace(kept, *recordings[1:])), strict=True):
                 recording.finish(*run)
             warn_if_different(*recordings)
@@ -186,8 +188,10 @@ class Calibrator:
 
     def _watch(self, name: str, layer: Any, args: Any, kwargs: Any) -> None:
         for which, x in layer.input_tensors(args, kwargs).items():
-            if is_transformed(x):  # it has no values, so the layer stays float
+            if not is_dense(x):  # then the layer stays float
                 continue
+            if not self._traces:
+                self._shapes.add(tuple(x.shape))
             if (name, which) not in self._observers:
                 self._observers[name, which] = self._observer(name).to(x.device)
             try:
@@ -273,7 +277,8 @@ class Calibrator:
         unseen = [name for name in order if self._has_unseen_inputs(name)]
         if unseen:
             warn(
-                f"their forward multiplies by other means than torch's, so they stay float: {', '.join(unseen)}.",
+                f"their inputs are not known, so they stay float: {', '.join(unseen)}. They multiply by other means"
+                " than torch's, or get tensors that are sparse or inside torch.vmap.",
                 FunctionalOpWarning,
                 stacklevel=3,
             )

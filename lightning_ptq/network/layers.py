@@ -90,6 +90,8 @@ class QuantLayer(SwappedForward, QuantizedOp):
         weights = [module._parameters.get(name) for name in cls.weight_names_of(module)]
         if any(weight is None or nn.parameter.is_lazy(weight) for weight in weights):
             return "the weight is lazy or no parameter"
+        if not all(cast(Tensor, weight).is_floating_point() for weight in weights):
+            return "its weight is not of real floating-point numbers"
         return super().reason_against(module)
 
     @classmethod

@@ -219,6 +219,7 @@ def _check(prepared: Prepared, modules: int, skipped: Mapping[str, str]) -> None
 _SCRIPTED = "it is scripted by torch.jit"
 _REMEDIES = {
     "the weight is lazy or no parameter": "Run one forward first, or make the weight an nn.Parameter of the layer.",
+    "its weight is not of real floating-point numbers": "Only such weights are quantized.",
     MAX_NORM: "Limit the norms of its weight once, and set max_norm to None.",
     _SCRIPTED: "Script it after quantization instead.",
 }

@@ -29,6 +29,7 @@ _PRODUCTS = (
     "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_attention_math",
     "aten::_scaled_dot_product_fused_attention_overrideable",
     "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_sparse_addmm", "aten::sspaddmm", "aten::addbmm", "aten::_grouped_mm",
     "aten::mkldnn_rnn_layer", "aten::_cudnn_rnn", "aten::miopen_rnn", "aten::_native_multi_head_attention",
 )  # fmt: skip
 

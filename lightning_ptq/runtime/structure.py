@@ -111,6 +111,8 @@ def is_dense(value: Any) -> bool:
 
 def is_transformed(value: Any) -> bool:
     """Return True for a tensor inside a transform of functions, such as torch.vmap: it stands for others."""
+    if torch.compiler.is_compiling():  # which does not know the function
+        return False
     return isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
