@@ -6,12 +6,13 @@ import copy
 
 import pytest
 import torch
-from helpers import Snapshot, build, seeded
+from helpers import Snapshot, build, idle_quantizers, relative_error, seeded
 from torch import nn
 from torch.nn import functional as F
 
 from lightning_ptq import QConfig, ReconstructionConfig, adaquant, calibrate, load_packed, save_packed
 from lightning_ptq.network.op import ops_in_mode
+from lightning_ptq.report.inspect_module import inspect_module
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_ptq.errors.PTQWarning")
 
@@ -76,3 +77,29 @@ def test_other_weights_are_not_rounded_in_place():
     calibrate(net, IDS, "w4a8")
     assert not torch.equal(net.table.weight, table)
     assert torch.equal(net.body.weight, body)
+
+
+@pytest.mark.parametrize("name", ["linear", "matmul", "transposed"])
+def test_products_with_the_weight_of_a_layer_that_runs_are_quantized(name):
+    make, batches = CASES[name]
+    net = build(make).eval()
+    assert inspect_module(net, batches[0], "w4a4").covered == 1
+    calibration = calibrate(net, batches, "w8a8")
+    assert "tied_1" in calibration.layers
+    assert idle_quantizers(calibration, batches[0]) == []
+    assert relative_error(net(batches[0]), build(make).eval()(batches[0])) < 1e-3
+
+
+def test_a_weight_of_a_layer_that_does_not_run_is_an_activation():
+    class Unused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.keys, self.body = nn.Embedding(20, 8), nn.Embedding(6, 8), nn.Linear(8, 8)
+
+        def forward(self, ids):
+            return self.body(self.table(ids)) @ self.keys.weight.T
+
+    net = build(Unused).eval()
+    calibration = calibrate(net, IDS, "w8a8")
+    assert list(calibration.layers) == ["table", "body", "matmul_1"]
+    assert idle_quantizers(calibration, IDS[0]) == []

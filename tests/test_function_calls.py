@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from fnmatch import fnmatch
 
 import pytest
 import torch
@@ -144,3 +145,24 @@ def test_calls_that_a_later_batch_adds_know_the_parameters_of_earlier_ones():
     batches = [seeded(i, 16, 5, 8) * scale for i, scale in enumerate((0.1, 9))]
     calibration = calibrate(net, batches, "w8a8")
     assert set(calibration.layers) == {"enter", "square.0_weight_1", "linear_1", "linear_2"}
+
+
+def repeated(m, h):
+    for _ in range(12):
+        h = (h @ m.square[0] / 8).relu() @ h.mT @ h
+    return h
+
+
+@pytest.mark.parametrize("pattern", ["linear_1", "linear_*", "matmul_12", "*_17"])
+def test_overrides_and_exclusions_name_every_site(pattern):
+    net = build(lambda: Called(repeated, square=parameters((8, 8)))).eval()
+    names = list(calibrate(net, [seeded(0, 4, 5, 8)], "w4a8").layers)
+    wanted = [name for name in names if fnmatch(name, pattern)]
+    assert wanted
+    net = build(lambda: Called(repeated, square=parameters((8, 8)))).eval()
+    config = QConfig.parse("w4a8", overrides={pattern: "w8a4"})
+    calibration = calibrate(net, [seeded(0, 4, 5, 8)], config)
+    assert {name for name, op in calibration.layers.items() if str(op.qconfig) == "w8a4"} == set(wanted)
+    net = build(lambda: Called(repeated, square=parameters((8, 8)))).eval()
+    calibration = calibrate(net, [seeded(0, 4, 5, 8)], QConfig.parse("w4a8", exclude=[pattern]))
+    assert set(calibration.layers) == set(names) - set(wanted)

@@ -150,6 +150,8 @@ class Calibrator:
 
         with self.isolation.forward(module, self._repeats.turn(len(self.batches)), learn=True):
             found = discover(module, run, elementwise=operations == "all")
+        for op in found.reached:  # which the isolation has undone
+            op.reached = True
         return self.prepared.add_call_sites(found.sites, found.routes)
 
     def _trace(self, batch: Any, *watches: Before, only: Collection[str] | None = None) -> tuple[Any, Trace]:

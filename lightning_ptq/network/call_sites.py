@@ -136,7 +136,7 @@ def _einsum_macs(equation: str, *operands: Tensor) -> float:
 
 
 class WeightedSite(QuantizedOp):
-    """A call of a function of an input and a parameter, which a :class:`ParameterOp` has quantized already."""
+    """A call of a function of an input and a parameter, which another operation has quantized already."""
 
     input_names = ("input",)
     is_linear = False

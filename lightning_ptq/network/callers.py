@@ -29,7 +29,8 @@ from lightning_ptq.numerics.qconfig import matches
 from lightning_ptq.runtime.frames import Frame, frames
 from lightning_ptq.runtime.patching import hooked
 
-_NAME = re.compile(rf"({'|'.join((*OF_TWO, 'cat', 'linear', 'route'))})_(\d+)(_scores|_values)?")
+_FUNCTIONS = (*OF_TWO, "cat", "linear", "tied")
+_NAME = re.compile(rf"({'|'.join((*_FUNCTIONS, 'route'))})_(\d+)(_scores|_values)?")
 
 
 class Caller(SwappedForward):
@@ -85,10 +86,12 @@ class Discovery:
     Attributes:
         sites: Names of call sites, by caller in the order of first calls.
         routes: Names of layers whose weights a module passes to functions, by the name of the module.
+        reached: Operations that were called.
     """
 
     sites: list[str]
     routes: dict[str, list[str]]
+    reached: list[QuantizedOp]
 
 
 def discover(module: nn.Module, run: Callable[[], Any], elementwise: bool = False) -> Discovery:
@@ -103,8 +106,12 @@ def discover(module: nn.Module, run: Callable[[], Any], elementwise: bool = Fals
     counts: dict[tuple[str, str], int] = {}
     routes: dict[str, list[str]] = {}
     parameters: dict[str, None] = {}
+    reached: list[QuantizedOp] = []
 
     def enter(name: str, child: Any, *_: Any) -> None:
+        if isinstance(child, QuantizedOp):
+            child.reached = True
+            reached.append(child)
         hidden = isinstance(child, QuantizedOp) or (frames.stack and frames.stack[-1] is None)
         frames.stack.append(None if hidden else Frame(child, name))
 
@@ -132,7 +139,7 @@ def discover(module: nn.Module, run: Callable[[], Any], elementwise: bool = Fals
         del frames.stack[depth:]
     wanted = [key for key in counts if elementwise or key[1] not in ("add", "mul", "cat")]
     sites = [name for owner, function in wanted for name in _site_names(owner, function, counts[owner, function])]
-    return Discovery([*parameters, *sites], routes)
+    return Discovery([*parameters, *sites], routes, reached)
 
 
 def _site_names(owner: str, function: str, count: int) -> list[str]:
@@ -197,7 +204,7 @@ def add_call_sites(
             continue
         if found[1] == "route":
             child: nn.Module = Route(target)
-        elif found[1] == "linear":
+        elif found[1] in ("linear", "tied"):
             child = WeightedSite()
         else:
             child = (JoinSite if found[1] == "cat" else CallSite)(found[1])
@@ -207,14 +214,15 @@ def add_call_sites(
 
 def possible_sites(module: nn.Module, pattern: str) -> list[str]:
     """Return a name that a call site could have and that ``pattern`` matches, if there is one."""
-    functions = [(function, part) for function in (*OF_TWO, "cat") for part in _parts(function)]
+    functions = [(function, part) for function in _FUNCTIONS for part in _parts(function)]
+    positions = [*range(1, 10), *re.findall(r"[1-9]\d+", pattern)]
     for owner, child in module.named_modules():
         prefix = f"{owner}." if owner else ""
         for parameter, dim in product(child._parameters, range(3)):
             if matches(name := prefix + parameter_op_name(parameter, dim), pattern):
                 return [name]
         for function, part in functions:
-            for position in range(1, 10):
+            for position in positions:
                 if matches(name := f"{prefix}{function}_{position}{part}", pattern):
                     return [name]
     return []

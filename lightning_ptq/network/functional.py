@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_ptq.network.call_sites import OF_TWO, CallSite, WeightedSite
 from lightning_ptq.network.function_calls import COMPOSED, ELEMENTWISE, IN_PLACE, PRODUCTS, Call, of_weight
-from lightning_ptq.network.parameters import find_weight
+from lightning_ptq.network.parameters import find_weight, shares_storage
 from lightning_ptq.network.routes import WEIGHTED, route_call
 from lightning_ptq.runtime.frames import Frame, frames
 from lightning_ptq.runtime.structure import is_dense
@@ -57,6 +57,12 @@ def _run(frame: Frame, call: Call, func: Any, args: Any, kwargs: Any) -> Any:
         if not isinstance(own, WeightedSite):
             return func(*args, **kwargs)
         return own(operands[1 - side], operands[side], function=function, weight_first=side == 0, **rest)
+    if is_product and shares_storage(operands[1], frame.tied) is not None:
+        own = frame.owner._modules.get(f"tied_{frame.counts.get('tied', 0) + 1}")
+        if frames.discovering or isinstance(own, WeightedSite):
+            frame.next("tied")
+            further = {"function": function, "weight_first": False, **rest}
+            return func(*args, **kwargs) if own is None else own(*operands, **further)
     if (function not in OF_TWO and function != "cat") or not _eligible(function, operands):
         return func(*args, **kwargs)
     site = _site(frame, f"{function}_{frame.next(function)}")

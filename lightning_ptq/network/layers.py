@@ -30,6 +30,17 @@ from lightning_ptq.runtime.frames import frames, outside
 Kind = TypeVar("Kind", bound="type[QuantLayer]")
 
 
+class ExposedTensor(ReplaceableTensor):
+    """A parameter of an operation. A module that reads it, and whose calls are handed to sites, may multiply by it."""
+
+    def __get__(self, module: Any, owner: Any = None) -> Any:
+        value = super().__get__(module, owner)
+        frame = frames.stack[-1] if frames.stack else None
+        if frame is not None and module is not None and (module.reached or module.is_quantized):
+            frame.tied.append(value)
+        return value
+
+
 def _first_keyword(layer: nn.Module, kwargs: dict[str, Any]) -> str:
     """Return the keyword that comes first among the parameters of the float class's forward."""
     parameters = list(inspect.signature(float_class_of(layer).forward).parameters)[1:]
@@ -52,8 +63,8 @@ class QuantLayer(SwappedForward, QuantizedOp):
 
     prefix = "Quant"
     added_names: ClassVar[tuple[str, ...]] = (
-        "qconfig", "mode", "reference", "tied", "exposed", "baked", "weight_fake_quant", "input_fake_quant",
-        "qconfig_json", "own_forward",
+        "qconfig", "mode", "reference", "tied", "exposed", "reached", "baked", "weight_fake_quant",
+        "input_fake_quant", "qconfig_json", "own_forward",
     )  # fmt: skip
     input_names: ClassVar[tuple[str, ...]] = ("input",)
     weight_names: ClassVar[tuple[str, ...]] = ("weight",)
@@ -68,7 +79,7 @@ class QuantLayer(SwappedForward, QuantizedOp):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name in (*cls.weight_names, *cls.bias_names):
-            setattr(cls, name, ReplaceableTensor(name))  # hides no parameter: it reads the registered one
+            setattr(cls, name, ExposedTensor(name))  # hides no parameter: it reads the registered one
 
     def _init_swapped(self) -> None:
         self.init_op()

@@ -17,9 +17,10 @@ class Frame:
         layers: Names of the layers whose weights were passed to functions, while calls are discovered.
         parameters: Dimension of output channels of parameters that it multiplied by, while calls are discovered.
         read: Parameters that it has read from the operations that hold them.
+        tied: Parameters of operations that have been called, which it has read.
     """
 
-    __slots__ = ("counts", "layers", "name", "owner", "parameters", "read")
+    __slots__ = ("counts", "layers", "name", "owner", "parameters", "read", "tied")
 
     def __init__(self, owner: Any, name: str = "") -> None:
         self.owner = owner
@@ -28,6 +29,7 @@ class Frame:
         self.layers: list[str] = []
         self.parameters: dict[str, int] = {}
         self.read: list[Any] = []
+        self.tied: list[Any] = []
 
     def next(self, function: str) -> int:
         """Count a call of a function and return its position in this forward, from 1."""
