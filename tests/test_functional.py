@@ -27,6 +27,7 @@ from lightning_ptq import (
 from lightning_ptq.errors import FunctionalOpWarning, QConfigError
 from lightning_ptq.network.call_sites import CallSite
 from lightning_ptq.network.functional import attention
+from lightning_ptq.network.units import find_units
 from lightning_ptq.report.inspect_module import inspect_module
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_ptq.errors.RolledBackWarning")
@@ -402,3 +403,32 @@ def test_layers_of_complex_weights_and_of_sparse_inputs_stay_float_and_are_named
     assert "_sparse_addmm in the module itself" in told
     assert list(calibration.layers) == ["head"]
     assert relative_error(net(x), expected) < 1e-3
+
+
+class Gate(nn.Module):
+    """A residual connection in a module that no list holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.b(self.a(x).relu())
+
+
+class Gates(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = Gate(), Gate(), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x)))
+
+
+@pytest.mark.parametrize("operations", ["layers", "products", "all"])
+def test_blocks_are_the_same_whatever_is_quantized(operations):
+    net, config = build(Gates).eval(), QConfig.parse("w4a4", operations=operations)
+    calibration = calibrate(net, [seeded(i, 32, 8) for i in range(2)], config)
+    assert ("first.add_1" in calibration.layers) == (operations == "all")
+    units = find_units(calibration.module, calibration.trace)
+    assert [unit.name for unit in units] == ["first", "second", "head"]

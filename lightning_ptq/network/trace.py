@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_ptq.network.call_sites import CallSite
 from lightning_ptq.network.op import QuantizedOp, quantized_ops
 from lightning_ptq.network.parameters import ParameterOp
 from lightning_ptq.network.readers import Output, OutputTracker
@@ -250,7 +251,8 @@ class _Recorder(TorchDispatchMode):
         self.tracker.operator(func, self.stack, reads, writes, args, result)
         full_name = f"{name}.{func._schema.overload_name}"  # add.Scalar, for example, is not a residual connection
         if full_name in _ADDS and self.stack and _same_shape(*args[:2]):
-            self.trace.residual.add(self.stack[-1])
+            in_site = len(self.stack) > 1 and isinstance(self.ops.get(self.stack[-1]), CallSite)
+            self.trace.residual.add(self.stack[-2 if in_site else -1])
         if name in _PRODUCTS and self.ops.keys().isdisjoint(self.stack):
             self.trace.float_products.add((name.removeprefix("aten::"), self.stack[-1] if self.stack else ""))
         return result
