@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_ptq import QConfig, ReconstructionConfig, adaquant, calibrate, load_packed, prepare, save_packed
+from lightning_ptq.errors import CalibrationError, SurgeryError
 from lightning_ptq.report.inspect_module import inspect_module
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_ptq.errors.RolledBackWarning")
@@ -132,6 +133,47 @@ def test_every_product_is_quantized_tuned_saved_and_undone(name, tmp_path):
     assert torch.equal(copy.deepcopy(net)(batches[0]), quantized)
     calibration.prepared.undo()
     assert torch.equal(net(batches[0]), expected)
+    before.assert_unchanged()
+
+
+class Bare(nn.Module):
+    """No layers, only parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(8, 16) * 0.3), nn.Parameter(torch.randn(4, 16) * 0.3)
+
+    def forward(self, x):
+        return F.linear((x @ self.first).relu(), self.second)
+
+
+def test_a_network_of_parameters_alone_is_quantized(tmp_path):
+    net, x = build(Bare).eval(), seeded(0, 16, 8)
+    before, expected = Snapshot(net), net(x)
+    calibration = calibrate(net, [x], "w8a8")
+    assert list(calibration.layers) == ["first_weight_1", "linear_1", "second_weight_0", "linear_2"]
+    assert relative_error(net(x), expected) < 1e-3
+    quantized = net(x)
+    save_packed(net, tmp_path / "packed")
+    assert torch.equal(load_packed(build(Bare).eval(), tmp_path / "packed")(x), quantized)
+    again = build(Bare).eval()
+    again.load_state_dict(copy.deepcopy(net.state_dict()))
+    assert torch.equal(again(x), quantized)
+    calibration.prepared.undo()
+    before.assert_unchanged()
+    with pytest.raises(SurgeryError, match="nothing to quantize"):
+        calibrate(net, [x], QConfig.parse("w8a8", operations="layers"))
+
+
+def test_a_network_whose_parameters_are_not_multiplied_has_nothing_to_quantize():
+    class Added(Bare):
+        def forward(self, x):
+            return x + self.first[:, 0]
+
+    net = build(Added).eval()
+    before = Snapshot(net)
+    with pytest.raises(CalibrationError, match="reached no layer"):
+        calibrate(net, [seeded(0, 16, 8)], "w8a8")
     before.assert_unchanged()
 
 
