@@ -36,7 +36,8 @@ class ExposedTensor(ReplaceableTensor):
     def __get__(self, module: Any, owner: Any = None) -> Any:
         value = super().__get__(module, owner)
         frame = frames.stack[-1] if frames.stack else None
-        if frame is not None and module is not None and (module.reached or module.is_quantized):
+        own = {} if frame is None or module is None else module.__dict__
+        if frame is not None and (own.get("reached") or own.get("qconfig") is not None):
             frame.tied.append(value)
         return value
 
