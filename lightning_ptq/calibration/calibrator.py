@@ -26,7 +26,7 @@ from lightning_ptq.calibration.repeatability import Recording, warn_if_different
 from lightning_ptq.calibration.repeats import Repeats
 from lightning_ptq.errors import CalibrationError, FewSamplesWarning, FunctionalOpWarning, warn
 from lightning_ptq.network.batch_norm import fold_batch_norms, folded_ahead
-from lightning_ptq.network.callers import call_sites, discover
+from lightning_ptq.network.callers import discover, known_sites
 from lightning_ptq.network.op import QuantizedOp
 from lightning_ptq.network.prepare import Prepared
 from lightning_ptq.network.trace import Trace, trace
@@ -261,8 +261,8 @@ class Calibrator:
         if not any(self.ranks.gather(len(self.batches))):
             raise CalibrationError("the calibration loader is empty: no batch was seen. Give it at least one sample.")
         here = self.device
-        sites = [name for found in self.ranks.gather(list(call_sites(self.prepared.module))) for name in found]
-        self.prepared.add_call_sites(dict.fromkeys(sites))
+        for sites, routes in self.ranks.gather(known_sites(self.prepared.module)):
+            self.prepared.add_call_sites(sites, routes)
         own = {} if repeated and self.ranks.rank else self._observers
         self._observers = merge_observers(self.ranks, own, lambda key: self._observer(key[0]).to(here))
         self.batches, self._traces = merge_batches(self.ranks, self.batches, self._traces, repeated)

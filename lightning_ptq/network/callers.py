@@ -16,6 +16,7 @@ from lightning_ptq.network.functional import watching
 from lightning_ptq.network.op import RECORD, QuantizedOp, quantized_ops
 from lightning_ptq.network.own_forward import SwappedForward
 from lightning_ptq.network.parameters import (
+    ParameterOp,
     hand_out,
     is_parameter_op,
     move_parameter,
@@ -235,6 +236,18 @@ def _can_call(module: nn.Module) -> bool:
 def call_sites(module: nn.Module) -> Mapping[str, CallSite]:
     """Return the call sites below ``module`` by name."""
     return {name: child for name, child in module.named_modules() if isinstance(child, CallSite)}
+
+
+def known_sites(module: nn.Module) -> tuple[list[str], dict[str, list[str]]]:
+    """Return the names of all that was added below ``module`` for calls, and of the layers of routes by module."""
+    sites, routes = [], dict[str, list[str]]()
+    for name, child in module.named_modules():
+        if isinstance(child, (CallSite, WeightedSite, ParameterOp)):
+            sites.append(name)
+        elif isinstance(child, Route) and child.target:
+            owner = name.rpartition(".")[0]
+            routes.setdefault(owner, []).append(f"{owner}.{child.target}" if owner else child.target)
+    return sites, routes
 
 
 def unsteady_sites(sites: Iterable[str], traces: Iterable[Trace]) -> list[str]:

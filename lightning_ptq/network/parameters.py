@@ -109,7 +109,7 @@ def parameters_of(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         for name, module in modules.items()
         if not isinstance(module, (QuantizedOp, torch.jit.ScriptModule))
         for key, parameter in module._parameters.items()
-        if parameter is not None and parameter.dim() > 1 and is_float(parameter) and not nn.parameter.is_lazy(parameter)
+        if parameter is not None and not nn.parameter.is_lazy(parameter) and parameter.dim() > 1 and is_float(parameter)
     }
 
 
