@@ -432,3 +432,67 @@ def test_blocks_are_the_same_whatever_is_quantized(operations):
     assert ("first.add_1" in calibration.layers) == (operations == "all")
     units = find_units(calibration.module, calibration.trace)
     assert [unit.name for unit in units] == ["first", "second", "head"]
+
+
+class Chain(nn.Sequential):
+    """Adds what its elements compute."""
+
+    def forward(self, x):
+        return (x + super().forward(x)) @ self[0].weight.detach() * len(self)
+
+
+class Dense(nn.ModuleDict):
+    """Joins what its elements compute, as DenseNet does."""
+
+    def forward(self, x):
+        for name, layer in self.items():
+            assert name in self
+            x = torch.cat([x, layer(x[..., :8])], -1)
+        return x
+
+
+class Elements(nn.ModuleList):
+    def forward(self, x):
+        for layer in self:
+            x = x + layer(x) @ self[-1].weight.detach()
+        return x
+
+
+class Children(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        for layer in self.children():
+            x = layer(x) + x
+        return (x @ x.mT) @ x
+
+
+def two_layers():
+    return [nn.Linear(8, 8), nn.Linear(8, 8)]
+
+
+CONTAINERS = {
+    "sequence": lambda: nn.Sequential(Chain(*two_layers()), nn.Linear(8, 4)),
+    "dictionary": lambda: nn.Sequential(Dense(dict(zip("ab", two_layers(), strict=True))), nn.Linear(24, 4)),
+    "list": lambda: nn.Sequential(Elements(two_layers()), nn.Linear(8, 4)),
+    "children": lambda: nn.Sequential(Children(), nn.Linear(8, 4)),
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_call_sites_are_no_elements_of_containers(name, tmp_path):
+    net, batches = build(CONTAINERS[name]).eval(), [seeded(i, 16, 5, 8) for i in range(2)]
+    before, expected, elements = Snapshot(net), net(batches[0]), len(list(net[0].children()))
+    calibration = calibrate(net, batches, QConfig.parse("w8a8", operations="all", first_last_bits=None))
+    assert len(calibration.layers) > elements + 1
+    assert relative_error(net(batches[0]), expected) < 1e-3
+    assert idle_quantizers(calibration, batches[0]) == []
+    tune_bias(calibration, steps=2, measure="mse")
+    quantized = net(batches[0])
+    save_packed(net, tmp_path / "packed")
+    assert torch.equal(load_packed(build(CONTAINERS[name]).eval(), tmp_path / "packed")(batches[0]), quantized)
+    assert torch.equal(pickle.loads(pickle.dumps(net))(batches[0]), quantized)
+    calibration.prepared.undo()
+    before.assert_unchanged()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, cast
@@ -14,9 +14,9 @@ from torch import nn
 from lightning_ptq.network.call_sites import OF_TWO, CallSite, JoinSite, WeightedSite
 from lightning_ptq.network.functional import watching
 from lightning_ptq.network.op import RECORD, QuantizedOp, quantized_ops
+from lightning_ptq.network.own_children import ADDED, container_methods
 from lightning_ptq.network.own_forward import SwappedForward
 from lightning_ptq.network.parameters import (
-    ParameterOp,
     hand_out,
     is_parameter_op,
     move_parameter,
@@ -57,7 +57,14 @@ class Caller(SwappedForward):
             if known.__bases__ == (cls, float_class):
                 return known
         names = {"__module__": float_class.__module__, "__qualname__": float_class.__qualname__}
-        return type(float_class.__name__, (cls, float_class), {**names, "__doc__": float_class.__doc__})
+        methods = container_methods(float_class)
+        return type(float_class.__name__, (cls, float_class), {**names, "__doc__": float_class.__doc__, **methods})
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the children; in the module's own forward, those that it has without its call sites."""
+        frame = frames.stack[-1] if frames.stack else None
+        inside = frame is not None and frame.owner is self
+        return (item for item in super().named_children() if not (inside and isinstance(item[1], ADDED)))
 
     @classmethod
     def _class_maker(cls) -> tuple[Callable[[type[nn.Module]], Any], ...]:
@@ -242,11 +249,11 @@ def known_sites(module: nn.Module) -> tuple[list[str], dict[str, list[str]]]:
     """Return the names of all that was added below ``module`` for calls, and of the layers of routes by module."""
     sites, routes = [], dict[str, list[str]]()
     for name, child in module.named_modules():
-        if isinstance(child, (CallSite, WeightedSite, ParameterOp)):
-            sites.append(name)
-        elif isinstance(child, Route) and child.target:
+        if isinstance(child, Route) and child.target:
             owner = name.rpartition(".")[0]
             routes.setdefault(owner, []).append(f"{owner}.{child.target}" if owner else child.target)
+        elif isinstance(child, ADDED) and not isinstance(child, Route):
+            sites.append(name)
     return sites, routes
 
 
