@@ -496,3 +496,25 @@ def test_call_sites_are_no_elements_of_containers(name, tmp_path):
     assert torch.equal(pickle.loads(pickle.dumps(net))(batches[0]), quantized)
     calibration.prepared.undo()
     before.assert_unchanged()
+
+
+class Operators(nn.Module):
+    """Products and sums by Python's operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = (self.a(x) @ x.mT).softmax(-1) @ self.b(x)
+        h += x
+        return self.head(h * x + x)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_operators_are_exported_as_they_compute(strict):
+    net, batches = nn.Sequential(build(Operators)).eval(), [seeded(i, 16, 5, 8) for i in range(2)]
+    calibrate(net, batches, QConfig.parse("w4a3", operations="all", first_last_bits=None)).release()
+    with torch.no_grad():
+        exported = torch.export.export(net, (batches[0],), strict=strict).module()
+        torch.testing.assert_close(exported(batches[0]), net(batches[0]))

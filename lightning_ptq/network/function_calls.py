@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any, cast
@@ -62,7 +63,7 @@ PRODUCTS: dict[Any, Call] = {
     **dict.fromkeys(
         (
             torch.matmul, torch.linalg.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.mm,
-            Tensor.mm,
+            Tensor.mm, operator.matmul,
         ),
         ("matmul", _two),
     ),
@@ -76,17 +77,25 @@ PRODUCTS: dict[Any, Call] = {
         if hasattr(place, name)
     },
 }  # fmt: skip
-IN_PLACE = {Tensor.add_, Tensor.__iadd__, Tensor.mul_, Tensor.__imul__}
+# Strict torch.export hands Python's operators on as they are.
+IN_PLACE = {Tensor.add_, Tensor.__iadd__, operator.iadd, Tensor.mul_, Tensor.__imul__, operator.imul}
 ELEMENTWISE: dict[Any, Call] = {
     **dict.fromkeys(
-        (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__), ("add", _two)
+        (
+            torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__, operator.add,
+            operator.iadd,
+        ),
+        ("add", _two),
     ),
     **dict.fromkeys(
-        (torch.mul, torch.multiply, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, Tensor.mul_, Tensor.__imul__),
+        (
+            torch.mul, torch.multiply, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, Tensor.mul_, Tensor.__imul__,
+            operator.mul, operator.imul,
+        ),
         ("mul", _two),
     ),
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), ("cat", _joined)),
-}
+}  # fmt: skip
 
 
 def _open(function: FunctionType) -> FunctionType:
