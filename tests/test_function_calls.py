@@ -165,6 +165,14 @@ def test_a_network_of_parameters_alone_is_quantized(tmp_path):
         calibrate(net, [x], QConfig.parse("w8a8", operations="layers"))
 
 
+def test_a_layer_that_is_the_whole_network_is_quantized():
+    net, x = nn.Linear(8, 4), seeded(0, 16, 8)
+    expected = net(x)
+    calibration = calibrate(net, [x], "w8a8")
+    assert list(calibration.layers) == ["weight_weight_0", "linear_1"]
+    assert relative_error(net(x), expected) < 1e-3
+
+
 def test_a_network_whose_parameters_are_not_multiplied_has_nothing_to_quantize():
     class Added(Bare):
         def forward(self, x):
