@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import Snapshot, build, relative_error, seeded
+from helpers import Snapshot, build, idle_quantizers, relative_error, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,6 +27,7 @@ from lightning_ptq import (
 from lightning_ptq.errors import FunctionalOpWarning, QConfigError
 from lightning_ptq.network.call_sites import CallSite
 from lightning_ptq.network.functional import attention
+from lightning_ptq.network.units import find_units
 from lightning_ptq.report.inspect_module import inspect_module
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_ptq.errors.RolledBackWarning")
@@ -332,3 +333,188 @@ def test_an_exported_and_a_traced_module_compute_the_same():
         exported = torch.export.export(net, (x,), strict=False).module()
         torch.testing.assert_close(exported(x), expected)
         torch.testing.assert_close(torch.jit.trace(net, x)(x), expected)
+
+
+class InPlace(nn.Module):
+    """Sums and products in place, followed by another operator in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.gate, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.a(x)
+        h *= self.gate(x).sigmoid()
+        h += x
+        return self.head(F.relu(h, inplace=True))
+
+
+def test_operators_in_place_can_be_differentiated():
+    net, batches = build(InPlace).eval(), [seeded(i, 32, 8) for i in range(2)]
+    calibration = calibrate(net, batches, QConfig.parse("w4a4", operations="all", first_last_bits=None))
+    assert {"mul_1", "add_1"} <= set(calibration.layers)
+    assert idle_quantizers(calibration, batches[0]) == []
+    tune_bias(calibration, steps=2, measure="mse")
+    measure_sensitivity(calibration, ["w8a8", "w4a4"], measure="fisher")
+
+
+class Mapped(nn.Module):
+    """Layers and products inside torch.vmap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(torch.vmap(lambda row: (row @ row.mT).softmax(-1) @ self.inner(row))(self.first(x)))
+
+
+def test_what_vmap_computes_stays_float():
+    net, batches = build(Mapped).eval(), [seeded(i, 16, 5, 8) for i in range(2)]
+    expected = net(batches[0])
+    with pytest.warns(FunctionalOpWarning) as caught:
+        calibration = calibrate(net, batches, "w8a8")
+    told = " ".join(str(warning.message) for warning in caught)
+    assert "inputs are not known, so they stay float: inner" in told
+    assert "bmm in the module itself" in told
+    assert list(calibration.layers) == ["first", "head"]
+    assert relative_error(net(batches[0]), expected) < 1e-3
+
+
+def test_layers_of_complex_weights_and_of_sparse_inputs_stay_float_and_are_named():
+    class Strange(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.waves, self.sparse = nn.Linear(8, 8, dtype=torch.cfloat), nn.Linear(8, 8, bias=False)
+            self.head = nn.Linear(8, 3)
+            self.register_buffer("mix", torch.eye(16).to_sparse())
+
+        def forward(self, x):
+            h = self.waves(x.to(torch.cfloat)).abs() + self.sparse(x.relu().to_sparse())
+            return self.head(torch.sparse.mm(self.mix, h))
+
+    net, x = build(Strange).eval(), seeded(0, 16, 8)
+    expected = net(x)
+    with pytest.warns() as caught:
+        calibration = calibrate(net, [x], "w8a8")
+    told = " ".join(str(warning.message) for warning in caught)
+    assert "waves: its weight is not of real floating-point numbers, so the layer stays float" in told
+    assert "inputs are not known, so they stay float: sparse" in told
+    assert "_sparse_addmm in the module itself" in told
+    assert list(calibration.layers) == ["head"]
+    assert relative_error(net(x), expected) < 1e-3
+
+
+class Gate(nn.Module):
+    """A residual connection in a module that no list holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.b(self.a(x).relu())
+
+
+class Gates(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = Gate(), Gate(), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x)))
+
+
+@pytest.mark.parametrize("operations", ["layers", "products", "all"])
+def test_blocks_are_the_same_whatever_is_quantized(operations):
+    net, config = build(Gates).eval(), QConfig.parse("w4a4", operations=operations)
+    calibration = calibrate(net, [seeded(i, 32, 8) for i in range(2)], config)
+    assert ("first.add_1" in calibration.layers) == (operations == "all")
+    units = find_units(calibration.module, calibration.trace)
+    assert [unit.name for unit in units] == ["first", "second", "head"]
+
+
+class Chain(nn.Sequential):
+    """Adds what its elements compute."""
+
+    def forward(self, x):
+        return (x + super().forward(x)) @ self[0].weight.detach() * len(self)
+
+
+class Dense(nn.ModuleDict):
+    """Joins what its elements compute, as DenseNet does."""
+
+    def forward(self, x):
+        for name, layer in self.items():
+            assert name in self
+            x = torch.cat([x, layer(x[..., :8])], -1)
+        return x
+
+
+class Elements(nn.ModuleList):
+    def forward(self, x):
+        for layer in self:
+            x = x + layer(x) @ self[-1].weight.detach()
+        return x
+
+
+class Children(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        for layer in self.children():
+            x = layer(x) + x
+        return (x @ x.mT) @ x
+
+
+def two_layers():
+    return [nn.Linear(8, 8), nn.Linear(8, 8)]
+
+
+CONTAINERS = {
+    "sequence": lambda: nn.Sequential(Chain(*two_layers()), nn.Linear(8, 4)),
+    "dictionary": lambda: nn.Sequential(Dense(dict(zip("ab", two_layers(), strict=True))), nn.Linear(24, 4)),
+    "list": lambda: nn.Sequential(Elements(two_layers()), nn.Linear(8, 4)),
+    "children": lambda: nn.Sequential(Children(), nn.Linear(8, 4)),
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_call_sites_are_no_elements_of_containers(name, tmp_path):
+    net, batches = build(CONTAINERS[name]).eval(), [seeded(i, 16, 5, 8) for i in range(2)]
+    before, expected, elements = Snapshot(net), net(batches[0]), len(list(net[0].children()))
+    calibration = calibrate(net, batches, QConfig.parse("w8a8", operations="all", first_last_bits=None))
+    assert len(calibration.layers) > elements + 1
+    assert relative_error(net(batches[0]), expected) < 1e-3
+    assert idle_quantizers(calibration, batches[0]) == []
+    tune_bias(calibration, steps=2, measure="mse")
+    quantized = net(batches[0])
+    save_packed(net, tmp_path / "packed")
+    assert torch.equal(load_packed(build(CONTAINERS[name]).eval(), tmp_path / "packed")(batches[0]), quantized)
+    assert torch.equal(pickle.loads(pickle.dumps(net))(batches[0]), quantized)
+    calibration.prepared.undo()
+    before.assert_unchanged()
+
+
+class Operators(nn.Module):
+    """Products and sums by Python's operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = (self.a(x) @ x.mT).softmax(-1) @ self.b(x)
+        h += x
+        return self.head(h * x + x)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_operators_are_exported_as_they_compute(strict):
+    net, batches = nn.Sequential(build(Operators)).eval(), [seeded(i, 16, 5, 8) for i in range(2)]
+    calibrate(net, batches, QConfig.parse("w4a3", operations="all", first_last_bits=None)).release()
+    with torch.no_grad():
+        exported = torch.export.export(net, (batches[0],), strict=strict).module()
+        torch.testing.assert_close(exported(batches[0]), net(batches[0]))

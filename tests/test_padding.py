@@ -129,6 +129,10 @@ def test_the_callback_takes_a_mask(tmp_path):
         (lambda batch: torch.ones(8), r"of shape \(8,\)"),
         (3, "must be a key of the batch or a function"),
         (lambda batch: torch.ones(7, 10), r"shape \(7, 10\).*8 samples"),
+        (lambda batch: torch.ones(8, 4), r"shape \(8, 4\), which fits no activation.*inputs of the layers: \(8, "),
+        (lambda batch: torch.ones(8, 3, 3), r"shape \(8, 3, 3\), which fits no activation"),
+        (lambda batch: torch.zeros(8, 10), "marks all positions of a batch of 8 samples as padding"),
+        (lambda batch: batch["absent"], "fails on a batch of type dict with KeyError: 'absent'"),
     ],
 )
 def test_wrong_masks_are_named(mask, told):

@@ -85,10 +85,10 @@ def as_linear(net: FeedForward) -> nn.Module:
 SAMPLES = [seeded(i, 32, 5, 16) for i in range(4)]
 
 
-def test_without_a_registration_there_is_nothing_to_quantize(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_registration_there_are_no_layers_to_quantize(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(swapping, "_BY_NAME", {})
     with pytest.raises(SurgeryError, match="nothing to quantize"):
-        calibrate(feed_forward(), SAMPLES, "w4a8")
+        calibrate(feed_forward(), SAMPLES, QConfig.parse("w4a8", operations="layers"))
 
 
 @pytest.mark.filterwarnings("ignore::lightning_ptq.errors.RolledBackWarning")

@@ -6,10 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import ResNet, Snapshot, build, same_state, seeded, state
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_ptq import QConfig, calibrate, para_normalize, reestimate_batch_norm, tune_bias
-from lightning_ptq.errors import CalibrationError, QConfigError, StatisticsError, UnfoldedBatchNormWarning
+from lightning_ptq import QConfig, calibrate, measure_sensitivity, para_normalize, reestimate_batch_norm, tune_bias
+from lightning_ptq.errors import (
+    CalibrationError,
+    QConfigError,
+    SensitivityError,
+    StatisticsError,
+    UnfoldedBatchNormWarning,
+)
 from lightning_ptq.network.op import ops_in_mode
 from lightning_ptq.statistics.acceptance import split_samples
 from lightning_ptq.statistics.channel_statistics import ChannelStatistics, watch_outputs
@@ -285,3 +291,24 @@ def test_of_several_outputs_one_is_chosen():
         build(ResNet).eval(), [seeded(1, 16, 2, 6, 6)], "w2a4", forward=lambda module, batch: (module(batch), batch)
     )
     assert tune_bias(calibration, steps=3, output=lambda found: found).step == "bias"
+
+
+class Cast(nn.Module):
+    """Computes in another type than that of its parameters, by an autocast of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.last(self.first(x).relu())
+
+
+def test_a_layer_that_cannot_run_alone_is_skipped_and_named():
+    calibration = calibrate(build(Cast).eval(), [seeded(i, 32, 8) for i in range(4)], "w4a4")
+    result = para_normalize(calibration, measure="mse")
+    assert "cannot run outside the network's forward" in result.skipped["last"]
+    with pytest.raises(SensitivityError, match=r"layer 'last' cannot run outside the network's forward.*'kl' or 'mse'"):
+        measure_sensitivity(calibration, ["w8a8", "w4a4"], measure="fisher")
+    measure_sensitivity(calibration, ["w8a8", "w4a4"], measure="mse")

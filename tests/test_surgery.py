@@ -99,7 +99,7 @@ def test_a_layer_without_a_weight_of_its_own_is_skipped() -> None:
     ("build", "qconfig", "error", "message"),
     [
         (lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)), "w4", SurgeryError, "nothing to quantize"),
-        (lambda: nn.Linear(3, 3), "w4", SurgeryError, "nothing to quantize"),
+        (lambda: nn.Linear(3, 3), QConfig.parse("w4", operations="layers"), SurgeryError, "nothing to quantize"),
         (Zoo, QConfig.parse("w4", overrides={"haed": "w8"}), QConfigError, "no layer matches 'haed'"),
         (Zoo, QConfig.parse("w4", exclude=["stem", "blocks.*"]), QConfigError, r"no layer matches 'blocks\.\*'"),
         (Zoo, "4 bits", QConfigError, "cannot read '4 bits'"),

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from lightning_ptq.activations.calls import unit_errors
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.candidates import Candidates, Choice
 from lightning_ptq.calibration.outputs import OutputReader
-from lightning_ptq.errors import SensitivityError
+from lightning_ptq.errors import SensitivityError, UnitError
 from lightning_ptq.network.op import QuantizedOp
 from lightning_ptq.runtime.gradient import gradient_errors
 from lightning_ptq.runtime.patching import hooked
@@ -63,7 +64,14 @@ def fisher_rises(
             row = measured[batch].setdefault(name, {})
             for candidate in choices.by_layer[name]:
                 choices.put(name, candidate)
-                row[candidate] = _rise(layer, calls[name], samples)
+                try:
+                    with unit_errors():
+                        row[candidate] = _rise(layer, calls[name], samples)
+                except UnitError as error:
+                    raise SensitivityError(
+                        f"layer {name!r} cannot run outside the network's forward: {error}. Write measure='kl' or"
+                        " 'mse', which run the whole network."
+                    ) from error
             choices.put(name, base[name])
     progress(total, total, "backward pass")
     measured = ranks.merge(measured)

@@ -152,6 +152,8 @@ class Calibration:
             for quantizer, (scale, zero_point) in zip(quantizers, known, strict=True):
                 quantizer.scale.copy_(scale)
                 quantizer.zero_point.copy_(zero_point)
+        if layer.exposed and not layer.tied:
+            _put_on_grid(layer)
 
     def release(self) -> None:
         """Free the batches, the histograms and the float reference weights at the end of a run."""
@@ -159,6 +161,13 @@ class Calibration:
         self.observers.clear()
         for layer in self.prepared.layers.values():  # float mode then computes with the parameters
             layer.reference = None
+
+
+@torch.no_grad()
+def _put_on_grid(layer: QuantizedOp) -> None:
+    """Round the weights themselves, so that code outside the layer reads what it will read from a packed file."""
+    weights = layer.weights
+    layer.set_parameters({name: quantizer(weights[name]) for name, quantizer in layer.weight_quantizers.items()})
 
 
 def _set_activation_scale(quantizer: FakeQuantize, observer: MinMaxObserver) -> None:

@@ -21,12 +21,12 @@ from lightning_ptq.calibration.checks import (
     warn_of_unsteady_sites,
 )
 from lightning_ptq.calibration.forward import Forward, default_forward, fresh_batch, run_forward
-from lightning_ptq.calibration.padding import Mask, check_mask, real_positions, real_values
+from lightning_ptq.calibration.padding import Mask, check_mask, check_mask_fits, real_positions, real_values
 from lightning_ptq.calibration.repeatability import Recording, warn_if_different
 from lightning_ptq.calibration.repeats import Repeats
 from lightning_ptq.errors import CalibrationError, FewSamplesWarning, FunctionalOpWarning, warn
 from lightning_ptq.network.batch_norm import fold_batch_norms, folded_ahead
-from lightning_ptq.network.callers import call_sites, discover
+from lightning_ptq.network.callers import discover, known_sites
 from lightning_ptq.network.op import QuantizedOp
 from lightning_ptq.network.prepare import Prepared
 from lightning_ptq.network.trace import Trace, trace
@@ -36,6 +36,7 @@ from lightning_ptq.numerics.qconfig import LayerQConfig
 from lightning_ptq.runtime.isolation import Isolation
 from lightning_ptq.runtime.patching import Before, hooked
 from lightning_ptq.runtime.ranks import Ranks
+from lightning_ptq.runtime.structure import is_dense
 
 
 class Calibrator:
@@ -68,6 +69,7 @@ class Calibrator:
         self.dataset_size = dataset_size
         self.mask = check_mask(mask)
         self._real: Tensor | None = None  # positions of the present batch that hold data
+        self._shapes: set[tuple[int, ...]] = set()  # of the inputs of the first batch
         self._repeats = Repeats(self.ranks, sharded=dataset_size is not None)
         self.samples = 0
         self.batches = Batches()
@@ -127,6 +129,7 @@ class Calibrator:
         if is_new and (new := self._add_call_sites(kept)):  # which the batches before did not reach
             result, watched = self._trace(kept, self._watch, only=new)
         if recordings:
+            check_mask_fits(self.mask, self._real, self._shapes)
             for recording, run in zip(recordings, ((result, watched), self._trace(kept, *recordings[1:])), strict=True):
                 recording.finish(*run)
             warn_if_different(*recordings)
@@ -147,6 +150,8 @@ class Calibrator:
 
         with self.isolation.forward(module, self._repeats.turn(len(self.batches)), learn=True):
             found = discover(module, run, elementwise=operations == "all")
+        for op in found.reached:  # which the isolation has undone
+            op.reached = True
         return self.prepared.add_call_sites(found.sites, found.routes)
 
     def _trace(self, batch: Any, *watches: Before, only: Collection[str] | None = None) -> tuple[Any, Trace]:
@@ -185,6 +190,10 @@ class Calibrator:
 
     def _watch(self, name: str, layer: Any, args: Any, kwargs: Any) -> None:
         for which, x in layer.input_tensors(args, kwargs).items():
+            if not is_dense(x):  # then the layer stays float
+                continue
+            if not self._traces:
+                self._shapes.add(tuple(x.shape))
             if (name, which) not in self._observers:
                 self._observers[name, which] = self._observer(name).to(x.device)
             try:
@@ -231,6 +240,7 @@ class Calibrator:
         warn_of_float_parts(self.prepared, watched)
         for name, layer in layers.items():
             layer.keep_reference()
+            layer.exposed = name in watched.exposed
             calibration.round_to_nearest(name, calibration.qconfig_at(name))
         return calibration
 
@@ -251,8 +261,8 @@ class Calibrator:
         if not any(self.ranks.gather(len(self.batches))):
             raise CalibrationError("the calibration loader is empty: no batch was seen. Give it at least one sample.")
         here = self.device
-        sites = [name for found in self.ranks.gather(list(call_sites(self.prepared.module))) for name in found]
-        self.prepared.add_call_sites(dict.fromkeys(sites))
+        for sites, routes in self.ranks.gather(known_sites(self.prepared.module)):
+            self.prepared.add_call_sites(sites, routes)
         own = {} if repeated and self.ranks.rank else self._observers
         self._observers = merge_observers(self.ranks, own, lambda key: self._observer(key[0]).to(here))
         self.batches, self._traces = merge_batches(self.ranks, self.batches, self._traces, repeated)
@@ -269,7 +279,8 @@ class Calibrator:
         unseen = [name for name in order if self._has_unseen_inputs(name)]
         if unseen:
             warn(
-                f"their forward multiplies by other means than torch's, so they stay float: {', '.join(unseen)}.",
+                f"their inputs are not known, so they stay float: {', '.join(unseen)}. They multiply by other means"
+                " than torch's, or get tensors that are sparse or inside torch.vmap.",
                 FunctionalOpWarning,
                 stacklevel=3,
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -47,7 +47,7 @@ def real_positions(batch: Any, mask: Mask | None) -> Tensor | None:
     elif isinstance(mask, str):
         found = _entry(batch, mask)
     else:
-        found = mask(batch)
+        found = _computed(mask, batch)
         if found is None:
             return None
     tensor = torch.as_tensor(found) if isinstance(found, (Tensor, np.ndarray, list)) else None
@@ -63,7 +63,42 @@ def real_positions(batch: Any, mask: Mask | None) -> Tensor | None:
             f"the padding mask {mask!r} has shape {tuple(tensor.shape)}, but the batch has {samples} samples. Its first"
             " dimension has to be that of the samples."
         )
-    return tensor.detach().cpu() != 0
+    real = tensor.detach().cpu() != 0
+    if samples and not bool(real.any()):
+        raise CalibrationError(
+            f"the padding mask {mask or _FOUND!r} marks all positions of a batch of {samples} samples as padding, so"
+            " there is nothing to calibrate on. It has to be true or 1 where a position holds data."
+        )
+    return real
+
+
+def check_mask_fits(mask: Mask | None, real: Tensor | None, shapes: Iterable[tuple[int, ...]]) -> None:
+    """Raise :class:`CalibrationError` if a mask that was asked for has the positions of no activation.
+
+    Args:
+        mask: How the mask is found.
+        real: What :func:`real_positions` returned for the batch.
+        shapes: Shapes of the inputs of all operations on the batch.
+    """
+    if mask is None or real is None:  # a mask found without being asked for may belong to a part of the network only
+        return
+    found = list(dict.fromkeys(shapes))
+    if found and all(where_real(torch.empty(shape, device="meta"), real.to("meta")) is None for shape in found):
+        raise CalibrationError(
+            f"the padding mask {mask!r} has shape {tuple(real.shape)}, which fits no activation. It has to be (samples,"
+            f" positions), as in the inputs of the layers: {', '.join(map(str, found[:4]))}."
+        )
+
+
+def _computed(mask: Callable[[Any], Any], batch: Any) -> Any:
+    """Return what the user's function makes of a batch."""
+    try:
+        return mask(batch)
+    except Exception as error:
+        raise CalibrationError(
+            f"mask={mask!r} fails on a batch of type {type(batch).__name__} with {type(error).__name__}: {error}. It"
+            " gets the batch as the loader returned it."
+        ) from error
 
 
 def _found(batch: Any) -> Any:

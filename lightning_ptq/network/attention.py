@@ -13,6 +13,7 @@ from lightning_ptq.network.call_sites import CallSite
 from lightning_ptq.network.functional import attention
 from lightning_ptq.network.fused import FusedLayer, See
 from lightning_ptq.network.layers import register_layer
+from lightning_ptq.network.own_forward import has_own_forward
 from lightning_ptq.network.swapping import float_class_of
 
 _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -45,7 +46,7 @@ class QuantMultiheadAttention(FusedLayer, nn.MultiheadAttention):
 
     def input_tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return queries, keys and values of a call with these arguments, by name."""
-        if float_class_of(self).forward is nn.MultiheadAttention.forward:
+        if float_class_of(self).forward is nn.MultiheadAttention.forward and not has_own_forward(self):
             return super().input_tensors(args, kwargs)
         return {name: found[0] for name, found in self.inputs_seen(args, kwargs).items()}
 

@@ -135,11 +135,8 @@ def _einsum_macs(equation: str, *operands: Tensor) -> float:
     return float(math.prod(sizes.values()))
 
 
-# Calls: from the arguments of a function to those of its site.
-
-
 class WeightedSite(QuantizedOp):
-    """A call of a function of an input and a parameter, which a :class:`ParameterOp` has quantized already."""
+    """A call of a function of an input and a parameter, which another operation has quantized already."""
 
     input_names = ("input",)
     is_linear = False
@@ -158,6 +155,8 @@ class WeightedSite(QuantizedOp):
         """Return the multiply-accumulates of a call."""
         x, weight = args[:2]
         function = kwargs["function"]
+        if function == "einsum":
+            return _einsum_macs(kwargs["equation"], *((weight, x) if kwargs["weight_first"] else (x, weight)))
         if function.startswith("conv"):
             return float(output.numel() * weight[0].numel())
         return float(output.numel() * x.shape[-2 if kwargs["weight_first"] else -1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, cast
@@ -14,7 +14,15 @@ from torch import nn
 from lightning_ptq.network.call_sites import OF_TWO, CallSite, JoinSite, WeightedSite
 from lightning_ptq.network.functional import watching
 from lightning_ptq.network.op import RECORD, QuantizedOp, quantized_ops
-from lightning_ptq.network.parameters import is_parameter_op, move_parameter, parameter_op_name
+from lightning_ptq.network.own_children import ADDED, container_methods
+from lightning_ptq.network.own_forward import SwappedForward
+from lightning_ptq.network.parameters import (
+    hand_out,
+    is_parameter_op,
+    move_parameter,
+    parameter_op_name,
+    parameters_of,
+)
 from lightning_ptq.network.routes import Route, routable, routed
 from lightning_ptq.network.swapping import FloatState, Swapped, float_class_of, set_class
 from lightning_ptq.network.trace import Trace
@@ -22,10 +30,11 @@ from lightning_ptq.numerics.qconfig import matches
 from lightning_ptq.runtime.frames import Frame, frames
 from lightning_ptq.runtime.patching import hooked
 
-_NAME = re.compile(rf"({'|'.join((*OF_TWO, 'cat', 'linear', 'route'))})_(\d+)(_scores|_values)?")
+_FUNCTIONS = (*OF_TWO, "cat", "linear", "tied")
+_NAME = re.compile(rf"({'|'.join((*_FUNCTIONS, 'route'))})_(\d+)(_scores|_values)?")
 
 
-class Caller(Swapped):
+class Caller(SwappedForward):
     """Stands before the class of a module whose forward calls functions that are operations."""
 
     added_names = ()
@@ -37,7 +46,7 @@ class Caller(Swapped):
             return super().__getattr__(name)
         value = cast(nn.Module, self._modules[holder])()
         frame = frames.stack[-1] if frames.stack else None
-        if frame is not None and frame.owner is self:
+        if frame is not None:
             frame.read.append(value)
         return value
 
@@ -48,7 +57,14 @@ class Caller(Swapped):
             if known.__bases__ == (cls, float_class):
                 return known
         names = {"__module__": float_class.__module__, "__qualname__": float_class.__qualname__}
-        return type(float_class.__name__, (cls, float_class), {**names, "__doc__": float_class.__doc__})
+        methods = container_methods(float_class)
+        return type(float_class.__name__, (cls, float_class), {**names, "__doc__": float_class.__doc__, **methods})
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the children; in the module's own forward, those that it has without its call sites."""
+        frame = frames.stack[-1] if frames.stack else None
+        inside = frame is not None and frame.owner is self
+        return (item for item in super().named_children() if not (inside and isinstance(item[1], ADDED)))
 
     @classmethod
     def _class_maker(cls) -> tuple[Callable[[type[nn.Module]], Any], ...]:
@@ -56,15 +72,19 @@ class Caller(Swapped):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward of the float module, with calls handed to their sites."""
-        run = self.__dict__.get("own_forward") or super().forward
+        if self.runs_own_forward:
+            return super().forward(*args, **kwargs)
         if frames.discovering:
-            return run(*args, **kwargs)
-        frames.stack.append(Frame(self))
+            return self._run_float_forward(super().forward, args, kwargs)
+        frame = Frame(self)
+        frames.stack.append(frame)
         try:
             with watching():
-                return run(*args, **kwargs)
+                result = self._run_float_forward(super().forward, args, kwargs)
         finally:
             frames.stack.pop()
+        hand_out(frame, result)
+        return result
 
 
 @dataclass
@@ -74,10 +94,12 @@ class Discovery:
     Attributes:
         sites: Names of call sites, by caller in the order of first calls.
         routes: Names of layers whose weights a module passes to functions, by the name of the module.
+        reached: Operations that were called.
     """
 
     sites: list[str]
     routes: dict[str, list[str]]
+    reached: list[QuantizedOp]
 
 
 def discover(module: nn.Module, run: Callable[[], Any], elementwise: bool = False) -> Discovery:
@@ -92,35 +114,40 @@ def discover(module: nn.Module, run: Callable[[], Any], elementwise: bool = Fals
     counts: dict[tuple[str, str], int] = {}
     routes: dict[str, list[str]] = {}
     parameters: dict[str, None] = {}
+    reached: list[QuantizedOp] = []
 
     def enter(name: str, child: Any, *_: Any) -> None:
+        if isinstance(child, QuantizedOp):
+            child.reached = True
+            reached.append(child)
         hidden = isinstance(child, QuantizedOp) or (frames.stack and frames.stack[-1] is None)
-        frames.stack.append(None if hidden else Frame(child))
+        frames.stack.append(None if hidden else Frame(child, name))
 
-    def leave(*_: Any) -> None:
+    def leave(name: str, child: Any, args: Any, kwargs: Any, output: Any) -> None:
         frame = frames.stack.pop()
         if frame is not None:
+            hand_out(frame, output)
             for function, count in frame.counts.items():
                 key = names[id(frame.owner)], function
                 counts[key] = max(count, counts.get(key, 0))
             owner = names[id(frame.owner)]
-            prefix = f"{owner}." if owner else ""
-            parameters.update(dict.fromkeys(prefix + parameter_op_name(*item) for item in frame.parameters.items()))
+            parameters.update(dict.fromkeys(parameter_op_name(*item) for item in frame.parameters.items()))
             for layer in dict.fromkeys(frame.layers):
                 if layer.startswith(f"{owner}." if owner else "") and layer not in routes.setdefault(owner, []):
                     routes[owner].append(layer)
 
     depth = len(frames.stack)
     frames.discovering, frames.layers = True, routable(quantized_ops(module).items())
+    frames.parameters = parameters_of(dict(module.named_modules()))
     try:
         with hooked(dict(module.named_modules()), enter, leave), watching():
             run()
     finally:
-        frames.discovering, frames.layers = False, {}
+        frames.discovering, frames.layers, frames.parameters = False, {}, {}
         del frames.stack[depth:]
     wanted = [key for key in counts if elementwise or key[1] not in ("add", "mul", "cat")]
     sites = [name for owner, function in wanted for name in _site_names(owner, function, counts[owner, function])]
-    return Discovery([*parameters, *sites], routes)
+    return Discovery([*parameters, *sites], routes, reached)
 
 
 def _site_names(owner: str, function: str, count: int) -> list[str]:
@@ -177,8 +204,7 @@ def add_call_sites(
             except Exception:  # classes can forbid to be derived from, or have another layout in memory
                 continue
             changed.append(original)
-            if "forward" in caller.__dict__:  # it would run in place of the one of the class
-                caller.__dict__["own_forward"] = caller.__dict__.pop("forward")
+            caller._keep_own_forward()
         device = next((tensor.device for tensor in (*caller.parameters(), *caller.buffers(), *tensors)), None)
         own = name.rpartition(".")[2]
         if found[1] == "parameter":
@@ -186,7 +212,7 @@ def add_call_sites(
             continue
         if found[1] == "route":
             child: nn.Module = Route(target)
-        elif found[1] == "linear":
+        elif found[1] in ("linear", "tied"):
             child = WeightedSite()
         else:
             child = (JoinSite if found[1] == "cat" else CallSite)(found[1])
@@ -196,14 +222,15 @@ def add_call_sites(
 
 def possible_sites(module: nn.Module, pattern: str) -> list[str]:
     """Return a name that a call site could have and that ``pattern`` matches, if there is one."""
-    functions = [(function, part) for function in (*OF_TWO, "cat") for part in _parts(function)]
+    functions = [(function, part) for function in _FUNCTIONS for part in _parts(function)]
+    positions = [*range(1, 10), *re.findall(r"[1-9]\d+", pattern)]
     for owner, child in module.named_modules():
         prefix = f"{owner}." if owner else ""
         for parameter, dim in product(child._parameters, range(3)):
             if matches(name := prefix + parameter_op_name(parameter, dim), pattern):
                 return [name]
         for function, part in functions:
-            for position in range(1, 10):
+            for position in positions:
                 if matches(name := f"{prefix}{function}_{position}{part}", pattern):
                     return [name]
     return []
@@ -216,6 +243,18 @@ def _can_call(module: nn.Module) -> bool:
 def call_sites(module: nn.Module) -> Mapping[str, CallSite]:
     """Return the call sites below ``module`` by name."""
     return {name: child for name, child in module.named_modules() if isinstance(child, CallSite)}
+
+
+def known_sites(module: nn.Module) -> tuple[list[str], dict[str, list[str]]]:
+    """Return the names of all that was added below ``module`` for calls, and of the layers of routes by module."""
+    sites, routes = [], dict[str, list[str]]()
+    for name, child in module.named_modules():
+        if isinstance(child, Route) and child.target:
+            owner = name.rpartition(".")[0]
+            routes.setdefault(owner, []).append(f"{owner}.{child.target}" if owner else child.target)
+        elif isinstance(child, ADDED) and not isinstance(child, Route):
+            sites.append(name)
+    return sites, routes
 
 
 def unsteady_sites(sites: Iterable[str], traces: Iterable[Trace]) -> list[str]:

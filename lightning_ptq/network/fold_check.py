@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_ptq.network.fold_plan import Fold
 from lightning_ptq.network.foldable import FoldableBatchNorm
 from lightning_ptq.network.op import QuantizedOp
+from lightning_ptq.network.own_forward import has_own_forward
 from lightning_ptq.network.swapping import float_class_of
 from lightning_ptq.network.trace import first_argument
 
@@ -92,7 +93,11 @@ class RecordedCalls:
 
 
 def _is_own(module: nn.Module) -> bool:
-    return bool(module._forward_hooks) or not float_class_of(module).__module__.startswith("torch.nn.")
+    return (
+        bool(module._forward_hooks)
+        or has_own_forward(module)
+        or not float_class_of(module).__module__.startswith("torch.nn.")
+    )
 
 
 @torch.no_grad()

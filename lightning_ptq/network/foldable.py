@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from lightning_ptq.network.own_forward import has_own_forward
 from lightning_ptq.network.swapping import (
     ReplaceableTensor,
     Swapped,
@@ -57,6 +58,8 @@ class FoldableBatchNorm(Swapped):
         frozen = not isinstance(module, _BatchNorm)
         if isinstance(module, LazyModuleMixin) or (frozen and not all(isinstance(s, Tensor) for s in statistics)):
             return "it has no statistics yet"
+        if has_own_forward(module):
+            return "a forward was set on it, which may do anything"
         return super().reason_against(module)
 
     @property

@@ -17,74 +17,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lightning_ptq.network.call_sites import OF_TWO, CallSite, WeightedSite
-from lightning_ptq.network.parameters import channel_dim, shares_storage
+from lightning_ptq.network.function_calls import COMPOSED, ELEMENTWISE, IN_PLACE, PRODUCTS, Call, of_weight
+from lightning_ptq.network.parameters import find_weight, shares_storage
 from lightning_ptq.network.routes import WEIGHTED, route_call
 from lightning_ptq.runtime.frames import Frame, frames
 from lightning_ptq.runtime.structure import is_dense
-
-# Calls: from the arguments of a function to those of its site.
-
-Operands = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-def _of_weight(input: Any, weight: Any, bias: Any = None, *args: Any, **rest: Any) -> Operands:
-    names = ("stride", "padding", "dilation", "groups")
-    return (input, weight), {"bias": bias, **dict(zip(names, args, strict=False)), **rest}
-
-
-def _two(left: Any, right: Any) -> Operands:
-    return (left, right), {}
-
-
-def _reversed(left: Any, right: Any) -> Operands:
-    return (right, left), {}
-
-
-def _sum_of_products(input: Any, left: Any, right: Any, **rest: Any) -> Operands:
-    return (left, right), {"added": input, **rest}
-
-
-def _of_equation(equation: str, *operands: Any) -> Operands:
-    tensors = operands[0] if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
-    return tuple(tensors), {"equation": equation}
-
-
-def _linear_combination(left: Any, right: Any, **rest: Any) -> Operands:
-    return (left, right), rest
-
-
-def _joined(tensors: Any, dim: int = 0) -> Operands:
-    return (tensors,), {"dim": dim}
-
-
-_Call = tuple[str, Callable[..., Operands]]
-
-_PRODUCTS: dict[Any, _Call] = {
-    **dict.fromkeys(
-        (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.mm, Tensor.mm), ("matmul", _two)
-    ),
-    Tensor.__rmatmul__: ("matmul", _reversed),
-    **dict.fromkeys((torch.baddbmm, Tensor.baddbmm), ("baddbmm", _sum_of_products)),
-    **dict.fromkeys((torch.addmm, Tensor.addmm), ("addmm", _sum_of_products)),
-    torch.einsum: ("einsum", _of_equation),
-    **{
-        getattr(place, name): ("grouped_mm", _linear_combination)
-        for place, name in ((torch, "_grouped_mm"), (F, "grouped_mm"))
-        if hasattr(place, name)
-    },
-}
-_IN_PLACE = {Tensor.add_, Tensor.__iadd__, Tensor.mul_, Tensor.__imul__}
-_ELEMENTWISE: dict[Any, _Call] = {
-    **dict.fromkeys(
-        (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__),
-        ("add", _linear_combination),
-    ),
-    **dict.fromkeys(
-        (torch.mul, torch.multiply, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, Tensor.mul_, Tensor.__imul__),
-        ("mul", _two),
-    ),
-    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), ("cat", _joined)),
-}
 
 
 class _Calls(TorchFunctionMode):
@@ -98,58 +35,44 @@ class _Calls(TorchFunctionMode):
                 return _run_attention(frame, *args, **kwargs)
             if func in WEIGHTED:
                 return _run_weighted(frame, func, args, kwargs)
-            call = _PRODUCTS.get(func) or _ELEMENTWISE.get(func)
+            if func in COMPOSED:
+                with self:
+                    return COMPOSED[func](*args, **kwargs)
+            call = PRODUCTS.get(func) or ELEMENTWISE.get(func)
             if call is not None:
                 return _run(frame, call, func, args, kwargs)
         return func(*args, **kwargs)
 
 
-def _run(frame: Frame, call: _Call, func: Any, args: Any, kwargs: Any) -> Any:
+def _run(frame: Frame, call: Call, func: Any, args: Any, kwargs: Any) -> Any:
     function, arrange = call
     try:
         operands, rest = arrange(*args, **kwargs)
-    except TypeError:  # other arguments, such as out=
+    except (TypeError, KeyError):  # other arguments, such as out=
         return func(*args, **kwargs)
-    side = _weight_side(frame, function, operands) if function not in ("add", "mul", "cat", "einsum") else None
+    is_product = function not in ("add", "mul", "cat") and len(operands) == 2 and _all_floating(operands)
+    side = find_weight(frame, function, operands, rest.get("equation", "")) if is_product else None
     if side is not None:
         own = frame.owner._modules.get(f"linear_{frame.next('linear')}")
         if not isinstance(own, WeightedSite):
             return func(*args, **kwargs)
         return own(operands[1 - side], operands[side], function=function, weight_first=side == 0, **rest)
+    if is_product and shares_storage(operands[1], frame.tied) is not None:
+        own = frame.owner._modules.get(f"tied_{frame.counts.get('tied', 0) + 1}")
+        if frames.discovering or isinstance(own, WeightedSite):
+            frame.next("tied")
+            further = {"function": function, "weight_first": False, **rest}
+            return func(*args, **kwargs) if own is None else own(*operands, **further)
     if (function not in OF_TWO and function != "cat") or not _eligible(function, operands):
         return func(*args, **kwargs)
     site = _site(frame, f"{function}_{frame.next(function)}")
     if site is None:
         return func(*args, **kwargs)
-    result = site(*operands, **rest)
-    return operands[0].copy_(result) if func in _IN_PLACE else result
-
-
-def _weight_side(frame: Frame, function: str, operands: tuple[Any, ...]) -> int | None:
-    """Return which operand is a parameter of the module that calls, or a part of one; None if neither is."""
-    if len(operands) != 2 or not _all_floating(operands):
-        return None
-    own = {} if not frames.discovering else frame.owner._parameters
-    candidates = [*frame.read, *(p for p in own.values() if p is not None and p.dim() > 1 and p.is_floating_point())]
-    for side in (1, 0) if candidates else ():
-        parameter = shares_storage(operands[side], candidates)
-        if parameter is None or (side == 0 and function not in ("matmul", "baddbmm", "addmm")):
-            continue
-        name = next((name for name, p in own.items() if p is parameter), None)
-        if name is not None:
-            dim = _channel_dim(function, parameter, operands[side], side)
-            if dim is None:
-                return None
-            frame.parameters.setdefault(name, dim)
-        return side
-    return None
-
-
-def _channel_dim(function: str, parameter: Tensor, operand: Tensor, side: int) -> int | None:
-    """Return the dimension of a parameter that holds the output channels of a product with it."""
-    if function.startswith("conv"):
-        return 0 if operand.shape == parameter.shape and not function.startswith("conv_transpose") else None
-    return channel_dim(parameter, operand, -2 if side == 0 or function == "linear" else -1)
+    if func not in IN_PLACE:
+        return site(*operands, **rest)
+    # The backward pass of quantization reads the operand, which is then written to.
+    left = operands[0].clone() if torch.is_grad_enabled() else operands[0]
+    return operands[0].copy_(site(left, *operands[1:], **rest))
 
 
 def _run_weighted(frame: Frame, func: Any, args: Any, kwargs: Any) -> Any:
@@ -160,7 +83,7 @@ def _run_weighted(frame: Frame, func: Any, args: Any, kwargs: Any) -> Any:
             frame.layers.append(frames.layers[id(weight)])
     found = route_call(frame, WEIGHTED[func], args, kwargs)
     if found is None:
-        return _run(frame, (WEIGHTED[func], _of_weight), func, args, kwargs)
+        return _run(frame, (WEIGHTED[func], of_weight), func, args, kwargs)
     layer, call = found
     return layer(args[0] if args else call.kwargs.pop("input"), functional=call)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_ptq.network.layers import QuantLayer
+from lightning_ptq.network.own_forward import has_own_forward
 from lightning_ptq.network.swapping import float_class_of
 from lightning_ptq.runtime.patching import attributes
 
@@ -136,4 +137,5 @@ class FusedLayer(QuantLayer):
 
 def _is_plain(module: nn.Module, counterpart: type[FusedLayer]) -> bool:
     """Return True if a module has the forward of the class that its counterpart is registered for."""
-    return float_class_of(module).forward is super(QuantLayer, counterpart).forward
+    of_class = float_class_of(module).forward
+    return of_class is super(QuantLayer, counterpart).forward and not has_own_forward(module)

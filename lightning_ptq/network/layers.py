@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_ptq.errors import QConfigError
 from lightning_ptq.network.op import QuantizedOp
+from lightning_ptq.network.own_forward import SwappedForward
 from lightning_ptq.network.swapping import (
     ReplaceableTensor,
     Swapped,
@@ -29,6 +30,18 @@ from lightning_ptq.runtime.frames import frames, outside
 Kind = TypeVar("Kind", bound="type[QuantLayer]")
 
 
+class ExposedTensor(ReplaceableTensor):
+    """A parameter of an operation. A module that reads it, and whose calls are handed to sites, may multiply by it."""
+
+    def __get__(self, module: Any, owner: Any = None) -> Any:
+        value = super().__get__(module, owner)
+        frame = frames.stack[-1] if frames.stack else None
+        own = {} if frame is None or module is None else module.__dict__
+        if frame is not None and (own.get("reached") or own.get("qconfig") is not None):
+            frame.tied.append(value)
+        return value
+
+
 def _first_keyword(layer: nn.Module, kwargs: dict[str, Any]) -> str:
     """Return the keyword that comes first among the parameters of the float class's forward."""
     parameters = list(inspect.signature(float_class_of(layer).forward).parameters)[1:]
@@ -39,7 +52,7 @@ def _keep_slow_path(module: nn.Module, args: Any) -> None:
     """Do nothing. A hook keeps nn.TransformerEncoderLayer off its fused path, which would use the float weights."""
 
 
-class QuantLayer(Swapped, QuantizedOp):
+class QuantLayer(SwappedForward, QuantizedOp):
     """Adds quantizers to a float class. It stands first among the bases.
 
     A layer has one input, one weight, and possibly a bias. Layers with other tensors override the names; inputs are the
@@ -51,7 +64,8 @@ class QuantLayer(Swapped, QuantizedOp):
 
     prefix = "Quant"
     added_names: ClassVar[tuple[str, ...]] = (
-        "qconfig", "mode", "reference", "tied", "baked", "weight_fake_quant", "input_fake_quant", "qconfig_json",
+        "qconfig", "mode", "reference", "tied", "exposed", "reached", "baked", "weight_fake_quant",
+        "input_fake_quant", "qconfig_json", "own_forward",
     )  # fmt: skip
     input_names: ClassVar[tuple[str, ...]] = ("input",)
     weight_names: ClassVar[tuple[str, ...]] = ("weight",)
@@ -66,10 +80,11 @@ class QuantLayer(Swapped, QuantizedOp):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name in (*cls.weight_names, *cls.bias_names):
-            setattr(cls, name, ReplaceableTensor(name))  # hides no parameter: it reads the registered one
+            setattr(cls, name, ExposedTensor(name))  # hides no parameter: it reads the registered one
 
     def _init_swapped(self) -> None:
         self.init_op()
+        self._keep_own_forward()
         for name in (*self.weight_names, *self.input_names):
             self.__dict__[f"{name}_fake_quant"] = None
         # A class that has no bias at all would ignore one; nn.Linear(bias=False) has an empty one, and can get it.
@@ -87,6 +102,8 @@ class QuantLayer(Swapped, QuantizedOp):
         weights = [module._parameters.get(name) for name in cls.weight_names_of(module)]
         if any(weight is None or nn.parameter.is_lazy(weight) for weight in weights):
             return "the weight is lazy or no parameter"
+        if not all(cast(Tensor, weight).is_floating_point() for weight in weights):
+            return "its weight is not of real floating-point numbers"
         return super().reason_against(module)
 
     @classmethod
@@ -128,6 +145,8 @@ class QuantLayer(Swapped, QuantizedOp):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the float layer's forward on the quantized input and weight; safe in several threads."""
+        if self.runs_own_forward:
+            return super().forward(*args, **kwargs)
         if frames.stack:  # what the layer calls is no call site of the module that runs it
             with outside:
                 return self._run(args, kwargs)
@@ -151,9 +170,9 @@ class QuantLayer(Swapped, QuantizedOp):
         return self._call(args, kwargs, replaced)
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Mapping[str, Any]) -> Any:
-        """Run the float class's forward with ``tensors`` in place of its parameters."""
+        """Run the float module's forward with ``tensors`` in place of its parameters."""
         with tensors_replaced(self, tensors):
-            return super().forward(*args, **kwargs)
+            return self._run_float_forward(super().forward, args, kwargs)
 
     def _quantize_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         quantizers, values = self.input_quantizers, list(args)

@@ -27,7 +27,7 @@ from lightning_ptq.runtime.structure import float_tensors_in
 
 Mode = Literal["float", "quantized"]
 
-_STATE = ("qconfig", "mode", "reference", "tied", "baked")
+_STATE = ("qconfig", "mode", "reference", "tied", "exposed", "reached", "baked")
 
 FLOAT_BITS = 32
 """Bit width that float values count with."""
@@ -55,9 +55,10 @@ class QuantizedOp(nn.Module):
         quantized_from: The first of the values of ``QConfig.operations`` with which this kind is quantized.
         qconfig: Specs of weights and inputs; None as long as the operation is float.
         mode: ``"quantized"``, or ``"float"`` to compute what the float operation computes.
-        reference: Weights and biases of the float operation during a run, which ``"float"`` mode computes with; None
-            outside a run.
-        tied: True if another operation shares a weight; such weights are not tuned.
+        reference: Weights and biases of the float operation during a run, for ``"float"`` mode; None outside a run.
+        tied: True if another operation shares a weight, which is then not tuned.
+        exposed: True if other code reads a weight; it then lies on its grid, as after loading a packed file.
+        reached: True if a forward has called it.
         baked: How to load what the layer was before its computed weight was made a parameter, if that was so.
     """
 
@@ -72,11 +73,13 @@ class QuantizedOp(nn.Module):
     mode: Mode
     reference: dict[str, Tensor | None] | None
     tied: bool
+    exposed: bool
+    reached: bool
     baked: Baked | None
 
     def init_op(self) -> None:
         """Start as a float operation."""
-        self.__dict__.update(dict.fromkeys(_STATE), mode="quantized", tied=False)
+        self.__dict__.update(dict.fromkeys(_STATE), mode="quantized", tied=False, exposed=False, reached=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _STATE:  # the float class may have a __setattr__ that does not know these names
@@ -202,7 +205,8 @@ class QuantizedOp(nn.Module):
 
     def keep_reference(self) -> None:
         """Remember weights and biases as those of the float operation."""
-        self.reference = {name: weight.detach() for name, weight in self.weights.items()}
+        # Parameters, since a forward may assign what it reads to another layer.
+        self.reference = {name: nn.Parameter(weight.detach(), False) for name, weight in self.weights.items()}
         for name in self.bias_names:
             bias = self._parameters.get(name)
             # Weights are replaced before they are changed, but a bias may be written to in place.

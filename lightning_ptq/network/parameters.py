@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_ptq.network.op import QuantizedOp
 from lightning_ptq.numerics.granularity import ChannelLayout
-from lightning_ptq.runtime.frames import outside
+from lightning_ptq.runtime.frames import Frame, frames, outside
+from lightning_ptq.runtime.structure import dense, is_float, tensors_in
 
 _NAME = re.compile(r"(.+)_weight_(\d)")
 
@@ -100,11 +102,78 @@ def shares_storage(tensor: Any, others: Iterable[Any]) -> Any:
         return None
 
 
-def channel_dim(parameter: Tensor, operand: Tensor, dim: int) -> int | None:
-    """Return the dimension of a parameter that is dimension ``dim`` of an operand made of it by slicing or transposing.
+def parameters_of(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Return the parameters of modules that are no operations, by qualified name, as far as they can be weights."""
+    return {
+        f"{name}.{key}" if name else key: parameter
+        for name, module in modules.items()
+        if not isinstance(module, (QuantizedOp, torch.jit.ScriptModule))
+        for key, parameter in module._parameters.items()
+        if parameter is not None and not nn.parameter.is_lazy(parameter) and parameter.dim() > 1 and is_float(parameter)
+    }
 
-    None if that cannot be told.
+
+def find_weight(frame: Frame, function: str, operands: tuple[Any, ...], equation: str) -> int | None:
+    """Return which operand of a product is a parameter, or a part of one; None if neither is.
+
+    While calls are discovered, this is a parameter of the module that calls or of one below it, outside operations,
+    which is then noted; otherwise one that the module has read from the operation that holds it.
+
+    Args:
+        frame: The forward that calls.
+        function: Name of the function.
+        operands: Its two operands.
+        equation: That of a sum of products of Einstein's notation.
     """
+    prefix = f"{frame.name}." if frame.name else ""
+    below = {name: parameter for name, parameter in frames.parameters.items() if name.startswith(prefix)}
+    candidates = [*frame.read, *below.values()]
+    for side in (1, 0) if candidates else ():
+        parameter = shares_storage(operands[side], candidates)
+        if parameter is None or (side == 0 and function not in ("matmul", "baddbmm", "addmm", "einsum")):
+            continue
+        dim = _channel_dim(function, parameter, operands[side], side, equation)
+        if dim is None:
+            return None
+        for name in [name for name, known in below.items() if known is parameter]:
+            frame.parameters.setdefault(name, dim)
+        return side
+    return None
+
+
+def hand_out(frame: Frame, result: Any) -> None:
+    """Have the forward around one that has ended know the parameters among its results."""
+    outer = frames.stack[-1] if frames.stack else None
+    if frame.read and outer is not None:
+        tensors = list(dense(tensors_in(result)))
+        outer.read += [value for value in frame.read if shares_storage(value, tensors) is not None]
+
+
+def _channel_dim(function: str, parameter: Tensor, operand: Tensor, side: int, equation: str) -> int | None:
+    """Return the dimension of a parameter that holds the output channels of a product with it."""
+    if function.startswith("conv"):
+        return 0 if operand.shape == parameter.shape and not function.startswith("conv_transpose") else None
+    if function == "einsum":
+        dim = _einsum_dim(equation, side, parameter.dim())
+        return dim if operand.shape == parameter.shape and operand.stride() == parameter.stride() else None
+    dim = -2 if side == 0 or function == "linear" else -1
     size, stride = operand.shape[dim], operand.stride(dim)
+    # The operand may be made of the parameter by slicing or transposing.
     found = [d for d in range(parameter.dim()) if parameter.shape[d] == size and parameter.stride(d) == stride]
     return found[0] if len(found) == 1 else None
+
+
+def _einsum_dim(equation: str, side: int, dims: int) -> int | None:
+    """Return the dimension of an operand that the output has and the other operand has not, if there is one.
+
+    An operand of three dimensions may also have its first one in the output: its slices have channels of their own.
+    """
+    terms, _, output = equation.replace(" ", "").partition("->")
+    labels, other = (terms.split(",")[at] for at in (side, 1 - side))
+    if len(labels) != dims or "." in labels or dims > 3:
+        return None
+    free = [at for at, label in enumerate(labels) if label in output and label not in other]
+    if dims == 3 and labels[0] in output:
+        free = [at for at in free if at > 0] or free
+        return free[0] if len(free) == 1 else None
+    return free[0] if len(free) == 1 and (dims == 2 or free[0] == 0) else None

@@ -15,6 +15,7 @@ from lightning_ptq.errors import BakedWeightWarning, SurgeryError, TiedWeightWar
 from lightning_ptq.network.baking import Baked, bake
 from lightning_ptq.network.callers import add_call_sites, call_sites, possible_sites
 from lightning_ptq.network.op import QuantizedOp, quantized_ops
+from lightning_ptq.network.parameters import parameters_of
 from lightning_ptq.network.routes import routed
 from lightning_ptq.network.swapping import FloatState, Swapped, counterpart_of, swapped_class
 from lightning_ptq.network.tables import MAX_NORM
@@ -203,7 +204,8 @@ def _swap_as(prepared: Prepared, kind: type[Swapped], child: nn.Module) -> str:
 
 
 def _check(prepared: Prepared, modules: int, skipped: Mapping[str, str]) -> None:
-    if not prepared.layers:
+    own = prepared.qconfig.operations != "layers" and parameters_of(dict(prepared.module.named_modules()))
+    if not prepared.layers and (skipped or not own):  # a forward may multiply by parameters of its modules' own
         hint = f" These could not be quantized: {_describe(skipped)}" if skipped else ""
         raise SurgeryError(
             f"{type(prepared.module).__name__} has nothing to quantize: no layer of a registered class (nn.Conv2d,"
@@ -219,6 +221,7 @@ def _check(prepared: Prepared, modules: int, skipped: Mapping[str, str]) -> None
 _SCRIPTED = "it is scripted by torch.jit"
 _REMEDIES = {
     "the weight is lazy or no parameter": "Run one forward first, or make the weight an nn.Parameter of the layer.",
+    "its weight is not of real floating-point numbers": "Only such weights are quantized.",
     MAX_NORM: "Limit the norms of its weight once, and set max_norm to None.",
     _SCRIPTED: "Script it after quantization instead.",
 }

@@ -101,11 +101,16 @@ def route_call(frame: Frame, name: str, args: tuple[Any, ...], kwargs: dict[str,
     rest = list(args[1:])
     weight = rest.pop(0) if rest else kwargs.pop("weight", None)
     for layer in routed(frame.owner):
-        if layer._parameters.get("weight") is weight and weight is not None:
+        if _is_own(layer, "weight", weight):
             bias = rest.pop(0) if rest else kwargs.pop("bias", None)
-            own = bias is not None and bias is layer._parameters.get("bias")
+            own = _is_own(layer, "bias", bias)
             return layer, Functional(name, _OWN_BIAS if own else bias, tuple(rest), kwargs)
     return None
+
+
+def _is_own(layer: QuantizedOp, name: str, value: Any) -> bool:
+    """Return True if a value is what code outside a layer reads as this tensor of it, in any mode."""
+    return value is not None and (value is layer._parameters.get(name) or value is (layer.reference or {}).get(name))
 
 
 def routed(owner: nn.Module) -> list[Any]:

@@ -266,6 +266,8 @@ class ReplaceableTensor:
         if replaced is not None and self.name in replaced:
             return replaced[self.name]
         own = module.__dict__
+        if own.get("mode") == "float" and self.name in (own.get("reference") or {}):  # read by code outside the module
+            return own["reference"][self.name]
         for values in (own, own.get("_parameters", {}), own.get("_buffers", {})):
             if self.name in values:
                 return values[self.name]

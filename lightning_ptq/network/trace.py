@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_ptq.network.call_sites import CallSite
 from lightning_ptq.network.op import QuantizedOp, quantized_ops
+from lightning_ptq.network.parameters import ParameterOp
 from lightning_ptq.network.readers import Output, OutputTracker
 from lightning_ptq.runtime.patching import hooked
-from lightning_ptq.runtime.structure import dense, tensors_in
+from lightning_ptq.runtime.structure import storages
 
 _ADDS = ("aten::add.Tensor", "aten::add_.Tensor")
 _PRODUCTS = (
@@ -28,6 +30,7 @@ _PRODUCTS = (
     "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_attention_math",
     "aten::_scaled_dot_product_fused_attention_overrideable",
     "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_sparse_addmm", "aten::sspaddmm", "aten::addbmm", "aten::_grouped_mm",
     "aten::mkldnn_rnn_layer", "aten::_cudnn_rnn", "aten::miopen_rnn", "aten::_native_multi_head_attention",
 )  # fmt: skip
 
@@ -95,6 +98,7 @@ class Trace:
         float_products: (operator, module) of matrix products and convolutions outside any quantizable operation.
         result: Storages of the tensors that the forward returned.
         outputs: Who reads the outputs of each layer and batch norm; not merged over forwards.
+        exposed: Operations with weights that were read outside of them.
     """
 
     events: list[Event] = field(default_factory=list)
@@ -105,6 +109,7 @@ class Trace:
     float_products: set[tuple[str, str]] = field(default_factory=set)
     result: tuple[int, ...] = ()
     outputs: dict[str, Output] = field(default_factory=dict)
+    exposed: set[str] = field(default_factory=set)
 
     def same_course(self, other: Trace) -> bool:
         """Return True if the same modules, and operators outside quantizable operations, ran in the same order."""
@@ -182,6 +187,7 @@ def merge_traces(traces: Sequence[Trace]) -> Trace:
         residual=set().union(*(one.residual for one in distinct)),
         batch_norm_after=_agreed_pairs(distinct),
         float_products=set().union(*(one.float_products for one in distinct)),
+        exposed=set().union(*(one.exposed for one in distinct)),
     )
 
 
@@ -232,16 +238,21 @@ class _Recorder(TorchDispatchMode):
         self.tracker = OutputTracker(self.modules)
         self.outputs: dict[str, Tensor] = {}  # of operations; the reference keeps the storage from being reused
         self.followed: dict[str, str] = {}
+        # Parameters that are operations of their own are handed out by them.
+        keepers = {name: op for name, op in self.ops.items() if not isinstance(op, ParameterOp)}
+        self.weights = {key: name for name, op in keepers.items() for key in storages(op.weights)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func._schema.name
         reads, writes = storages((args, kwargs)), storages(result)
         self._record("op", name, reads, writes)
+        self.trace.exposed.update({self.weights[key] for key in reads if key in self.weights}.difference(self.stack))
         self.tracker.operator(func, self.stack, reads, writes, args, result)
         full_name = f"{name}.{func._schema.overload_name}"  # add.Scalar, for example, is not a residual connection
         if full_name in _ADDS and self.stack and _same_shape(*args[:2]):
-            self.trace.residual.add(self.stack[-1])
+            in_site = len(self.stack) > 1 and isinstance(self.ops.get(self.stack[-1]), CallSite)
+            self.trace.residual.add(self.stack[-2 if in_site else -1])
         if name in _PRODUCTS and self.ops.keys().isdisjoint(self.stack):
             self.trace.float_products.add((name.removeprefix("aten::"), self.stack[-1] if self.stack else ""))
         return result
@@ -279,12 +290,6 @@ class _Recorder(TorchDispatchMode):
 def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return the first argument of a call, by position or by keyword; None if there is none."""
     return next(iter((*args, *kwargs.values())), None)
-
-
-def storages(tree: Any) -> tuple[int, ...]:
-    """Return keys of the storages of all tensors in a nested structure."""
-    # Sparse tensors have no storage, so their values are not followed.
-    return tuple(leaf.untyped_storage()._cdata for leaf in dense(tensors_in(tree)))
 
 
 def _same_shape(left: Any, right: Any) -> bool:

@@ -12,21 +12,24 @@ class Frame:
 
     Attributes:
         owner: The module.
+        name: Its qualified name, while calls are discovered.
         counts: Number of calls so far, by the name of the function.
         layers: Names of the layers whose weights were passed to functions, while calls are discovered.
-        parameters: Dimension of output channels of the owner's parameters that it multiplied by, while calls are
-            discovered.
-        read: Parameters that the owner has read from the operations that hold them.
+        parameters: Dimension of output channels of parameters that it multiplied by, while calls are discovered.
+        read: Parameters that it has read from the operations that hold them.
+        tied: Parameters of operations that have been called, which it has read.
     """
 
-    __slots__ = ("counts", "layers", "owner", "parameters", "read")
+    __slots__ = ("counts", "layers", "name", "owner", "parameters", "read", "tied")
 
-    def __init__(self, owner: Any) -> None:
+    def __init__(self, owner: Any, name: str = "") -> None:
         self.owner = owner
+        self.name = name
         self.counts: dict[str, int] = {}
         self.layers: list[str] = []
         self.parameters: dict[str, int] = {}
         self.read: list[Any] = []
+        self.tied: list[Any] = []
 
     def next(self, function: str) -> int:
         """Count a call of a function and return its position in this forward, from 1."""
@@ -42,6 +45,7 @@ class Frames(threading.local):
         watched: True while a mode watches this thread's calls.
         discovering: True while all modules have frames, and not only those whose calls are operations.
         layers: Names of layers by the ids of their weights, while calls are discovered.
+        parameters: Parameters outside operations by name, while calls are discovered.
     """
 
     def __init__(self) -> None:
@@ -49,6 +53,7 @@ class Frames(threading.local):
         self.watched = False
         self.discovering = False
         self.layers: dict[int, str] = {}
+        self.parameters: dict[str, Any] = {}
 
 
 frames = Frames()

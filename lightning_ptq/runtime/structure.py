@@ -103,8 +103,17 @@ def map_tensors(value: Any, fn: Callable[[Tensor], Any]) -> Any:
 
 
 def is_dense(value: Any) -> bool:
-    """Return True for a tensor that is neither sparse nor nested."""
-    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested
+    """Return True for a tensor that is neither sparse nor nested, nor one of torch.vmap and its like."""
+    if not isinstance(value, Tensor) or is_transformed(value):
+        return False
+    return value.layout is torch.strided and not value.is_nested
+
+
+def is_transformed(value: Any) -> bool:
+    """Return True for a tensor inside a transform of functions, such as torch.vmap: it stands for others."""
+    if torch.compiler.is_compiling():  # which does not know the function
+        return False
+    return isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
 def is_float(value: Any) -> bool:
@@ -115,6 +124,11 @@ def is_float(value: Any) -> bool:
 def dense(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
     """Yield those tensors that are neither sparse nor nested."""
     return filter(is_dense, tensors)
+
+
+def storages(tree: Any) -> tuple[int, ...]:
+    """Return keys of the storages of all dense tensors in a nested structure; others have none."""
+    return tuple(leaf.untyped_storage()._cdata for leaf in dense(tensors_in(tree)))
 
 
 def mean_and_magnitude(x: Tensor) -> Tensor:

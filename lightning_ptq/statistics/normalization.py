@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_ptq.activations.calls import Call, run_unit
+from lightning_ptq.activations.calls import Call, run_unit, unit_errors
 from lightning_ptq.activations.memory_plan import keep_outputs
 from lightning_ptq.activations.replay import Replay
 from lightning_ptq.activations.store import ActivationStore
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.outputs import ChooseOutput
+from lightning_ptq.errors import UnitError
 from lightning_ptq.network.batch_norm import folded_ahead, is_folded
 from lightning_ptq.network.op import QuantizedOp
 from lightning_ptq.network.trace import first_argument
@@ -152,20 +153,28 @@ class _Normalizer:
         for index, unit in enumerate(self.units):
             self.progress(index, len(self.units), unit.name)
             calls = self.replay.inputs(index)
-            if unit.name in targets:
-                statistics = self._statistics(unit, calls)
-                if statistics is None:
-                    self.changes.skipped[unit.name] = "no sample reaches it"
-                else:
-                    self._correct(unit.name, unit.layers[unit.name], statistics, targets[unit.name])
-            elif unit.name in self.others:
-                self.changes.skipped[unit.name] = "no sample reaches it"
-            elif isinstance(unit.module, _BatchNorm) and self._reestimate(unit.module, calls):
-                self.changes.layers.append(unit.name)
-            if self.replay.keep:  # outputs of the corrected layer are the inputs of later ones
-                self.replay.finish(index, self._outputs(unit, calls))
+            try:
+                with unit_errors():
+                    self._correct_unit(unit, calls, targets.get(unit.name))
+                    if self.replay.keep:  # outputs of the corrected layer are the inputs of later ones
+                        self.replay.finish(index, self._outputs(unit, calls))
+            except UnitError as error:
+                self.changes.skipped[unit.name] = f"it cannot run outside the network's forward: {error}"
         self.progress(len(self.units), len(self.units), "")
         return self.changes
+
+    def _correct_unit(self, unit: Unit, calls: list[list[Call]], target: tuple[Tensor, Tensor] | None) -> None:
+        """Correct a layer that has a target, or a batch norm."""
+        if target is not None:
+            statistics = self._statistics(unit, calls)
+            if statistics is None:
+                self.changes.skipped[unit.name] = "no sample reaches it"
+            else:
+                self._correct(unit.name, unit.layers[unit.name], statistics, target)
+        elif unit.name in self.others:
+            self.changes.skipped[unit.name] = "no sample reaches it"
+        elif isinstance(unit.module, _BatchNorm) and self._reestimate(unit.module, calls):
+            self.changes.layers.append(unit.name)
 
     def _targets(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the mean and the standard deviation that each layer's output should have."""
