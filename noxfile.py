@@ -36,7 +36,10 @@ def integrations(session: nox.Session) -> None:
     """Tests with libraries that are slow to import, and so are left out of the other tests."""
     session.install("-e", ".[tests,integrations]")
     session.run("python", "-c", COMPILE)
-    files = session.posargs or ["tests/test_register_layer.py", "tests/test_docs.py", "tests/test_sweep_libraries.py"]
+    files = session.posargs or [
+        "tests/test_register_layer.py", "tests/test_docs.py", "tests/test_sweep_libraries.py",
+        "tests/test_export_libraries.py",
+    ]  # fmt: skip
     session.run("pytest", *files, env={"OMP_NUM_THREADS": "1", "PTQ_TEST_INTEGRATIONS": "1"})
 
 

@@ -14,7 +14,11 @@ from lightning_ptq.calibration.calibrate import calibrate
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.calibrator import Calibrator
 from lightning_ptq.calibration.candidates import Candidates
+from lightning_ptq.export.agreement import Parity
+from lightning_ptq.export.onnx import OnnxExport, export_onnx
 from lightning_ptq.export.packed import load_packed, save_packed
+from lightning_ptq.export.parity import verify_export
+from lightning_ptq.export.program import export_program
 from lightning_ptq.export.state_dicts import load_quantized_state_dicts as _load_quantized_state_dicts
 from lightning_ptq.network.layers import QuantLayer, register_layer
 from lightning_ptq.network.prepare import Prepared, prepare
@@ -31,7 +35,14 @@ from lightning_ptq.tuning.reconstruct import UnitResult
 from lightning_ptq.tuning.run import AdaQuantResult
 
 if TYPE_CHECKING:
-    from lightning_ptq.callbacks import AdaQuantLayerwise, BitAllocator, CalibrationCapture, StatsTuning, inspect
+    from lightning_ptq.callbacks import (
+        AdaQuantLayerwise,
+        BitAllocator,
+        CalibrationCapture,
+        ExportONNX,
+        StatsTuning,
+        inspect,
+    )
 
 Choices = Candidates  # its former name
 
@@ -51,9 +62,12 @@ __all__ = [
     "Candidates",
     "Choices",
     "Cost",
+    "ExportONNX",
     "Frontier",
     "LayerQConfig",
+    "OnnxExport",
     "PTQReport",
+    "Parity",
     "Preflight",
     "Prepared",
     "QConfig",
@@ -69,6 +83,8 @@ __all__ = [
     "apply_allocation",
     "bops_cost",
     "calibrate",
+    "export_onnx",
+    "export_program",
     "frontier",
     "inspect",
     "load_packed",
@@ -83,12 +99,13 @@ __all__ = [
     "size_cost",
     "table_cost",
     "tune_bias",
+    "verify_export",
 ]
 
 
 def __getattr__(name: str) -> Any:
     # The callbacks import Lightning, which the functions do without.
-    if name in ("AdaQuantLayerwise", "BitAllocator", "CalibrationCapture", "StatsTuning", "inspect"):
+    if name in ("AdaQuantLayerwise", "BitAllocator", "CalibrationCapture", "ExportONNX", "StatsTuning", "inspect"):
         from lightning_ptq import callbacks
 
         return getattr(callbacks, name)

@@ -53,6 +53,14 @@ class PackedFileError(PTQError, ValueError):
     """A packed file that is damaged, belongs to another model, or has a newer format."""
 
 
+class ExportError(PTQError, RuntimeError):
+    """A module that cannot be exported: its forward cannot be traced, or an operator has no counterpart."""
+
+
+class ParityError(ExportError):
+    """An exported file that does not compute what the quantized module computes."""
+
+
 class PTQWarning(UserWarning):
     """Base class of all warnings of the library; the report lists them.
 

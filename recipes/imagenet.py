@@ -57,6 +57,19 @@ def torchvision_model(name: str, weights: Path | None) -> tuple[nn.Module, Calla
     return net, default.transforms()
 
 
+def load(
+    data: Path, classes: Path, model: str = "efficientnet_lite0", weights: Path | None = None, calibration: int = 250
+) -> tuple[Classifier, DataLoader, DataLoader]:
+    """Return the float classifier, and loaders of calibration and test images."""
+    rows = [line.split("\t") for line in classes.read_text().splitlines()]
+    index = {row[1]: int(row[0]) for row in rows if row[0].isdigit()}
+    files = sorted((path, index[path.parent.name]) for path in data.glob("*/*.JPEG"))
+    files.sort(key=lambda item: item[1])
+    net, transform = efficientnet_lite0() if model == "efficientnet_lite0" else torchvision_model(model, weights)
+    calib_set, test_set = Photographs(files[::2][:calibration], transform), Photographs(files[1::2], transform)
+    return Classifier(net, len(index)), DataLoader(calib_set, 25), DataLoader(test_set, 25)
+
+
 def main(
     data: Path,
     classes: Path,
@@ -101,18 +114,10 @@ def main(
         options: Further arguments of AdaQuantLayerwise.
     """
     quiet()
-    rows = [line.split("\t") for line in classes.read_text().splitlines()]
-    index = {row[1]: int(row[0]) for row in rows if row[0].isdigit()}
-    files = sorted((path, index[path.parent.name]) for path in data.glob("*/*.JPEG"))
-    files.sort(key=lambda item: item[1])
-    net, transform = efficientnet_lite0() if model == "efficientnet_lite0" else torchvision_model(model, weights)
     run(
-        Classifier(net, len(index)),
-        DataLoader(Photographs(files[::2][:calibration], transform), 25),
-        DataLoader(Photographs(files[1::2], transform), 25),
-        model=model, qconfig=qconfig, mode=mode, granularity=granularity, steps=steps, seed=seed, file=json,
-        pipeline=pipeline, statistics=statistics, budget=budget, candidates=candidates,
-        first_last_bits=first_last_bits, capture=capture, **options or {},
+        *load(data, classes, model, weights, calibration), model=model, qconfig=qconfig, mode=mode,
+        granularity=granularity, steps=steps, seed=seed, file=json, pipeline=pipeline, statistics=statistics,
+        budget=budget, candidates=candidates, first_last_bits=first_last_bits, capture=capture, **options or {},
     )  # fmt: skip
 
 

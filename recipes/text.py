@@ -31,9 +31,9 @@ class SentenceEncoder(pl.LightningModule):
         self.net = net
         self.spearman = SpearmanCorrCoef()
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **others: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """Return the mean over the tokens of each sentence, (sentences, width)."""
-        states = self.net(input_ids=input_ids, attention_mask=attention_mask, **others).last_hidden_state
+        states = self.net(input_ids, attention_mask, token_type_ids).last_hidden_state
         mask = attention_mask[..., None].to(states)
         return F.normalize((states * mask).sum(1) / mask.sum(1))
 
@@ -63,6 +63,23 @@ def minilm() -> tuple[nn.Module, Any]:
     folder = Path(package).parent / "model"
     net = AutoModel.from_pretrained(folder, add_pooling_layer=False).float().eval()
     return net, AutoTokenizer.from_pretrained(folder)
+
+
+def load(calib: Path, test: Path, batch_size: int = 32) -> tuple[SentenceEncoder, DataLoader, DataLoader]:
+    """Return the float encoder, and loaders of calibration sentences and of pairs to score."""
+    net, tokenizer = minilm()
+
+    def tokens(sentences: Sequence[str]) -> Any:
+        return tokenizer(list(sentences), padding=True, truncation=True, max_length=128, return_tensors="pt")
+
+    def pairs(rows: Sequence[Pair]) -> Any:
+        left, right, similarity = zip(*rows, strict=True)
+        return tokens(left), tokens(right), torch.tensor(similarity)
+
+    # Sentences of similar length are batched together, so that there is little padding.
+    sentences = sorted((sentence for row in read(calib) for sentence in row[:2]), key=len)
+    calibration = DataLoader(sentences, batch_size, collate_fn=tokens)
+    return SentenceEncoder(net), calibration, DataLoader(read(test), 64, collate_fn=pairs)
 
 
 def main(
@@ -105,21 +122,8 @@ def main(
         options: Further arguments of AdaQuantLayerwise.
     """
     quiet()
-    net, tokenizer = minilm()
-
-    def tokens(sentences: Sequence[str]) -> Any:
-        return tokenizer(list(sentences), padding=True, truncation=True, max_length=128, return_tensors="pt")
-
-    def pairs(rows: Sequence[Pair]) -> Any:
-        left, right, similarity = zip(*rows, strict=True)
-        return tokens(left), tokens(right), torch.tensor(similarity)
-
-    # Sentences of similar length are batched together, so that there is little padding.
-    sentences = sorted((sentence for row in read(calib) for sentence in row[:2]), key=len)
     run(
-        SentenceEncoder(net),
-        DataLoader(sentences, batch_size, collate_fn=tokens),
-        DataLoader(read(test), 64, collate_fn=pairs),
+        *load(calib, test, batch_size),
         score="spearman", model="all-MiniLM-L6-v2", qconfig=qconfig, mode=mode, granularity=granularity, steps=steps,
         seed=seed, file=json, pipeline=pipeline, statistics=statistics, budget=budget, candidates=candidates,
         first_last_bits=first_last_bits, capture=capture, **options or {},

@@ -22,3 +22,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         both = any(marker.name == "both_packages" for marker in metafunc.definition.iter_markers())
         packages = ["pytorch_lightning", *(["lightning.pytorch"] if both else [])]
         metafunc.parametrize("pl", packages, indirect=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the tests that fork first: a process in which autograd has started threads cannot run it in a fork."""
+    items.sort(key=lambda item: "ranks" not in item.path.parts)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
+from lightning_ptq import calibrate
+from lightning_ptq.export.targets import configured
 from lightning_ptq.network.batch_norm import FoldableBatchNorm
 from lightning_ptq.network.layers import QuantLayer
 
@@ -117,6 +119,27 @@ class Transformer(nn.Module):
             (hidden,) = layer(hidden=hidden, mask=mask) if self.by_keyword else layer(hidden, mask=mask)
         seen = torch.ones_like(ids) if mask is None else mask
         return self.head((hidden * seen[..., None]).sum(1) / seen.sum(1, keepdim=True))
+
+
+class Kinds(nn.Module):
+    """A residual block, transposed convolutions with and without groups, a concatenation and a linear head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block = nn.Conv2d(2, 4, 3, padding=1), Residual(4)
+        self.up, self.grouped = nn.ConvTranspose2d(4, 6, 2, 2), nn.ConvTranspose2d(4, 4, 2, 2, groups=2)
+        self.head = nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(self.stem(x).relu())
+        return self.head(torch.cat([self.up(x), self.grouped(x)], 1).mean((2, 3)))
+
+
+def exportable(make: Any, batches: list[Any], qconfig: str = "w8a8", target: str | None = None, **options: Any) -> Any:
+    """A net that is quantized for a target, without exceptions for the first and the last layer."""
+    net = build(make).eval()
+    calibrate(net, batches, configured(qconfig, target, first_last_bits=None, **options)).release()
+    return net
 
 
 def token_batches(count: int = 3, size: int = 8, lengths: tuple[int, ...] = (5,)) -> list[dict[str, Tensor]]:

@@ -26,7 +26,7 @@ from lightning_ptq.network import swapping
 ROOT = Path(__file__).parents[1]
 CARDS = "lightning_ptq/callbacks/README.md"
 TRAINER = pytorch_lightning.Trainer
-NAMES = ["CalibrationCapture", "AdaQuantLayerwise", "BitAllocator", "StatsTuning"]
+NAMES = ["CalibrationCapture", "AdaQuantLayerwise", "BitAllocator", "StatsTuning", "ExportONNX"]
 
 
 class MyModule(pytorch_lightning.LightningModule):

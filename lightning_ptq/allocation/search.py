@@ -232,6 +232,7 @@ def apply_allocation(
                 " First and last layers and overridden ones have the bit widths of the QConfig."
             )
     choices.put_all(choice)
+    calibration.round_biases()
 
 
 def _mean(tables: Sequence[SensitivityTable]) -> SensitivityTable:

@@ -124,6 +124,16 @@ class Calibration:
         order = [name for name in self.trace.layer_order if ops[name].weight_names and not ops[name].is_lookup]
         return (order[0], order[-1]) if order else ()
 
+    @cached_property
+    def shared_inputs(self) -> dict[tuple[str, str], frozenset[tuple[str, str]]]:
+        """For each input, (operation, input), all inputs that share its scale, if the config says that they do."""
+        groups: dict[tuple[str, str], frozenset[tuple[str, str]]] = {}
+        for found in self.trace.same_tensor if self.prepared.qconfig.shared_scales else ():
+            group = frozenset(member for member in found if member[0] in self.layers)
+            joined = group.union(*(groups.get(member, frozenset()) for member in group))
+            groups.update(dict.fromkeys(joined, joined))
+        return groups
+
     def qconfig_at(self, name: str, candidate: LayerQConfig | None = None) -> LayerQConfig:
         """Return the specs of layer ``name`` where ``candidate`` takes the place of the default.
 
@@ -142,6 +152,8 @@ class Calibration:
         with no_inference_mode():
             layer.attach(qconfig)
         quantizers = [*layer.weight_quantizers.values(), *layer.input_quantizers.values()]
+        for which, quantizer in layer.input_quantizers.items():
+            quantizer.shared_by = self.shared_inputs.get((name, which), frozenset())
         known = self._qparams.get((name, qconfig))
         if known is None:  # the search takes far longer than everything else here, so its outcome is kept
             layer.choose_weight_scales()
@@ -154,6 +166,12 @@ class Calibration:
                 quantizer.zero_point.copy_(zero_point)
         if layer.exposed and not layer.tied:
             _put_on_grid(layer)
+
+    def round_biases(self) -> None:
+        """Round all biases as integer kernels do, if the config says so; called when a stage has changed them."""
+        if self.prepared.qconfig.integer_biases:
+            for layer in self.layers.values():
+                layer.round_bias()
 
     def release(self) -> None:
         """Free the batches, the histograms and the float reference weights at the end of a run."""

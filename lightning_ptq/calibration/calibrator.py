@@ -242,6 +242,7 @@ class Calibrator:
             layer.keep_reference()
             layer.exposed = name in watched.exposed
             calibration.round_to_nearest(name, calibration.qconfig_at(name))
+        calibration.round_biases()
         return calibration
 
     def _observe_again(self, calibration: Calibration) -> None:

@@ -3,7 +3,8 @@
 from lightning_ptq.callbacks.adaquant import AdaQuantLayerwise
 from lightning_ptq.callbacks.allocator import BitAllocator
 from lightning_ptq.callbacks.capture import CalibrationCapture
+from lightning_ptq.callbacks.export import ExportONNX
 from lightning_ptq.callbacks.preflight import inspect
 from lightning_ptq.callbacks.statistics import StatsTuning
 
-__all__ = ["AdaQuantLayerwise", "BitAllocator", "CalibrationCapture", "StatsTuning", "inspect"]
+__all__ = ["AdaQuantLayerwise", "BitAllocator", "CalibrationCapture", "ExportONNX", "StatsTuning", "inspect"]

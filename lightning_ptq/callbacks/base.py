@@ -27,6 +27,7 @@ ORDER = (
     ("BitAllocator", ("",)),
     ("AdaQuantLayerwise", ("sequential", "parallel")),
     ("StatsTuning", ("",)),
+    ("ExportONNX", ("",)),
 )
 """Roles of the callbacks in their order, each with the modes that it may have at that place."""
 

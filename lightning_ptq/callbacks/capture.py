@@ -25,6 +25,7 @@ from lightning_ptq.callbacks.trainer.reporting import check_report_dir, finish, 
 from lightning_ptq.callbacks.trainer.resuming import Journals
 from lightning_ptq.callbacks.trainer.signals import StopRequest
 from lightning_ptq.errors import CalibrationError, noted_warnings
+from lightning_ptq.export.targets import TargetName, configured
 from lightning_ptq.network.prepare import Prepared, prepare
 from lightning_ptq.numerics.qconfig import Operations, QConfig
 from lightning_ptq.numerics.spec import ObserverName
@@ -44,38 +45,38 @@ class CalibrationCapture(PTQCallback):
     """Turns ``trainer.fit`` into a PTQ run: one pass over the calibration set, after which the module is quantized.
 
     Stands first among the library's callbacks; the others continue from the calibrated module. The module's own
-    optimizers, schedulers and training hooks do not run. Calibration computes in float32 at any precision of the
-    Trainer.
+    optimizers, schedulers and training hooks do not run. Calibration computes in float32 at any Trainer precision.
 
     The run is complete when, in ``on_train_end`` of this callback, the quantized module and ``quantized.ckpt`` are. An
     exception or a signal before restores the float module and keeps the progress. Afterwards the module stays
     quantized, also if a later callback or a logger raises, and a report that fails is a warning.
 
     Args:
-        qconfig: What to quantize: a text such as ``"w4a8"``, a :class:`~lightning_ptq.numerics.qconfig.QConfig`, or its
-            dictionary.
+        qconfig: What to quantize: a text such as ``"w4a8"``, or a :class:`~lightning_ptq.QConfig` or its dictionary.
         num_samples: Stop after the batch that reaches this many samples; None for the whole loader.
         step: The calibration forward: ``"training"`` (the module's ``training_step``), ``"predict"`` (its
             ``predict_step``, or ``forward`` on the inputs if it has none), or a function of module and batch.
         overrides: Bit widths by layer-name pattern, such as ``{"head.*": "w8a8"}``.
         exclude: Patterns of layers that stay float.
         first_last_bits: Least widths of the first and last layer in execution order; None for no exception.
-        symmetric_activations: True for a signed activation grid with zero point 0.
+        symmetric_activations: True for signed grids with zero point 0; by default what the target demands, else False.
         weight_observer: ``"mse"``, ``"minmax"`` or ``"percentile"``.
         activation_observer: The same for activations.
         percentile: Share of values that the percentile observers keep, in percent.
-        signed_scales: True if weight scales below 8 bits may be negative where that suits a channel better; False for
-            inference engines that accept positive scales only.
-        save_checkpoint: True to write ``quantized.ckpt`` into the folder of the Trainer's ``ModelCheckpoint``, which
-            itself writes nothing when no optimizer steps. Where ``lightning_ptq`` is imported, it loads like any other.
+        signed_scales: True if weight scales below 8 bits may be negative where that suits a channel better; by default
+            what the target takes, or else True.
+        save_checkpoint: True to write ``quantized.ckpt`` into the folder of the Trainer's ``ModelCheckpoint``. Where
+            ``lightning_ptq`` is imported, it loads like any other.
         resume: True to save the progress of the run until it is finished, and to resume an interrupted run.
         resume_dir: Folder of the progress; by default ``ptq_progress`` in the Trainer's ``default_root_dir``.
         report_dir: Folder for the files of the report; by default no files are written.
-        timeout: Seconds without a sign of life after which a rank counts as dead, which ends the run on all others. A
-            rank that computes or loads data for longer is alive; one whose process is stopped is not.
-        operations: What is quantized besides layers; see :class:`~lightning_ptq.numerics.qconfig.QConfig`.
+        timeout: Seconds without a sign of life after which a rank counts as dead, which ends the run on all others.
+        operations: What is quantized besides layers, see :class:`~lightning_ptq.numerics.qconfig.QConfig`; by default
+            ``"all"`` for a target, else ``"products"``.
         mask: Key of the batch, or function of it, that gives a boolean mask (samples, positions), False for padding,
             which takes part in no range, loss or statistic; by default the ``attention_mask`` beside ``input_ids``.
+        target: Inference engine, ``"onnxruntime"``, ``"openvino"`` or ``"tensorrt"``. Sets what its integer kernels
+            need (:data:`~lightning_ptq.export.targets.TARGETS`), so that what is tuned is what will run there.
 
     Attributes:
         report: The :class:`~lightning_ptq.report.PTQReport` of the last run.
@@ -96,24 +97,26 @@ class CalibrationCapture(PTQCallback):
         overrides: Mapping[str, str] | None = None,
         exclude: list[str] | None = None,
         first_last_bits: int | None = 8,
-        symmetric_activations: bool = False,
+        symmetric_activations: bool | None = None,
         weight_observer: ObserverName = "mse",
         activation_observer: ObserverName = "mse",
         percentile: float = 99.99,
-        signed_scales: bool = True,
+        signed_scales: bool | None = None,
         save_checkpoint: bool = True,
         resume: bool = True,
         resume_dir: str | None = None,
         report_dir: str | None = None,
         timeout: float = DEFAULT_TIMEOUT,
-        operations: Operations = "products",
+        operations: Operations | None = None,
         mask: Mask | None = None,
+        target: TargetName | None = None,
     ) -> None:
         super().__init__()
-        self.qconfig = QConfig.parse(
-            qconfig, overrides=overrides, exclude=exclude or (), first_last_bits=first_last_bits, operations=operations,
-            symmetric_activations=symmetric_activations, weight_observer=weight_observer, percentile=percentile,
-            activation_observer=activation_observer, signed_scales=signed_scales,
+        self.target = target
+        self.qconfig = configured(
+            qconfig, target, overrides=overrides, exclude=exclude or (), first_last_bits=first_last_bits,
+            operations=operations, symmetric_activations=symmetric_activations, weight_observer=weight_observer,
+            percentile=percentile, activation_observer=activation_observer, signed_scales=signed_scales,
         )  # fmt: skip
         if num_samples is not None:
             num_samples = arguments.whole("num_samples", num_samples, error=CalibrationError)

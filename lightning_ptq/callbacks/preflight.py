@@ -16,6 +16,7 @@ from lightning_ptq.callbacks.capture import CalibrationCapture
 from lightning_ptq.callbacks.hazards import find_failures, find_hazards
 from lightning_ptq.callbacks.trainer.muting import Step, calibration_forward
 from lightning_ptq.errors import CalibrationError
+from lightning_ptq.export.targets import TargetName, configured
 from lightning_ptq.network.units import BlockRule, UnitKind
 from lightning_ptq.numerics.qconfig import QConfig
 from lightning_ptq.report.inspect_module import inspect_module
@@ -41,13 +42,12 @@ def inspect(
     blocks: BlockRule | None = None,
     config: ReconstructionConfig | None = None,
     memory_limit: str | int | None = None,
+    target: TargetName | None = None,
 ) -> Preflight:
     """Find out what a PTQ run will quantize and what will go wrong; nothing is tuned or changed.
 
-    The result names layers with their widths and multiply-accumulates, batch norms, what stays float, the units with
-    their steps, sizes, estimates of memory and time, and hazards of the Trainer. For that the module is calibrated on
-    the one batch and then restored. An argument that is None takes its value from the Trainer's ``CalibrationCapture``
-    and sequential ``AdaQuantLayerwise``, or without these the default below.
+    An argument that is None takes its value from the Trainer's ``CalibrationCapture`` and sequential
+    ``AdaQuantLayerwise``, or without these the default below.
 
     Args:
         module: A float LightningModule, or any other module, which runs on the inputs of the batch by default.
@@ -57,31 +57,29 @@ def inspect(
         step: The calibration forward: ``"training"`` (default), ``"predict"``, or a function of module and batch.
         samples: Number of calibration samples that the estimates assume; default 1024.
         granularity: ``"block"`` or ``"layer"``; default ``"block"``.
-        blocks: Name patterns of the blocks, or a function of name and module; by default an automatic search.
+        blocks: Name patterns of the blocks, or a function of name and module; by default a search.
         config: Steps and batch size of AdaQuant.
         memory_limit: Limit of the activations in memory; default ``"4GiB"``.
+        target: Inference engine, as for :class:`CalibrationCapture`; the default of ``qconfig`` is then ``"w8a8"``.
 
     Returns:
-        The findings, with ``print()``, ``tables()``, and ``to_dict()``.
+        Layers, batch norms, what stays float, units, sizes, estimates of memory and time, and hazards; with
+        ``print()``, ``tables()`` and ``to_dict()``.
 
     Raises:
-        SurgeryError: If there is nothing to quantize, the module is quantized already, or a layer is still lazy.
-        QConfigError: If an argument does not fit.
+        SurgeryError: If there is nothing to quantize, or the module is quantized already.
+        QConfigError: If an argument does not fit, or the target does not take the config.
         CalibrationError: If the batch holds NaN, or the step trains or reaches no layer.
-
-    Example:
-        >>> import torch
-        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
-        >>> preflight = inspect(net, torch.randn(8, 1, 4, 4), "w8a8")
-        >>> preflight.folded, preflight.covered, preflight.hazards
-        ({'1': '0'}, 1.0, [])
     """
     module = _unwrapped(module)
     given = {
         "qconfig": qconfig, "step": step, "samples": samples, "granularity": granularity, "blocks": blocks,
         "config": config, "memory_limit": memory_limit,
     }  # fmt: skip
-    settings = _checked(_settings(trainer) | {name: value for name, value in given.items() if value is not None})
+    settings = _checked(
+        _settings(trainer, target) | {name: value for name, value in given.items() if value is not None}
+    )
+    settings["qconfig"] = configured(settings["qconfig"], target)
     forward = _forward(module, settings.pop("step"))
     # A training_step may use self.trainer, which Lightning sets in fit.
     attached = {"_trainer": trainer} if trainer is not None and _is_lightning(module) else {}
@@ -112,9 +110,9 @@ def _checked(settings: dict[str, Any]) -> dict[str, Any]:
     return {**settings, "samples": whole("samples", settings["samples"])}
 
 
-def _settings(trainer: Trainer | None) -> dict[str, Any]:
+def _settings(trainer: Trainer | None, target: TargetName | None) -> dict[str, Any]:
     """Return the settings of the Trainer's callbacks, with defaults for absent callbacks."""
-    settings: dict[str, Any] = {"qconfig": "w4a4", "step": "training", "samples": 1024}
+    settings: dict[str, Any] = {"qconfig": "w8a8" if target else "w4a4", "step": "training", "samples": 1024}
     for callback in [] if trainer is None else ptq_callbacks(trainer):
         if isinstance(callback, CalibrationCapture):
             samples = callback.num_samples or settings["samples"]

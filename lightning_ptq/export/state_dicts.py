@@ -23,8 +23,9 @@ from torch import nn
 from lightning_ptq.calibration.layer_costs import state_key
 from lightning_ptq.errors import SurgeryError
 from lightning_ptq.network.callers import add_call_sites, layers_of
-from lightning_ptq.network.op import RECORD, quantized_ops
+from lightning_ptq.network.op import quantized_ops
 from lightning_ptq.network.prepare import Prepared, is_prepared, prepare
+from lightning_ptq.network.record import RECORD
 
 
 def load_quantized_state_dicts() -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_ptq.network.call_sites import OF_TWO, CallSite, JoinSite, WeightedSite
 from lightning_ptq.network.functional import watching
-from lightning_ptq.network.op import RECORD, QuantizedOp, quantized_ops
+from lightning_ptq.network.op import QuantizedOp, quantized_ops
 from lightning_ptq.network.own_children import ADDED, container_methods
 from lightning_ptq.network.own_forward import SwappedForward
 from lightning_ptq.network.parameters import (
@@ -23,6 +23,7 @@ from lightning_ptq.network.parameters import (
     parameter_op_name,
     parameters_of,
 )
+from lightning_ptq.network.record import RECORD
 from lightning_ptq.network.routes import Route, routable, routed
 from lightning_ptq.network.swapping import FloatState, Swapped, float_class_of, set_class
 from lightning_ptq.network.trace import Trace

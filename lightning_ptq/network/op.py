@@ -7,7 +7,6 @@ a call costs.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
@@ -16,8 +15,8 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_ptq.errors import SurgeryError
 from lightning_ptq.network.baking import Baked
+from lightning_ptq.network.record import RECORD, read_record, record_of
 from lightning_ptq.numerics.fake_quantize import FakeQuantize
 from lightning_ptq.numerics.granularity import ChannelLayout, Granularity, ScaleLayout
 from lightning_ptq.numerics.qconfig import LayerQConfig, Operations
@@ -31,9 +30,6 @@ _STATE = ("qconfig", "mode", "reference", "tied", "exposed", "reached", "baked")
 
 FLOAT_BITS = 32
 """Bit width that float values count with."""
-
-RECORD = "qconfig_json"
-"""Name of the buffer that holds the specs of a quantized operation."""
 
 State = dict[str, Tensor]
 """Tensors of one operation by name: its parameters, scales and zero points."""
@@ -187,7 +183,7 @@ class QuantizedOp(nn.Module):
             activation = qconfig.activation and FakeQuantize(qconfig.activation).to(device)
             nn.Module.__setattr__(self, f"{name}_fake_quant", cast(nn.Module, activation))  # None is no quantizer
         self.qconfig = qconfig
-        self.register_buffer(RECORD, _record(qconfig).to(device))
+        self.register_buffer(RECORD, record_of(qconfig).to(device))
 
     def choose_weight_scales(self) -> None:
         """Set scale and zero point of every weight quantizer from the weight."""
@@ -195,6 +191,23 @@ class QuantizedOp(nn.Module):
             scale, zero_point = weight_qparams(quantizer.rows(self.weights[name]), quantizer.spec)
             quantizer.scale.copy_(scale.view_as(quantizer.scale))
             quantizer.zero_point.copy_(zero_point.view_as(quantizer.zero_point))
+
+    @torch.no_grad()
+    def round_bias(self) -> None:
+        """Round the bias to multiples of the scale of the input times that of the weight, if there is one of each.
+
+        Integer kernels add it to the accumulated products, whose scale that is.
+        """
+        bias = self._parameters.get("bias") if self.bias_names else None
+        inputs, weights = list(self.input_quantizers.values()), list(self.weight_quantizers.values())
+        if bias is None or not self.is_linear or len(inputs) != 1 or len(weights) != 1:
+            return
+        scale = (inputs[0].scale * weights[0].scale).flatten().float()
+        if scale.numel() not in (1, bias.numel()):
+            return
+        steps = (bias.double() / scale.double()).round()
+        fits = steps.abs() < 2**31
+        bias.copy_(torch.where(fits, (steps * scale).to(bias.dtype), bias))
 
     def set_parameters(self, values: Mapping[str, Tensor | None]) -> None:
         """Give the operation parameters of its own; those it shared with the float operation stay as they are."""
@@ -259,26 +272,11 @@ class QuantizedOp(nn.Module):
             baked.load(state_dict, prefix)
         saved = state_dict.get(prefix + RECORD)
         if saved is not None:
-            self.attach(_recorded(saved, prefix))
+            self.attach(read_record(saved, prefix))
             # Records of earlier versions are shorter; load_state_dict passes a copy of the user's dictionary.
-            state_dict[prefix + RECORD] = _record(cast(LayerQConfig, self.qconfig)).to(saved.device)
+            state_dict[prefix + RECORD] = record_of(cast(LayerQConfig, self.qconfig)).to(saved.device)
             self.add_biases(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _record(qconfig: LayerQConfig) -> Tensor:
-    """Return specs as a tensor of bytes."""
-    return torch.frombuffer(bytearray(json.dumps(qconfig.to_dict()).encode()), dtype=torch.uint8).clone()
-
-
-def _recorded(record: Tensor, prefix: str) -> LayerQConfig:
-    """Return the specs of :func:`_record`."""
-    try:
-        return LayerQConfig.from_dict(json.loads(bytes(record.cpu().tolist())))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise SurgeryError(
-            f"the state dict's entry {prefix + RECORD!r} is damaged ({error}). Save the quantized module again."
-        ) from error
 
 
 def quantized_ops(module: nn.Module) -> dict[str, QuantizedOp]:

@@ -79,6 +79,7 @@ class OutputTracker:
         self._fed: dict[str, set[int]] = {}  # storages that running modules have as their input
         self._reads: list[tuple[str, str, int, _View, int]] = []
         self._kept: list[StorageWeakRef] = []  # so that no storage gets the key of one that was freed
+        self._inputs: dict[tuple[int, ...], set[tuple[str, str]]] = {}  # by tensor: (operation, input)
         ops = {name: child for name, child in modules.items() if isinstance(child, QuantizedOp)}
         self._owners = {
             parameter.untyped_storage()._cdata: name
@@ -119,8 +120,13 @@ class OutputTracker:
 
     def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record the start of a module's forward."""
-        x = _input(module, args, kwargs)
-        if x is None or (key := x.untyped_storage()._cdata) not in self._origins:
+        inputs = _inputs(module, args, kwargs)
+        for which, tensor in inputs.items() if isinstance(module, QuantizedOp) else ():
+            if is_dense(tensor):
+                self._kept.append(StorageWeakRef(tensor.untyped_storage()))
+                self._inputs.setdefault(_identity(tensor), set()).add((name, which))
+        x: Any = next(iter(inputs.values())) if len(inputs) == 1 else None
+        if not is_dense(x) or (key := x.untyped_storage()._cdata) not in self._origins:
             return
         self._fed.setdefault(name, set()).add(key)
         self._reads.append((self._origins[key].producer, name, key, _View.of(x), _channel_dim(module, x)))
@@ -131,6 +137,10 @@ class OutputTracker:
         if isinstance(module, Swapped) and is_dense(output):
             self.outputs.setdefault(name, Output())
             self._add(output, name, _channel_dim(module, output))
+
+    def same_tensor(self) -> list[frozenset[tuple[str, str]]]:
+        """Return groups of two or more inputs of operations, (operation, input), that are the same tensor."""
+        return [frozenset(group) for group in self._inputs.values() if len(group) > 1]
 
     def finish(self, result: tuple[int, ...]) -> dict[str, Output]:
         """Return who reads the outputs, by producer.
@@ -172,13 +182,17 @@ class OutputTracker:
         return elements.as_strided(view.size, view.stride, view.offset)
 
 
-def _input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Return the input of a layer or a batch norm that has one; None for other modules."""
+def _inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the inputs of a layer or a batch norm by name; none of other modules."""
     if isinstance(module, QuantizedOp):
-        inputs = list(module.input_tensors(args, kwargs).values())
-    else:
-        inputs = [*args, *kwargs.values()][:1] if isinstance(module, Swapped) else []
-    return inputs[0] if len(inputs) == 1 and is_dense(inputs[0]) else None
+        return module.input_tensors(args, kwargs)
+    given = [*args, *kwargs.values()] if isinstance(module, Swapped) else []
+    return {"input": given[0]} if given else {}
+
+
+def _identity(tensor: Tensor) -> tuple[int, ...]:
+    """Return what views of the same elements have in common, as long as these are not changed in place."""
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tensor.numel(), tensor._version
 
 
 def _channel_dim(module: nn.Module, tensor: Tensor) -> int:

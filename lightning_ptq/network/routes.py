@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_ptq.network.op import RECORD, QuantizedOp
+from lightning_ptq.network.op import QuantizedOp
+from lightning_ptq.network.record import RECORD
 from lightning_ptq.runtime.frames import Frame
 
 _OWN_BIAS = "the layer's own bias"
@@ -82,6 +83,8 @@ class Route(nn.Module):
     def target(self) -> str:
         """Name of the layer, relative to the module that calls the function."""
         record: Tensor = getattr(self, RECORD)
+        if type(record) is not Tensor:  # torch.export puts a tensor without values in its place
+            return self._known[1]
         key = (id(record), record._version)
         if self._known[0] != key:
             self._known = key, json.loads(bytes(record.cpu().tolist()))["route"]

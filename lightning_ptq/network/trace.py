@@ -98,6 +98,7 @@ class Trace:
         float_products: (operator, module) of matrix products and convolutions outside any quantizable operation.
         result: Storages of the tensors that the forward returned.
         outputs: Who reads the outputs of each layer and batch norm; not merged over forwards.
+        same_tensor: Groups of inputs of operations, (operation, input), that are the same tensor.
         exposed: Operations with weights that were read outside of them.
     """
 
@@ -109,6 +110,7 @@ class Trace:
     float_products: set[tuple[str, str]] = field(default_factory=set)
     result: tuple[int, ...] = ()
     outputs: dict[str, Output] = field(default_factory=dict)
+    same_tensor: list[frozenset[tuple[str, str]]] = field(default_factory=list)
     exposed: set[str] = field(default_factory=set)
 
     def same_course(self, other: Trace) -> bool:
@@ -225,6 +227,7 @@ def trace(module: nn.Module, run: Callable[[], Any]) -> Trace:
     recorder.finish()
     recorder.trace.result = storages(result)
     recorder.trace.outputs = recorder.tracker.finish(recorder.trace.result)
+    recorder.trace.same_tensor = recorder.tracker.same_tensor()
     return recorder.trace
 
 

@@ -23,6 +23,7 @@ class FakeQuantize(nn.Module):
     Attributes:
         drop: Function of the float and the quantized tensor that mixes them while a unit is tuned; None otherwise.
         enabled: False to pass tensors through unchanged.
+        shared_by: Inputs of operations, (operation, input), that are to keep this scale and zero point together.
     """
 
     scale: Tensor
@@ -36,6 +37,7 @@ class FakeQuantize(nn.Module):
         self.register_buffer("zero_point", torch.zeros(layout.shape, dtype=torch.int32))
         self.drop: Callable[[Tensor, Tensor], Tensor] | None = None
         self.enabled = True
+        self.shared_by: frozenset[tuple[str, str]] = frozenset()
         self._cached: tuple[tuple[Any, ...], tuple[Tensor, ...], Tensor, int] | None = None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -99,6 +99,15 @@ class ChannelScales(ScaleLayout):
         rest = [d for d in range(split.dim()) if d not in kept]
         return split.permute(*kept, *rest).reshape(prod(self.shape), -1)
 
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """Return the tensor that :meth:`rows` made (scales, values per scale) of."""
+        split = (self.groups, self.weight_shape[0] // self.groups, *self.weight_shape[1:])
+        split = split if self.groups > 1 else self.weight_shape
+        kept = [d for d, size in enumerate(self.shape) if size > 1]
+        order = [*kept, *(d for d in range(len(split)) if d not in kept)]
+        back = [order.index(d) for d in range(len(split))]
+        return self.merge(rows.reshape([split[d] for d in order]).permute(back))
+
     def of_channels(self, values: Tensor) -> Tensor | None:
         """See :class:`ScaleLayout`."""
         return values.reshape(self.shape)

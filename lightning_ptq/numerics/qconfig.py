@@ -121,6 +121,10 @@ class QConfig:
         operations: ``"layers"``: layers that multiply by weights. ``"products"``: also embeddings, and products of two
             tensors that a forward computes by functions, such as those of attention. ``"all"``: also sums and products
             of elements, and concatenations.
+        shared_scales: True if inputs of several operations that are the same tensor keep the same scale when scales are
+            learned, so that the tensor is quantized once, as integer kernels demand.
+        integer_biases: True if biases are multiples of the scale of input times the scale of weight, as kernels demand
+            that add them to the accumulated integers.
 
     Example:
         >>> config = QConfig.parse("w4a4", overrides={"head.*": "w8a8"}, exclude=["*.gate"])
@@ -135,6 +139,8 @@ class QConfig:
     exclude: tuple[str, ...] = ()
     first_last_bits: int | None = 8
     operations: Operations = "products"
+    shared_scales: bool = False
+    integer_biases: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.default, LayerQConfig):
@@ -153,6 +159,8 @@ class QConfig:
         if self.first_last_bits is not None:
             object.__setattr__(self, "first_last_bits", whole("first_last_bits", self.first_last_bits, 2, 8))
         one_of("operations", self.operations, ("layers", "products", "all"))
+        for name in ("shared_scales", "integer_biases"):
+            object.__setattr__(self, name, flag(name, getattr(self, name)))
 
     @classmethod
     def parse(
@@ -168,6 +176,8 @@ class QConfig:
         percentile: float = 99.99,
         signed_scales: bool = True,
         operations: Operations = "products",
+        shared_scales: bool = False,
+        integer_biases: bool = False,
     ) -> QConfig:
         """Build a config from plain types; a :class:`QConfig` or its dictionary passes through.
 
@@ -190,7 +200,8 @@ class QConfig:
 
         given = text_table("overrides", {} if overrides is None else overrides, "{'head': 'w8a8'}")
         pairs = tuple((pattern, layer(candidate)) for pattern, candidate in given.items())
-        return cls(layer(text), pairs, tuple(texts("exclude", exclude)), first_last_bits, operations)
+        kernels = {"shared_scales": shared_scales, "integer_biases": integer_biases}
+        return cls(layer(text), pairs, tuple(texts("exclude", exclude)), first_last_bits, operations, **kernels)
 
     def for_layer(self, name: str, edge: bool = False) -> LayerQConfig | None:
         """Return the specs of the layer called ``name``, or None where it stays float.
@@ -229,6 +240,8 @@ class QConfig:
             "exclude": list(self.exclude),
             "first_last_bits": self.first_last_bits,
             "operations": self.operations,
+            "shared_scales": self.shared_scales,
+            "integer_biases": self.integer_biases,
         }
 
     @classmethod
@@ -244,7 +257,9 @@ class QConfig:
                 raise KeyError(f"unknown: {sorted(unknown)}")
             overrides = tuple((pattern, LayerQConfig.from_dict(pair)) for pattern, pair in data.get("overrides", ()))
             default, exclude = LayerQConfig.from_dict(data["default"]), tuple(texts("exclude", data.get("exclude", ())))
-            return cls(default, overrides, exclude, data.get("first_last_bits", 8), data.get("operations", "layers"))
+            kernels = {name: data.get(name, False) for name in ("shared_scales", "integer_biases")}
+            operations = data.get("operations", "layers")
+            return cls(default, overrides, exclude, data.get("first_last_bits", 8), operations, **kernels)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise QConfigError(
                 f"cannot read {dict(data)!r} as a QConfig ({error}). Write what QConfig.to_dict() returns,"

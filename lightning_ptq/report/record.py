@@ -17,6 +17,7 @@ from lightning_ptq.allocation.search import AllocationResult
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.layer_costs import layer_work, packed_size
 from lightning_ptq.errors import PTQWarning
+from lightning_ptq.export.onnx import OnnxExport
 from lightning_ptq.network.op import QuantizedOp
 from lightning_ptq.numerics.observers import HistogramObserver, MinMaxObserver
 from lightning_ptq.numerics.qconfig import LayerQConfig
@@ -107,6 +108,7 @@ class RunRecord:
         allocation: The bit allocation; None if there was none.
         frontier: Predictions over a sweep of budgets; None if there was no allocation.
         statistics: The steps of statistics tuning.
+        export: The ONNX file that was written; None if there was none.
         warnings: All warnings of the library, in order.
         float_bytes: Bytes of the float module's tensors.
         packed_bytes: Bytes of the quantized module's packed tensors.
@@ -124,6 +126,7 @@ class RunRecord:
     allocation: AllocationResult | None = None
     frontier: Frontier | None = None
     statistics: list[StatisticsResult] = field(default_factory=list)
+    export: OnnxExport | None = None
     warnings: list[PTQWarning] = field(default_factory=list)
     float_bytes: int = 0
     packed_bytes: int = 0
@@ -199,6 +202,8 @@ class RunRecord:
             summary["peak memory, bytes"] = max(stage.peak_memory or 0 for stage in self.stages)
         if self.allocation is not None:
             summary[f"{self.allocation.sensitivity.measure} at the allocation"] = self.allocation.measured
+        if self.export is not None:
+            summary["ONNX file, bytes"] = self.export.bytes
         return summary
 
 

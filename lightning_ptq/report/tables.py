@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_ptq.allocation.frontier import Frontier
 from lightning_ptq.allocation.search import AllocationResult
+from lightning_ptq.export.onnx import OnnxExport
 from lightning_ptq.report.record import RunRecord
 from lightning_ptq.report.table import ReportTable
 from lightning_ptq.runtime.memory import format_bytes
@@ -33,6 +34,8 @@ def _tables(record: RunRecord) -> Iterator[ReportTable]:
     if record.frontier is not None:
         yield frontier_table(record.frontier)
     yield statistics_table(record.statistics)
+    if record.export is not None:
+        yield export_table(record.export)
     yield settings_table(record.settings)
 
 
@@ -181,6 +184,21 @@ def statistics_table(results: list[StatisticsResult]) -> ReportTable:
     )
     columns = ("step", "divergence before", "divergence after", "kept", "layers corrected", "skipped layers")
     return ReportTable("statistics", "Statistics tuning", columns, rows, note)
+
+
+def export_table(export: OnnxExport) -> ReportTable:
+    """Return how far the outputs of an exported file are from those of the module."""
+    rows: list[tuple[Any, ...]] = [
+        (row.name, row.snr, row.agreement) for row in (export.parity.outputs if export.parity else [])
+    ]
+    verified = f"compared on {export.parity.samples} samples in onnxruntime" if export.parity else "not verified"
+    floats = f" Products in float: {', '.join(export.float_products)}." if export.float_products else ""
+    note = (
+        f"{export.path.name}: {format_bytes(export.bytes)}, opset {export.opset}, {verified};"
+        f" {export.products - len(export.float_products)} of {export.products} products of integers.{floats}"
+    )
+    columns = ("output", "signal-to-noise ratio, dB", "equal predictions")
+    return ReportTable("export", "Exported file", columns, rows or [("not verified", None, None)], note=note)
 
 
 def settings_table(settings: dict[str, Any]) -> ReportTable:

@@ -95,6 +95,7 @@ def accept_if_better(
         saved = TensorSnapshot(_tensors(module))
         try:
             changes = work(tuned)
+            calibration.round_biases()
             ranks.broadcast(_tensors(module).values())  # so that all ranks measure, and keep, the same bytes
             values_after = meter.each()
         except BaseException:  # an interrupt too: the module must not stay half changed

@@ -88,12 +88,13 @@ def adaquant(
         run = kind(calibration, units, store, config, seed, progress, journal, widths, on_unit)
         announce(run.plan)
         result = replace(run.all(), peak_activation_bytes=store.peak)
-    return _warned(result, calibration.ranks.merge(run.refused))
+    return _finished(calibration, result, run.refused)
 
 
-def _warned(result: AdaQuantResult, refused: dict[str, str]) -> AdaQuantResult:
-    """Warn of the units that were not tuned, and return the result."""
-    warn_of_untunable(refused)
+def _finished(calibration: Calibration, result: AdaQuantResult, refused: dict[str, str]) -> AdaQuantResult:
+    """Round the biases, warn of the units that were not tuned, and return the result."""
+    calibration.round_biases()
+    warn_of_untunable(calibration.ranks.merge(refused))
     rejected = [f"{row.name} ({row.bits})" for row in result.units if row.steps and not row.accepted]
     if rejected:
         warn(

@@ -30,7 +30,7 @@ from lightning_ptq.runtime.ranks import Ranks
 from lightning_ptq.runtime.structure import float_tensors_in
 from lightning_ptq.tuning.config import ReconstructionConfig
 from lightning_ptq.tuning.losses import LOSSES, ReconstructionLoss
-from lightning_ptq.tuning.tuners import Tuner, make_tuner
+from lightning_ptq.tuning.tuners import Tuner, make_tuner, share_scales
 
 T = TypeVar("T")
 
@@ -110,7 +110,9 @@ def reconstruct_unit(
     saved = unit_states(unit)
     try:
         restart()
-        tuners = [make_tuner(unit, name, layer, config) for name, layer in unit.layers.items()]
+        by_name = {name: make_tuner(unit, name, layer, config) for name, layer in unit.layers.items()}
+        share_scales(by_name)
+        tuners = list(by_name.values())
         with tuning_state(unit, config):
             curve = _optimize(unit, tuners, samples, steps, config, ranks, on_step)
         for tuner in tuners:
@@ -152,7 +154,8 @@ def _optimize(
     on_step: Callable[[int], None],
 ) -> list[tuple[int, float]]:
     """Run the optimization steps; return (step, training loss) at about fifty of them."""
-    variables = [variable for tuner in tuners for variable in tuner.variables.values()]
+    # Some may share a variable, which counts once.
+    variables = list({id(pair[0]): pair for tuner in tuners for pair in tuner.variables.values()}.values())
     if not variables:
         return []
     kind = LOSSES[config.loss]

@@ -6,7 +6,7 @@ rates serves all bit widths from 2 to 8.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -143,6 +143,27 @@ class AdaRoundTuner(Tuner):
                 undecided = 1 - (2 * self._up(self.variables[name][0]) - 1).abs().pow(sharpness)
                 total = total + 0.1 * undecided.mean()
         return total
+
+
+def share_scales(tuners: Mapping[str, Tuner]) -> None:
+    """Let inputs that are to keep the same scale learn one, and keep a scale that other units read too.
+
+    Args:
+        tuners: The tuners of a unit by the names of their operations.
+    """
+    for name, tuner in tuners.items():
+        for which, quantizer in tuner.op.input_quantizers.items():
+            group = sorted(quantizer.shared_by)
+            for key in ("scale", "zero_point") if group else ():
+                tensor = f"{which}_fake_quant.{key}"
+                if not all(member in tuners for member, _ in group):
+                    tuner.variables.pop(tensor, None)
+                    continue
+                first, of = group[0]
+                shared = tuners[first].variables.get(f"{of}_fake_quant.{key}")
+                same = tuners[first].op.input_quantizers[of].spec == quantizer.spec
+                if (name, which) != group[0] and shared is not None and tensor in tuner.variables and same:
+                    tuner.variables[tensor] = shared
 
 
 def make_tuner(unit: Unit, name: str, op: QuantizedOp, config: ReconstructionConfig) -> Tuner:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -72,6 +73,19 @@ def log_tables(trainer: Trainer, tables: Iterable[ReportTable]) -> None:
     for logger in _rank_zero(trainer):
         for table in tables:
             _log_table(logger, table)
+
+
+def log_artifact(trainer: Trainer, path: Path, kind: str) -> None:
+    """Give a file, with the external data beside it, to the loggers of W&B as an artifact."""
+    for logger in _rank_zero(trainer):
+        if _is(logger, "WandbLogger"):
+            import wandb
+
+            artifact = wandb.Artifact(path.stem, type=kind)
+            for file in (path, path.with_name(f"{path.name}.data")):
+                if file.is_file():
+                    artifact.add_file(str(file))
+            _experiment(logger).log_artifact(artifact)
 
 
 def shows_pictures(trainer: Trainer) -> bool:

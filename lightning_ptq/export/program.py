@@ -1,0 +1,204 @@
+"""Export of a quantized module as a program of torch, with integer weights."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_ptq.arguments import check_is_module
+from lightning_ptq.errors import ExportError
+from lightning_ptq.export.inputs import Axes, ExampleInputs, checked_axes, default_axes, doubled, signature_of
+from lightning_ptq.export.lowering import lowered
+from lightning_ptq.export.simplify import simplify
+from lightning_ptq.network.op import ops_in_mode, quantized_ops
+from lightning_ptq.runtime.eager import eagerly, no_inference_mode
+from lightning_ptq.runtime.patching import attributes
+
+
+def export_program(module: nn.Module, example_inputs: Any, dynamic_axes: Axes | None = None) -> Any:
+    """Export a quantized module by :func:`torch.export.export`, with integer weights.
+
+    Activations are quantized and dequantized by the operators of torch's library ``quantized_decomposed``, weights are
+    integers that are dequantized by them. Backends of PT2E quantization find their patterns in such a program. Its
+    outputs are those of the module.
+
+    Args:
+        module: A quantized module in float32. It is not changed.
+        example_inputs: Inputs of its forward: a tensor, a tuple of positional arguments, or a dictionary of keyword
+            arguments. Sizes of axes that are to be dynamic must be 2 or more, except that of a batch.
+        dynamic_axes: Names of the axes that may have any size, by input and axis, such as ``{"x": {0: "batch"}}``. By
+            default the first axis of every input, and the second one of a text model's.
+
+    Returns:
+        A :class:`torch.export.ExportedProgram`. It shares the tensors that stay float with the module.
+
+    Raises:
+        ExportError: If the module is not quantized, or its forward cannot be traced.
+    """
+    return exported(module, ExampleInputs.of(module, example_inputs), dynamic_axes)
+
+
+def exported(module: nn.Module, inputs: ExampleInputs, dynamic_axes: Axes | None, tensors_only: bool = False) -> Any:
+    """Export a module; see :func:`export_program`.
+
+    Args:
+        module: A quantized module.
+        inputs: Inputs of its forward.
+        dynamic_axes: Names of the axes that may have any size.
+        tensors_only: Whether the program returns a list of the tensors in the forward's output.
+    """
+    check_exportable(module)
+    inputs = doubled(inputs)
+    axes = default_axes(inputs) if dynamic_axes is None else checked_axes(dynamic_axes, inputs)
+    shapes = {name: _dynamic(value, axes.get(name, {})) for name, value in inputs.by_name.items()}
+    with torch.no_grad(), no_inference_mode(), _in_eval(module), ops_in_mode(module, "quantized"), eagerly(module):
+        try_forward(module, inputs)
+        forward = _with_plain_signature(module, inputs, tensors_only)
+        with quiet(), lowered(module), attributes(module, {"forward": forward}):
+            try:
+                program = torch.export.export(module, inputs.args, inputs.kwargs, dynamic_shapes=shapes, strict=False)
+            except Exception as error:
+                raise ExportError(
+                    f"torch.export cannot trace {type(module).__name__} ({_first_line(error)}). Its forward must not"
+                    " branch on values of tensors; sizes that it branches on must not be among dynamic_axes."
+                ) from error
+    simplify(program)
+    _drop_unused(program)
+    if dynamic_axes is not None:
+        _check_dynamic(program, axes)
+    return program
+
+
+def check_exportable(module: Any) -> None:
+    """Raise unless ``module`` is quantized and in float32.
+
+    Raises:
+        ExportError: Saying what is wrong.
+    """
+    check_is_module(module)
+    if not any(op.is_quantized for op in quantized_ops(module).values()):
+        raise ExportError(f"{type(module).__name__} is not quantized, so there is nothing to export. Run PTQ first.")
+    scripted = [name for name, child in module.named_modules() if isinstance(child, torch.jit.ScriptModule)]
+    if scripted:
+        raise ExportError(
+            f"{scripted[0] or 'the module'} is scripted, and torch.export cannot trace scripted modules. Use the module"
+            " that torch.jit.script was given."
+        )
+    other = {name: p.dtype for name, p in module.named_parameters() if p.is_floating_point()}
+    other = {name: dtype for name, dtype in other.items() if dtype != torch.float32}
+    if other:
+        name, dtype = next(iter(other.items()))
+        raise ExportError(f"{name} is {dtype}; a module is exported in float32. Call module.float() first.")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _dynamic(value: Any, axes: Mapping[int, str]) -> Any:
+    """Return what torch.export is told about the sizes of an input."""
+    from torch.export import Dim
+
+    if isinstance(value, Tensor):
+        return {axis: Dim.AUTO for axis in axes if value.shape[axis] != 1}
+    return pytree.tree_map(lambda leaf: {} if isinstance(leaf, Tensor) else None, value)
+
+
+def _with_plain_signature(module: nn.Module, inputs: ExampleInputs, tensors_only: bool) -> Callable[..., Any]:
+    """Return the forward with the given arguments as its only parameters.
+
+    The checks of sizes that torch.export generates do not know ``*args`` and ``**kwargs``.
+    """
+    forward, known = module.forward, signature_of(module).parameters
+    args = inputs.args
+    variadic = [name for name, parameter in known.items() if parameter.kind is inspect.Parameter.VAR_POSITIONAL]
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)] if tensors_only else output
+
+    def parameter(index: int, name: str) -> inspect.Parameter:
+        if name in known and not variadic:
+            return known[name]
+        positional = index < len(args)
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if positional else inspect.Parameter.KEYWORD_ONLY
+        return inspect.Parameter(name, kind)
+
+    parameters = [parameter(index, name) for index, name in enumerate(inputs.by_name)]
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return call
+
+
+def try_forward(module: nn.Module, inputs: ExampleInputs) -> Any:
+    """Return the output of the forward; an error of the inputs is told apart from one of the export."""
+    try:
+        return module(*inputs.args, **inputs.kwargs)
+    except Exception as error:
+        raise ExportError(
+            f"{type(module).__name__} fails on the example inputs ({_first_line(error)}), whose shapes are"
+            f" {inputs.shapes}. Give inputs as those of the calibration."
+        ) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence torch's exporters inside the ``with`` block; what matters is in errors and results."""
+    loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def _in_eval(module: nn.Module) -> Iterator[None]:
+    """Switch all modules to eval mode inside the ``with`` block."""
+    training = [child for child in module.modules() if child.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child in training:
+            child.training = True
+
+
+def _drop_unused(program: Any) -> None:
+    """Remove the parameters that a program does not use: the float weights, and folded batch norms."""
+    from torch.export.graph_signature import InputKind
+
+    specs = program.graph_signature.input_specs
+    unused = {node.name: node for node in program.graph.nodes if node.op == "placeholder" and not node.users}
+    for spec in list(specs):
+        if spec.arg.name in unused and spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            specs.remove(spec)
+            program.state_dict.pop(spec.target, None)
+            program.constants.pop(spec.target, None)
+            program.graph.erase_node(unused[spec.arg.name])
+    program.graph_module.recompile()
+
+
+def _check_dynamic(program: Any, axes: Axes) -> None:
+    """Raise if the forward has fixed a size that was to be dynamic."""
+    for node in program.graph.nodes:
+        value: Any = node.meta.get("val") if node.op == "placeholder" else None
+        for axis in axes.get(node.name, ()):
+            if isinstance(value, Tensor) and isinstance(value.shape[axis], int):
+                raise ExportError(
+                    f"axis {axis} of {node.name!r} was to be dynamic, but the forward depends on its size,"
+                    f" {value.shape[axis]}. Leave the axis out of dynamic_axes, or change the forward."
+                )

@@ -1,0 +1,52 @@
+"""Running exported files in onnxruntime."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lightning_ptq.errors import ExportError
+from lightning_ptq.export.inputs import ExampleInputs
+
+
+def open_session(model: Any) -> Any:
+    """Return a session of onnxruntime on the CPU."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ExportError(
+            "an exported file is verified in onnxruntime, which is not installed. Run pip install"
+            " 'lightning-ptq[onnx]', or pass verify=False."
+        ) from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ExportError(f"onnxruntime cannot load the exported model ({_last_line(error)}).") from error
+
+
+def run_session(session: Any, inputs: ExampleInputs, path: Any, outputs: list[str] | None = None) -> list[Any]:
+    """Run a session on inputs."""
+    wanted = [value.name for value in session.get_inputs()]
+    tensors = inputs.tensors
+    feed = {name: inputs.by_name[name] for name in wanted if isinstance(inputs.by_name.get(name), Tensor)}
+    if len(feed) != len(wanted):
+        if len(tensors) != len(wanted):
+            raise ExportError(f"{path} takes the inputs {wanted}, got {len(tensors)} tensors. Pass the same inputs.")
+        feed = dict(zip(wanted, tensors, strict=True))
+    try:
+        arrays = {name: tensor.detach().cpu().numpy() for name, tensor in feed.items()}
+        found: list[Any] = session.run(outputs, arrays)
+    except Exception as error:
+        raise ExportError(
+            f"onnxruntime cannot run {path} on inputs of the shapes {inputs.shapes} ({_last_line(error)}). Sizes that"
+            " vary between batches belong into dynamic_axes of export_onnx."
+        ) from error
+    return found
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1][-300:] if lines else type(error).__name__
