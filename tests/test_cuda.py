@@ -31,6 +31,7 @@ from lightning_ptq import (
     StatsTuning,
     adaquant,
     calibrate,
+    export_onnx,
     load_packed,
     measure_sensitivity,
     reestimate_batch_norm,
@@ -157,3 +158,11 @@ def test_the_whole_pipeline(tmp_path, pl, precision):
     save_packed(module, tmp_path / "packed.safetensors")
     restored = load_packed(classifier(pl).cuda(), tmp_path / "packed.safetensors").eval()
     assert torch.equal(restored(IMAGES.cuda()), module.eval().cuda()(IMAGES.cuda()))
+
+
+def test_a_module_on_the_gpu_is_exported_with_inputs_on_the_cpu(tmp_path: Any) -> None:
+    make, batches = NETS["resnet"]
+    net = build(make).eval().cuda()
+    calibrate(net, batches, "w8a8").release()
+    assert export_onnx(net, tmp_path / "net.onnx", batches[0]).parity.outputs[0].snr > 40
+    assert all(parameter.is_cuda for parameter in net.parameters())

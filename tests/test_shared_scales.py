@@ -58,6 +58,21 @@ def test_a_scale_that_other_units_read_too_is_not_learned() -> None:
     assert grids(calibration.layers["block.conv1"]) == before
 
 
+class TwoCourses(Branches):
+    """Leaves the block out for some batches, which is another course of the forward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).relu()
+        return self.last(torch.cat([self.block(x) if len(x) > 8 else x, x], 1)).mean((2, 3))
+
+
+def test_readers_are_known_for_every_course_of_the_forward() -> None:
+    batches = [IMAGES[0][:8], *IMAGES[1:]]
+    calibration = calibrate(build(TwoCourses), batches, configured("w8a8", "onnxruntime"))
+    assert calibration.varies
+    assert calibration.shared_inputs["block.conv1", "input"] >= {("block.conv1", "input"), ("block.add_1", "left")}
+
+
 def test_biases_stay_on_the_grid_of_the_accumulator() -> None:
     calibration = calibrate(build(ResNet), IMAGES, configured("w4a4", "onnxruntime"))
 

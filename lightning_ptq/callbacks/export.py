@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lightning_ptq.arguments import flag, number, whole
+from lightning_ptq.arguments import flag, whole
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.outputs import OutputReader
 from lightning_ptq.callbacks.base import StepCallback, capture_of
 from lightning_ptq.callbacks.trainer.lightning import rank_zero_info
 from lightning_ptq.callbacks.trainer.loggers import log_artifact, log_scalars
 from lightning_ptq.errors import ExportError, PTQError
-from lightning_ptq.export.agreement import MAX_DISAGREEMENT, MIN_SNR
+from lightning_ptq.export.agreement import MAX_DISAGREEMENT, MIN_SNR, tolerance_of
 from lightning_ptq.export.inputs import ExampleInputs, axes_argument, path_argument
-from lightning_ptq.export.onnx import DEFAULT_OPSET, OnnxExport, export_onnx, require
+from lightning_ptq.export.onnx import DEFAULT_OPSET, LEAST_OPSET, OnnxExport, export_onnx
 from lightning_ptq.export.onnx_graph import names_argument
+from lightning_ptq.export.sessions import EXPORTERS, RUNTIME, require
 from lightning_ptq.report import PTQReport
 from lightning_ptq.runtime.journal import NO_JOURNAL, Journal
 from lightning_ptq.runtime.memory import format_bytes
@@ -53,7 +54,7 @@ class ExportONNX(StepCallback):
         max_disagreement: Greatest share of predictions that may differ where the ratio is lower.
 
     Attributes:
-        result: The :class:`~lightning_ptq.export.onnx.OnnxExport` of the last run, on rank 0; None after an error.
+        result: The :class:`~lightning_ptq.export.onnx.OnnxExport` of the last run; None after an error.
 
     Raises:
         ExportError: If an optional package is missing; in fit, if the network cannot be exported.
@@ -82,15 +83,12 @@ class ExportONNX(StepCallback):
     ) -> None:
         super().__init__()
         self.verify = flag("verify", verify)
-        require("onnx", "onnxscript", *(["onnxruntime"] if verify else []))
+        require(*EXPORTERS, *([RUNTIME] if verify else []))
         self.path, self.network, self.dynamic_axes = str(path_argument(path)), network, axes_argument(dynamic_axes)
-        self.opset = whole("opset", opset, 18, error=ExportError)
+        self.opset = whole("opset", opset, LEAST_OPSET, error=ExportError)
         self.output_names = names_argument(output_names)
         self.samples = whole("samples", samples, 1)
-        self.tolerance = {
-            "min_snr": number("min_snr", min_snr, "be a number of decibels", (-1e3, 1e3), "30"),
-            "max_disagreement": number("max_disagreement", max_disagreement, "lie in [0, 1]", (0, 1), "0.001"),
-        }
+        self.min_snr, self.max_disagreement = tolerance_of(min_snr, max_disagreement)
         self._error: PTQError | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -105,8 +103,14 @@ class ExportONNX(StepCallback):
 
     def work(self, trainer: Trainer, calibration: Calibration, journal: Journal = NO_JOURNAL) -> OnnxExport | None:
         """Export on rank 0; an error is raised at the end of fit, when the result of the run is safe."""
-        if calibration.ranks.rank:
-            return None
+        result, self._error = calibration.ranks.on_rank_zero(lambda: self._exported(trainer, calibration))
+        if result is not None:
+            log_scalars(trainer, {"ptq/export/bytes": result.bytes, **_snr(result)})
+            log_artifact(trainer, result.path, "model")
+        return result
+
+    def _exported(self, trainer: Trainer, calibration: Calibration) -> tuple[OnnxExport | None, PTQError | None]:
+        """Return what was written, or the error."""
         capture = capture_of(trainer)
         module = self._network(calibration)
         path = Path(trainer.default_root_dir) / self.path
@@ -116,21 +120,17 @@ class ExportONNX(StepCallback):
             result = export_onnx(
                 module, path, inputs[0], target=None if capture is None else capture.target, opset=self.opset,
                 dynamic_axes=self.dynamic_axes, output_names=self.output_names, verify=self.verify, batches=inputs,
-                **self.tolerance,
+                min_snr=self.min_snr, max_disagreement=self.max_disagreement,
             )  # fmt: skip
         except PTQError as error:
-            self._error = error
-            return None
+            return None, error
         except OSError as error:
-            self._error = ExportError(f"{path} cannot be written ({error}). Give ExportONNX another path.")
-            return None
+            return None, ExportError(f"{path} cannot be written ({error}). Give ExportONNX another path.")
         except Exception as error:  # whatever it is, the finished run is worth more
-            self._error = ExportError(f"the export to {path} failed ({type(error).__name__}: {error}).")
-            self._error.__cause__ = error
-            return None
-        log_scalars(trainer, {"ptq/export/bytes": result.bytes, **_snr(result)})
-        log_artifact(trainer, result.path, "model")
-        return result
+            found = ExportError(f"the export to {path} failed ({type(error).__name__}: {error}).")
+            found.__cause__ = error
+            return None, found
+        return result, None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise an error of the export, after CalibrationCapture has completed the run."""
@@ -163,7 +163,7 @@ class ExportONNX(StepCallback):
             )
         return next(iter(networks.values()))
 
-    def _inputs(self, calibration: Calibration, module: nn.Module) -> Iterator[Any]:
+    def _inputs(self, calibration: Calibration, module: nn.Module) -> Iterator[ExampleInputs]:
         """Yield the arguments with which the calibration forward calls the network, for enough samples."""
         samples = 0
         for index in range(len(calibration.batches)):

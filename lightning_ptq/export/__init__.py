@@ -1,1 +1,1 @@
-"""Ways out of the library: the packed checkpoint."""
+"""Ways out of the library: packed files, ONNX files, and programs of torch."""

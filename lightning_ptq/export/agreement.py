@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lightning_ptq.arguments import number
 from lightning_ptq.errors import ExportError, ParityError
 
@@ -95,12 +97,16 @@ def _described(row: TensorParity) -> str:
     return f"{row.name}: {row.snr:.1f} dB{agreement}"
 
 
-def tolerance_of(min_snr: Any, max_disagreement: Any) -> tuple[float, float]:
-    """Return the two tolerances; raise :class:`ExportError` if one is no number."""
-    everything = (-math.inf, math.inf)
+Tolerance = tuple[float, float]
+"""Least signal-to-noise ratio in decibels, and greatest share of predictions that may differ where it is lower."""
+
+
+def tolerance_of(min_snr: Any, max_disagreement: Any) -> Tolerance:
+    """Return the tolerance; raise :class:`ExportError` if a part of it is no number of its domain."""
+    decibels, share = (-math.inf, math.inf), (0.0, math.nextafter(1.0, 2.0))
     return (
-        number("min_snr", min_snr, "be a number of decibels", everything, "30", ExportError),
-        number("max_disagreement", max_disagreement, "be a share of the predictions", everything, "0.001", ExportError),
+        number("min_snr", min_snr, "be a number of decibels", decibels, "30", ExportError),
+        number("max_disagreement", max_disagreement, "be a share of the predictions", share, "0.001", ExportError),
     )
 
 
@@ -119,6 +125,21 @@ def why_not(found: Parity) -> str:
     )
 
 
+def _ratio(pairs: list[tuple[Any, Any]]) -> float:
+    """Return the signal-to-noise ratio of pairs of (reference, result), in decibels.
+
+    Infinities, as masked scores have them, count as nothing where both have the same, and as infinite noise elsewhere.
+    """
+    signal = noise = 0.0
+    for reference, result in pairs:
+        finite = np.isfinite(reference)
+        if not np.array_equal(reference[~finite], result[~finite]) or not np.isfinite(result[finite]).all():
+            return -math.inf
+        signal += float((reference[finite] ** 2).sum())
+        noise += float(((reference[finite] - result[finite]) ** 2).sum())
+    return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
+
+
 def compared(name: str, pairs: list[tuple[Any, Any]], scores: bool = False) -> TensorParity:
     """Compare tensors of all batches; each pair is (reference, result)."""
     for reference, result in pairs:
@@ -128,12 +149,7 @@ def compared(name: str, pairs: list[tuple[Any, Any]], scores: bool = False) -> T
         same = [a == b for a, b in pairs]
         share = sum(int(s.sum()) for s in same) / max(1, sum(s.size for s in same))
         return TensorParity(name, math.inf if share == 1 else -10 * math.log10(1 - share), share)
-    noise = sum(float(((a - b) ** 2).sum()) for a, b in pairs)
-    signal = sum(float((a**2).sum()) for a, _ in pairs)
-    if not math.isfinite(noise):
-        snr = -math.inf
-    else:
-        snr = math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
+    snr = _ratio(pairs)
     if not scores or pairs[0][0].ndim < 2:
         return TensorParity(name, snr)
     dim = -1 if pairs[0][0].ndim == 3 else 1

@@ -93,6 +93,11 @@ class ExampleInputs:
         args, kwargs, by_name = pytree.tree_map_only(Tensor, function, (self.args, self.kwargs, self.by_name))
         return ExampleInputs(args, kwargs, by_name)
 
+    def beside(self, module: nn.Module) -> ExampleInputs:
+        """Return the inputs on the device of a module."""
+        device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+        return self.map(lambda tensor: tensor.to(device))
+
     @property
     def shapes(self) -> str:
         """The shapes of all tensors, for messages."""

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,19 @@ from torch import nn
 from lightning_ptq.arguments import whole
 from lightning_ptq.errors import ExportError, ParityError
 from lightning_ptq.export import onnx_graph, onnx_weights
-from lightning_ptq.export.agreement import MAX_DISAGREEMENT, MIN_SNR, Parity, tolerance_of, why_not
+from lightning_ptq.export.agreement import MAX_DISAGREEMENT, MIN_SNR, Parity, Tolerance, tolerance_of, why_not
 from lightning_ptq.export.inputs import Axes, ExampleInputs, batches_of, default_axes, path_argument
 from lightning_ptq.export.parity import check_repeatable, compare_export, producer
 from lightning_ptq.export.program import check_exportable, exported, quiet
+from lightning_ptq.export.sessions import EXPORTERS, RUNTIME, require
 from lightning_ptq.export.targets import Target, TargetName, target_named
 from lightning_ptq.export.translation import translations
 from lightning_ptq.network.op import quantized_ops
 from lightning_ptq.numerics.qconfig import QConfig
 
 DEFAULT_OPSET = 21
-_LEAST_OPSET = 18
+LEAST_OPSET = 18  # of torch's exporter
 _MOST_BYTES = 2**31 - 2**20  # of a protobuf message, less what surrounds the tensors
-PIP = "pip install 'lightning-ptq[onnx]'"
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,8 @@ def export_onnx(
         ParityError: If the file computes something else. It then stays beside the path, with ``.failed`` in its name.
         QConfigError: If the target does not take how the module is quantized.
     """
-    require("onnx", "onnxscript", *(["onnxruntime"] if verify else []))
-    opset, engine = whole("opset", opset, _LEAST_OPSET, error=ExportError), target_named(target)
+    require(*EXPORTERS, *([RUNTIME] if verify else []))
+    opset, engine = whole("opset", opset, LEAST_OPSET, error=ExportError), target_named(target)
     outputs, tolerance = onnx_graph.names_argument(output_names), tolerance_of(min_snr, max_disagreement)
     check_exportable(module)
     _check_ops(module, engine, opset)
@@ -113,7 +112,7 @@ def export_onnx(
     model.producer_name = "lightning_ptq"
     with _written(model, file) as (draft, size):
         if verify:
-            parity = replace(_verified(draft, file, module, compared, *tolerance), path=file)
+            parity = replace(_verified(draft, file, module, compared, tolerance), path=file)
         _move(draft.parent, file)
     products = sum(node.op_type in onnx_graph.PRODUCTS for node in graph)
     float_bytes = sum(parameter.numel() * 4 for parameter in module.parameters())
@@ -124,37 +123,26 @@ def _finish(
     graph: Any, engine: Target | None, opset: int, axes: Axes, outputs: list[str] | None
 ) -> dict[str, dict[int, str]]:
     """Store weights and biases as the engine wants them, and give everything its name; return the dynamic axes."""
-    onnx_graph.without_zero_points(graph)
+    onnx_weights.without_zero_points(graph)
     onnx_weights.gather_integers(graph)
     onnx_weights.transpose_stored(graph)
     if engine is None or engine.integer_bias:
-        onnx_graph.integer_biases(graph)
+        onnx_weights.integer_biases(graph)
     if engine is None or engine.packs_weights:
-        onnx_graph.narrow(graph, opset)
+        onnx_weights.narrow(graph, opset)
     return onnx_graph.tidy(graph, axes, outputs)
 
 
-def _verified(draft: Path, file: Path, module: nn.Module, batches: list[Any], *tolerance: float) -> Parity:
+def _verified(draft: Path, file: Path, module: nn.Module, batches: list[Any], tolerance: Tolerance) -> Parity:
     """Compare a written file with the module; one that computes something else is moved beside its place."""
-    parity = compare_export(draft, module, batches, False, *tolerance)
+    parity = compare_export(draft, module, batches, False, tolerance)
     if not parity.passed:
         check_repeatable(module, batches[0])
         failed = file.with_name(f"{file.stem}.failed{file.suffix}")
-        parity = compare_export(draft, module, batches, True, *tolerance)
+        parity = compare_export(draft, module, batches, True, tolerance)
         _move(draft.parent, failed)
         raise ParityError(why_not(replace(parity, path=failed)))
     return parity
-
-
-def require(*packages: str) -> None:
-    """Raise unless some optional packages can be imported.
-
-    Raises:
-        ExportError: Naming the missing one, and the command that installs it.
-    """
-    for name in packages:
-        if find_spec(name) is None:
-            raise ExportError(f"export to ONNX needs the package {name!r}, which is not installed. Run {PIP}.")
 
 
 def _check_ops(module: nn.Module, engine: Target | None, opset: int) -> None:
@@ -182,7 +170,7 @@ def _translated(program: Any, opset: int) -> Any:
             )
     except Exception as error:
         raise ExportError(_why(program, error)) from error
-    model = exported.model  # type: ignore[union-attr]
+    model = exported.model  # type: ignore[union-attr]  # it is None only where a file was written
     found = model.opset_imports.get("", opset)
     if found != opset:
         raise ExportError(f"torch cannot write opset {opset} and wrote {found}. Write opset={found}.")
@@ -209,7 +197,7 @@ def _why(program: Any, error: BaseException) -> str:
 
 def _runner(program: Any, operator: str) -> str:
     """Return the qualified name of the module that runs an operator, also one that another operator consists of."""
-    with suppress(Exception), quiet():
+    with suppress(Exception), quiet():  # the error that is explained matters more than where it comes from
         for graph in (program.graph, program.run_decompositions().graph):
             for node in graph.nodes:
                 if str(node.target).startswith(operator):

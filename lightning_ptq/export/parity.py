@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from lightning_ptq.export.agreement import (
     MIN_SNR,
     Parity,
     TensorParity,
+    Tolerance,
     compared,
     tolerance_of,
     why_not,
@@ -65,19 +65,14 @@ def verify_export(
         ParityError: If an output is beyond the tolerance; the message names the first tensor that differs.
         ExportError: If onnxruntime is missing, or cannot run the file.
     """
-    found = compare_export(path, module, batches, every_tensor, *tolerance_of(min_snr, max_disagreement))
+    found = compare_export(path, module, batches, every_tensor, tolerance_of(min_snr, max_disagreement))
     if not found.passed:
         raise ParityError(why_not(found))
     return found
 
 
 def compare_export(
-    path: str | os.PathLike[str],
-    module: nn.Module,
-    batches: Iterable[Any],
-    every_tensor: bool = False,
-    min_snr: float = MIN_SNR,
-    max_disagreement: float = MAX_DISAGREEMENT,
+    path: Any, module: nn.Module, batches: Any, every_tensor: bool, tolerance: Tolerance = (MIN_SNR, MAX_DISAGREEMENT)
 ) -> Parity:
     """Return what :func:`verify_export` returns, also where an output is beyond the tolerance."""
     check_is_module(module)
@@ -105,7 +100,7 @@ def compare_export(
         raise ExportError("the batches to compare the exported file on hold no sample. Pass at least one sample.")
     outputs = [compared(name, found, scores=True) for name, found in pairs.items() if found]
     tensors = list(_inside(path, module, kept[0])) if every_tensor else []
-    parity = Parity(Path(path), samples, outputs, tensors, min_snr, max_disagreement)
+    parity = Parity(path, samples, outputs, tensors, *tolerance)
     return parity if parity.passed else replace(parity, outputs=_with_rounding(outputs, module, kept, pairs))
 
 
@@ -138,10 +133,8 @@ def _rounded_otherwise(module: nn.Module) -> Iterator[None]:
 
 
 def _run(module: nn.Module, inputs: ExampleInputs) -> Any:
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    moved = inputs.map(lambda tensor: tensor.to(device))
     with eval_mode(module), torch.no_grad():
-        return try_forward(module, moved)
+        return try_forward(module, inputs.beside(module))
 
 
 def check_repeatable(module: nn.Module, batch: Any) -> None:
@@ -202,8 +195,7 @@ def _integers(module: nn.Module, inputs: ExampleInputs) -> dict[str, tuple[str, 
             return result
 
     program = exported(module, inputs, None, tensors_only=True)
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    moved = inputs.map(lambda tensor: tensor.to(device))
+    moved = inputs.beside(module)
     # Arguments that are no tensors have placeholders too.
     leaves = pytree.tree_leaves((moved.args, moved.kwargs))
     with torch.no_grad():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_ptq.arguments import check_is_module
+from lightning_ptq.calibration.forward import eval_mode
 from lightning_ptq.errors import ExportError
 from lightning_ptq.export.inputs import Axes, ExampleInputs, checked_axes, default_axes, doubled, signature_of
 from lightning_ptq.export.lowering import lowered
@@ -56,10 +57,10 @@ def exported(module: nn.Module, inputs: ExampleInputs, dynamic_axes: Axes | None
         tensors_only: Whether the program returns a list of the tensors in the forward's output.
     """
     check_exportable(module)
-    inputs = doubled(inputs)
+    inputs = doubled(inputs).beside(module)
     axes = default_axes(inputs) if dynamic_axes is None else checked_axes(dynamic_axes, inputs)
     shapes = {name: _dynamic(value, axes.get(name, {})) for name, value in inputs.by_name.items()}
-    with torch.no_grad(), no_inference_mode(), _in_eval(module), ops_in_mode(module, "quantized"), eagerly(module):
+    with torch.no_grad(), no_inference_mode(), eval_mode(module), ops_in_mode(module, "quantized"), eagerly(module):
         try_forward(module, inputs)
         forward = _with_plain_signature(module, inputs, tensors_only)
         with quiet(), lowered(module), attributes(module, {"forward": forward}):
@@ -134,7 +135,7 @@ def _with_plain_signature(module: nn.Module, inputs: ExampleInputs, tensors_only
         return inspect.Parameter(name, kind)
 
     parameters = [parameter(index, name) for index, name in enumerate(inputs.by_name)]
-    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # inspect reads it first
     return call
 
 
@@ -163,18 +164,6 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-@contextmanager
-def _in_eval(module: nn.Module) -> Iterator[None]:
-    """Switch all modules to eval mode inside the ``with`` block."""
-    training = [child for child in module.modules() if child.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for child in training:
-            child.training = True
 
 
 def _drop_unused(program: Any) -> None:

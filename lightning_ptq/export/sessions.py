@@ -1,7 +1,8 @@
-"""Running exported files in onnxruntime."""
+"""The optional packages of the export, and running exported files in onnxruntime."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor
@@ -9,16 +10,28 @@ from torch import Tensor
 from lightning_ptq.errors import ExportError
 from lightning_ptq.export.inputs import ExampleInputs
 
+EXPORTERS, RUNTIME = ("onnx", "onnxscript"), "onnxruntime"
+
+
+def require(*packages: str) -> None:
+    """Raise unless some optional packages can be imported.
+
+    Raises:
+        ExportError: Naming the missing one, and the command that installs it.
+    """
+    for name in packages:
+        if find_spec(name) is None:
+            raise ExportError(
+                f"export to ONNX needs the package {name!r}, which is not installed. Run pip install"
+                " 'lightning-ptq[onnx]'."
+            )
+
 
 def open_session(model: Any) -> Any:
     """Return a session of onnxruntime on the CPU."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ExportError(
-            "an exported file is verified in onnxruntime, which is not installed. Run pip install"
-            " 'lightning-ptq[onnx]', or pass verify=False."
-        ) from error
+    require(RUNTIME)
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     try:

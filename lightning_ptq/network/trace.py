@@ -28,8 +28,7 @@ _PRODUCTS = (
     "aten::_trilinear", "aten::bmm", "aten::baddbmm", "aten::linear", "aten::convolution", "aten::einsum",
     "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_attention_math",
-    "aten::_scaled_dot_product_fused_attention_overrideable",
-    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_fused_attention_overrideable", "aten::_scaled_dot_product_cudnn_attention",
     "aten::_sparse_addmm", "aten::sspaddmm", "aten::addbmm", "aten::_grouped_mm",
     "aten::mkldnn_rnn_layer", "aten::_cudnn_rnn", "aten::miopen_rnn", "aten::_native_multi_head_attention",
 )  # fmt: skip
@@ -189,6 +188,7 @@ def merge_traces(traces: Sequence[Trace]) -> Trace:
         residual=set().union(*(one.residual for one in distinct)),
         batch_norm_after=_agreed_pairs(distinct),
         float_products=set().union(*(one.float_products for one in distinct)),
+        same_tensor=[group for one in distinct for group in one.same_tensor],
         exposed=set().union(*(one.exposed for one in distinct)),
     )
 

@@ -11,8 +11,7 @@ from helpers import IMAGES, build, classifier, classifier_class, loader, same_st
 from lightning_ptq import AdaQuantLayerwise, CalibrationCapture, ExportONNX, StatsTuning, verify_export
 from lightning_ptq.callbacks import export as export_module
 from lightning_ptq.errors import CallbackError, ExportError, ParityError
-from lightning_ptq.export import onnx as onnx_module
-from lightning_ptq.export import onnx_graph
+from lightning_ptq.export import onnx_weights, sessions
 from lightning_ptq.network.op import quantized_ops
 
 ir = pytest.importorskip("onnx_ir")
@@ -67,7 +66,7 @@ def test_an_error_of_the_export_leaves_the_finished_run(
     pl: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = classifier(pl)
-    monkeypatch.setattr(onnx_graph, "narrow", _spoil)
+    monkeypatch.setattr(onnx_weights, "narrow", _spoil)
     with pytest.raises(ParityError, match=r"net.failed.onnx does not compute"):
         trainer(pl, tmp_path, *ptq(ExportONNX("net.onnx")), enable_checkpointing=True).fit(module, loader())
     assert sorted(path.suffix for path in tmp_path.glob("net*")) == [".onnx"]
@@ -106,7 +105,7 @@ def test_bad_arguments_are_told_before_the_work(pl: Any, tmp_path: Path, monkeyp
     for arguments in ({"path": None}, {"dynamic_axes": {"x": [0]}}, {"output_names": "logits"}):
         with pytest.raises(ExportError, match=next(iter(arguments))):
             ExportONNX(**arguments)
-    monkeypatch.setattr(onnx_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(sessions, "find_spec", lambda name: None)
     with pytest.raises(ExportError, match=r"pip install 'lightning-ptq\[onnx\]'"):
         ExportONNX()
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_ptq import QConfig, export_onnx, export_program, inspect, verify_export
 from lightning_ptq.errors import ExportError, ParityError, QConfigError, SurgeryError
 from lightning_ptq.export import onnx as onnx_module
-from lightning_ptq.export import onnx_graph
+from lightning_ptq.export import onnx_weights, sessions
 from lightning_ptq.export.parity import compare_export
 from lightning_ptq.export.targets import configured
 
@@ -146,7 +146,7 @@ def test_a_file_with_other_values_is_refused_and_the_first_tensor_named(
             value = graph.initializers[f"{name}.weight_fake_quant.stored"]
             value.const_value = ir.tensor(-value.const_value.numpy(), name=value.name)
 
-    monkeypatch.setattr(onnx_graph, "narrow", spoil)
+    monkeypatch.setattr(onnx_weights, "narrow", spoil)
     with pytest.raises(ParityError, match=r"net.failed.onnx does not compute .* computed by block\.conv2 ") as error:
         export_onnx(net, tmp_path / "net.onnx", IMAGES[0])
     assert "30 dB or more" in str(error.value)
@@ -231,7 +231,7 @@ def test_bad_input_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     tokens = [seeded(i, 4, 3, 3) for i in range(2)]
     with pytest.raises(ExportError, match=r"aten\._linalg_eigh, which 1 runs, has no counterpart in ONNX"):
         export_onnx(exportable(lambda: nn.Sequential(nn.Linear(3, 3), Eigen()), tokens), path, tokens[0])
-    monkeypatch.setattr(onnx_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(sessions, "find_spec", lambda name: None)
     with pytest.raises(ExportError, match=r"pip install 'lightning-ptq\[onnx\]'"):
         export_onnx(net, path, IMAGES[0])
     with pytest.raises(ExportError, match="no file"):
