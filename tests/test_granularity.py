@@ -84,6 +84,22 @@ def test_merge_is_the_inverse_of_split(name: str, granularity: Granularity) -> N
     assert (layout.split(weight) * scales).shape == layout.split(weight).shape
 
 
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((6, 3, 4), ChannelLayout(0)),
+        ((3, 6, 4), ChannelLayout(1)),
+        ((6, 4, 3), ChannelLayout(1, groups=2)),  # a grouped transposed convolution
+        ((6, 4, 5), ChannelLayout(2, groups=3)),
+        ((3, 4, 5), ChannelLayout(2, groups=3)),  # experts
+        ((3, 4, 5), ChannelLayout(1, groups=3)),
+    ],
+)
+def test_a_tensor_is_made_of_its_rows_again(shape: tuple[int, ...], layout: ChannelLayout) -> None:
+    weight, scales = seeded(0, *shape), Granularity(per_channel=True).layout(shape, layout)
+    assert torch.equal(scales.from_rows(scales.rows(weight)), weight)
+
+
 def test_a_channel_layout_counts_its_channels() -> None:
     assert ChannelLayout().count((5, 7)) == 5
     assert ChannelLayout(1, 2).count((8, 3, 2, 2)) == 6

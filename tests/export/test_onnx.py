@@ -163,7 +163,7 @@ def test_a_bias_that_32_bits_do_not_hold_beside_tiny_weights_keeps_its_value(tmp
             net[0].weight[1] *= 1e-9  # a dead channel, as training leaves them
             net[0].bias[1] = -5
             net[0].bias[2] = 3
-            net[0].weight[2] *= 1e-9
+            net[0].weight[2] *= 1e-6  # some of its integers stay
         return net
 
     net = exportable(make, IMAGES, target="onnxruntime")
@@ -172,6 +172,12 @@ def test_a_bias_that_32_bits_do_not_hold_beside_tiny_weights_keeps_its_value(tmp
     stored = initializers(tmp_path / "net.onnx")
     bias = onnx.numpy_helper.to_array(stored["0.bias.integers"]) * onnx.numpy_helper.to_array(stored["0.bias.scale"])
     assert np.allclose(bias, net[0].bias.detach(), rtol=1e-5)
+    scale = onnx.numpy_helper.to_array(stored["0.weight.scale"])[:, None, None, None]
+    weight = onnx.numpy_helper.to_array(stored["0.weight"]) * scale
+    assert (abs(weight - net[0].weight_fake_quant(net[0].weight).detach().numpy()) <= 0.501 * scale).all()
+    assert [int(abs(channel).max()) > 0 for channel in onnx.numpy_helper.to_array(stored["0.weight"])][:3] == [
+        True, False, True,
+    ]  # fmt: skip
 
 
 def test_large_models_keep_their_tensors_in_a_second_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,6 +315,8 @@ def test_weights_stay_integers_up_to_where_they_are_used(tmp_path: Path) -> None
             assert "embed.weight" not in producers.get(node.input[0], node).input
     assert stored["embed.weight"].data_type == onnx.TensorProto.INT4
     assert list(stored["layers.0.up.weight"].dims) == [16, 32]  # transposed
+    (up,) = [node for node in graph.node if "layers.0.up.weight.scale" in node.input]
+    assert {item.name: item.i for item in up.attribute}["axis"] == 1  # onnxruntime would not notice another one
 
 
 class NormAndActivation(nn.BatchNorm2d):
