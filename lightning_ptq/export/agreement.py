@@ -86,7 +86,7 @@ class Parity:
     def _is_near(self, row: TensorParity) -> bool:
         """Return True if a tensor is as near to the module's as the tolerance, or as rounding lets it be."""
         rounding = math.inf if row.rounding is None else row.rounding - _MARGIN
-        return row.snr >= min(self.min_snr, rounding)
+        return row.snr > -math.inf and row.snr >= min(self.min_snr, rounding)
 
     def __str__(self) -> str:
         return "; ".join(_described(row) for row in self.outputs)

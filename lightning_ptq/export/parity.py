@@ -94,6 +94,11 @@ def compare_export(
                 f"{path} has {len(results)} outputs, and the module returns {len(expected)} tensors. Export it again."
             )
         for name, reference, result in zip(names, expected, results, strict=True):
+            if bool(reference.isnan().any()):
+                raise ExportError(
+                    f"the module returns NaN on inputs of the shapes {inputs.shapes}, so nothing can be compared with"
+                    " it. Give inputs without NaN and infinities."
+                )
             pairs[name].append((_array(reference), result if result.dtype.kind in "iub" else result.astype(np.float64)))
         samples += inputs.samples
     if not samples:

@@ -48,6 +48,7 @@ def test_masked_scores_are_equal_where_both_are_infinite() -> None:
         (TensorParity("x", 25.0, rounding=28.0), True),
         (TensorParity("x", 24.9, rounding=28.0), False),
         (TensorParity("x", math.nan), False),
+        (TensorParity("x", -math.inf, rounding=-math.inf), False),
     ],
 )
 def test_what_passes(row: TensorParity, passed: bool) -> None:

@@ -225,6 +225,7 @@ def test_bad_input_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             r"fails on the example inputs .* \(6, 3, 6, 6\)",
         ),
         ((net, path, IMAGES[0]), {"batches": [IMAGES[0][:0]]}, "hold no sample"),
+        ((net, path, IMAGES[0] * torch.nan), {}, r"returns NaN on inputs of the shapes x \(6, 2, 6, 6\)"),
         ((net, None, IMAGES[0]), {}, "path must be the path of a file, got None"),
         ((net, "a\0b.onnx", IMAGES[0]), {}, "path must be the path of a file"),
         ((net, tmp_path / ("a" * 250), IMAGES[0]), {}, "cannot be written .*too long"),
