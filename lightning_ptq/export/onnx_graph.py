@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from lightning_ptq.arguments import texts
 from lightning_ptq.errors import ExportError
 
@@ -35,6 +37,16 @@ def _is_dequantized(value: Any) -> bool:
     while node is not None and node.op_type in _MOVES:
         node = node.inputs[0].producer()
     return node is not None and node.op_type == "DequantizeLinear"
+
+
+def constant_of(value: Any) -> Any:
+    """Return the array of a constant, or None."""
+    found, node = value.const_value, value.producer()
+    if node is not None and node.op_type == "Cast":  # torch leaves large constants as they are
+        return constant_of(node.inputs[0])
+    if found is None and node is not None and node.op_type == "Constant":
+        found = next(iter(node.attributes.values())).value
+    return None if found is None else np.asarray(found.numpy() if hasattr(found, "numpy") else found)
 
 
 def scope_of(node: Any) -> str:

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from lightning_ptq.export.onnx_graph import constant_of
+
 INTEGER_BIASES = ("Conv", "Gemm")
 """Operators whose integer kernels take a bias of 32-bit integers."""
 
@@ -146,18 +148,8 @@ def without_zero_points(graph: Any) -> None:
 
 def _is_zero(value: Any) -> bool:
     """Return True for a constant of zeros."""
-    array = _constant(value)
+    array = constant_of(value)
     return array is not None and not array.any()
-
-
-def _constant(value: Any) -> Any:
-    """Return the array of a constant, or None."""
-    found, node = value.const_value, value.producer()
-    if node is not None and node.op_type == "Cast":  # torch leaves large constants as they are
-        return _constant(node.inputs[0])
-    if found is None and node is not None and node.op_type == "Constant":
-        found = next(iter(node.attributes.values())).value
-    return None if found is None else np.asarray(found.numpy() if hasattr(found, "numpy") else found)
 
 
 def _has_blocks(node: Any) -> bool:
@@ -244,7 +236,7 @@ def _scale_of(value: Any) -> Any:
     node = value.producer()
     if node is None or node.op_type != "DequantizeLinear" or _has_blocks(node):
         return None
-    scale = _constant(node.inputs[1])
+    scale = constant_of(node.inputs[1])
     return None if scale is None else scale.astype(np.float32)
 
 
