@@ -57,17 +57,22 @@ def torchvision_model(name: str, weights: Path | None) -> tuple[nn.Module, Calla
     return net, default.transforms()
 
 
+def photographs(data: Path, classes: Path) -> list[tuple[Path, int]]:
+    """Return the JPEG files with their class indices, by class."""
+    rows = [line.split("\t") for line in classes.read_text().splitlines()]
+    index = {row[1]: int(row[0]) for row in rows if row[0].isdigit()}
+    files = sorted((path, index[path.parent.name]) for path in data.glob("*/*.JPEG"))
+    return sorted(files, key=lambda item: item[1])
+
+
 def load(
     data: Path, classes: Path, model: str = "efficientnet_lite0", weights: Path | None = None, calibration: int = 250
 ) -> tuple[Classifier, DataLoader, DataLoader]:
     """Return the float classifier, and loaders of calibration and test images."""
-    rows = [line.split("\t") for line in classes.read_text().splitlines()]
-    index = {row[1]: int(row[0]) for row in rows if row[0].isdigit()}
-    files = sorted((path, index[path.parent.name]) for path in data.glob("*/*.JPEG"))
-    files.sort(key=lambda item: item[1])
+    files = photographs(data, classes)
     net, transform = efficientnet_lite0() if model == "efficientnet_lite0" else torchvision_model(model, weights)
     calib_set, test_set = Photographs(files[::2][:calibration], transform), Photographs(files[1::2], transform)
-    return Classifier(net, len(index)), DataLoader(calib_set, 25), DataLoader(test_set, 25)
+    return Classifier(net, 1000), DataLoader(calib_set, 25), DataLoader(test_set, 25)
 
 
 def main(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -164,6 +165,8 @@ class Calibration:
             for quantizer, (scale, zero_point) in zip(quantizers, known, strict=True):
                 quantizer.scale.copy_(scale)
                 quantizer.zero_point.copy_(zero_point)
+        for which, quantizer in layer.input_quantizers.items():
+            quantizer.greatest_scale = _greatest_scale(quantizer, self.observers[name, which])
         if layer.exposed and not layer.tied:
             _put_on_grid(layer)
 
@@ -192,6 +195,18 @@ def _set_activation_scale(quantizer: FakeQuantize, observer: MinMaxObserver) -> 
     scale, zero_point = observer.qparams(quantizer.spec)
     quantizer.scale.copy_(scale)
     quantizer.zero_point.copy_(zero_point)
+
+
+def _greatest_scale(quantizer: FakeQuantize, observer: MinMaxObserver) -> float:
+    """Return the scale with which a grid ends where the observed values end, or its own if that is greater.
+
+    Coarse grids may be wider: there, one level more or less is worth a search.
+    """
+    spec, zero_point = quantizer.spec, int(quantizer.zero_point)
+    if spec.bits < 8:
+        return math.inf
+    ends = ((observer.maximum, spec.quant_max - zero_point), (-observer.minimum, zero_point - spec.quant_min))
+    return max(float(quantizer.scale), *(float(end) / steps for end, steps in ends if steps > 0))
 
 
 def merge_observers(ranks: Ranks, observers: Observers, make: Callable[[tuple[str, str]], MinMaxObserver]) -> Observers:

@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_ptq.arguments import whole
 from lightning_ptq.errors import ExportError, ParityError
-from lightning_ptq.export import onnx_graph, onnx_moves, onnx_weights
+from lightning_ptq.export import onnx_clips, onnx_graph, onnx_moves, onnx_weights
 from lightning_ptq.export.agreement import MAX_DISAGREEMENT, MIN_SNR, Parity, Tolerance, tolerance_of, why_not
 from lightning_ptq.export.inputs import Axes, ExampleInputs, batches_of, default_axes, path_argument
 from lightning_ptq.export.parity import check_repeatable, compare_export, producer
@@ -129,6 +129,8 @@ def _finish(
     onnx_moves.quantize_moves(graph)
     if engine is None or engine.integer_bias:
         onnx_weights.integer_biases(graph)
+    if engine is None or engine.bounds_integers:
+        onnx_clips.bound_integers(graph)
     if engine is None or engine.packs_weights:
         onnx_weights.narrow(graph, opset)
     return onnx_graph.tidy(graph, axes, outputs)

@@ -49,6 +49,21 @@ def constant_of(value: Any) -> Any:
     return None if found is None else np.asarray(found.numpy() if hasattr(found, "numpy") else found)
 
 
+def add_constant(graph: Any, name: str, array: Any) -> Any:
+    """Return a new constant of a graph."""
+    value = initializer(name, array)
+    graph.initializers[name] = value
+    return value
+
+
+def initializer(name: str, array: Any) -> Any:
+    """Return a value that is a constant, for a graph to take."""
+    import onnx_ir as ir
+
+    tensor = ir.tensor(array, name=name)
+    return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+
+
 def scope_of(node: Any) -> str:
     """Return the qualified name of the module that ran a node; empty where it is not known."""
     scopes = str(node.metadata_props.get(_SCOPES, ""))

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_ptq.export.onnx_graph import constant_of
+from lightning_ptq.export.onnx_graph import add_constant, constant_of, initializer
 
 INTEGER_BIASES = ("Conv", "Gemm")
 """Operators whose integer kernels take a bias of 32-bit integers."""
@@ -65,7 +65,7 @@ def gather_integers(graph: Any) -> None:
         if scale.shape.rank() != 1:
             continue
         indices, old = node.inputs[1], node.outputs[0]
-        last = _add_constant(graph, f"{node.name}.last", np.array([-1], np.int64))
+        last = add_constant(graph, f"{node.name}.last", np.array([-1], np.int64))
         rows = ir.node("Gather", [table, indices], attributes={"axis": 0})
         floats = ir.node("Cast", [rows.outputs[0]], attributes={"to": ir.DataType.FLOAT.value})
         scales = ir.node("Gather", [scale, indices], attributes={"axis": 0})
@@ -187,7 +187,7 @@ def integer_biases(graph: Any) -> None:
             continue
         integers = np.round(values.astype(np.float64) / scale.astype(np.float64)).astype(np.int32)
         inputs = [
-            graph.initializers.setdefault(name, _initializer(name, array))
+            graph.initializers.setdefault(name, initializer(name, array))
             for name, array in ((f"{bias.name}.integers", integers), (f"{bias.name}.scale", scale))
         ]
         dequantize = ir.node("DequantizeLinear", inputs, attributes={"axis": 0})
@@ -249,20 +249,6 @@ def _dequantized(value: Any) -> Any:
     node = None if value is None else value.producer()
     found = node is not None and node.op_type == "DequantizeLinear" and node.inputs[0].is_initializer()
     return node if found else None
-
-
-def _add_constant(graph: Any, name: str, array: Any) -> Any:
-    value = _initializer(name, array)
-    graph.initializers[name] = value
-    return value
-
-
-def _initializer(name: str, array: Any) -> Any:
-    """Return a value that is a constant of the graph."""
-    import onnx_ir as ir
-
-    tensor = ir.tensor(array, name=name)
-    return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
 
 
 def _set_values(value: Any, array: Any) -> None:

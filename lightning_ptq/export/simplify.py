@@ -32,6 +32,9 @@ def simplify(program: Any) -> None:
     for node in list(graph.nodes):
         if node.target is torch.ops.aten.cat.default:
             _quantize_inputs(graph, node)
+        if node.target is torch.ops.aten.clamp.default and node.meta["val"].is_floating_point():
+            # The exporter of torch fails where one bound is written as an int, and the other as a float.
+            node.args = (node.args[0], *(None if bound is None else float(bound) for bound in node.args[1:]))
     # Exporters that trace the program once more number these in order. The comparison with a file needs equal names.
     quantize = decomposed().quantize_per_tensor.default
     for index, node in enumerate(node for node in graph.nodes if node.target is quantize):

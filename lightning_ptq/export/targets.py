@@ -45,6 +45,7 @@ class Target:
         activation_bits: Bit widths of activations that it computes with; empty for any.
         group_sizes: Whether it takes a scale per group of weights together with quantized activations.
         integer_bias: Whether biases are 32-bit integers.
+        bounds_integers: Whether Relu and Clip before a quantizer become bounds of its integers.
         packs_weights: Whether weights below 8 bits are stored narrower and cast when the model is loaded.
         rules: The reasons.
     """
@@ -56,6 +57,7 @@ class Target:
     activation_bits: tuple[int, ...]
     group_sizes: bool
     integer_bias: bool
+    bounds_integers: bool
     packs_weights: bool
     rules: tuple[Rule, ...]
 
@@ -116,7 +118,7 @@ _TENSORRT = "https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-libr
 TARGETS: dict[str, Target] = {
     "onnxruntime": Target(
         "onnxruntime", symmetric_activations=False, signed_scales=True, operations="all", activation_bits=(),
-        group_sizes=True, integer_bias=True, packs_weights=True,
+        group_sizes=True, integer_bias=True, bounds_integers=True, packs_weights=True,
         rules=(
             Rule(
                 "On CPUs, unsigned activations and signed weights (U8S8) are the fastest.",
@@ -143,7 +145,7 @@ TARGETS: dict[str, Target] = {
     ),
     "openvino": Target(
         "openvino", symmetric_activations=False, signed_scales=True, operations="all", activation_bits=(),
-        group_sizes=True, integer_bias=False, packs_weights=True,
+        group_sizes=True, integer_bias=False, bounds_integers=False, packs_weights=True,
         rules=(
             Rule(
                 "Activations are unsigned or signed 8-bit integers, weights signed ones.",
@@ -164,7 +166,7 @@ TARGETS: dict[str, Target] = {
     ),
     "tensorrt": Target(
         "tensorrt", symmetric_activations=True, signed_scales=False, operations="all", activation_bits=(8,),
-        group_sizes=False, integer_bias=False, packs_weights=False,
+        group_sizes=False, integer_bias=False, bounds_integers=False, packs_weights=False,
         rules=(
             Rule(
                 "Quantization is symmetric: signed integers without zero points, positive scales.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ class FakeQuantize(nn.Module):
         drop: Function of the float and the quantized tensor that mixes them while a unit is tuned; None otherwise.
         enabled: False to pass tensors through unchanged.
         shared_by: Inputs of operations, (operation, input), that are to keep this scale and zero point together.
+        greatest_scale: Scale beyond which tuning is not to widen the grid of an activation.
     """
 
     scale: Tensor
@@ -38,6 +40,7 @@ class FakeQuantize(nn.Module):
         self.drop: Callable[[Tensor, Tensor], Tensor] | None = None
         self.enabled = True
         self.shared_by: frozenset[tuple[str, str]] = frozenset()
+        self.greatest_scale = math.inf
         self._cached: tuple[tuple[Any, ...], tuple[Tensor, ...], Tensor, int] | None = None
 
     def forward(self, x: Tensor) -> Tensor:

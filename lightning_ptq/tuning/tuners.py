@@ -6,6 +6,7 @@ rates serves all bit widths from 2 to 8.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -63,8 +64,20 @@ class Tuner:
         if name in self.op.bias_names:
             return (start + variable * _magnitude(start)).to(start.dtype)
         if name.endswith("scale"):
-            return start * variable.exp()
+            return start * self._bounded(name, variable).exp()
         return start + variable
+
+    def _bounded(self, name: str, variable: Tensor) -> Tensor:
+        """Return the variable of a scale, or its bound; the gradient passes, so that it can come back.
+
+        Beyond the values that an activation has in the float network, levels would be wasted. Those of ReLU6 end at 6,
+        and a grid that ends there too makes the clipping part of the quantization.
+        """
+        quantizer = self.op.input_quantizers.get(name.removesuffix("_fake_quant.scale"))
+        if quantizer is None or not math.isfinite(quantizer.greatest_scale):
+            return variable
+        most = (quantizer.greatest_scale / self.start[name]).log()
+        return variable - (variable.detach() - most).clamp(min=0)
 
     def _times_step(self, name: str, tensor: Tensor) -> Tensor:
         """Return ``tensor``, of the shape of weight ``name``, times the grid steps from which tuning started."""
