@@ -1,9 +1,9 @@
 """The defaults on a panel of networks: python recipes/panel.py --data DIR --json panel.json
 
 A default holds if it holds on networks that it was not chosen on. Four networks need no data beside the packages: a
-residual network and a plain chain of depthwise convolutions on digits, a denoising U-Net, and CREPE, a pitch network.
-With a folder of data there are also ResNet-20, EfficientNet-Lite0, MobileNetV2 and MiniLM. Each run has a process of its
-own, so that its peak memory is its own.
+residual network and a plain chain of depthwise convolutions on digits, a denoising U-Net, and CREPE for pitches.
+With a folder of data there are also ResNet-20, EfficientNet-Lite0, MobileNetV2 and MiniLM. Each run has its own
+process, so that its peak memory is its own.
 """
 
 from __future__ import annotations
