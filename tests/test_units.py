@@ -120,13 +120,13 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[str], lis
     "mobilenet_v2": (
         lambda: mobilenet_v2(width_mult=0.1, num_classes=3),
         (1, 3, 32, 32),
-        ["features.0.0", *[f"features.{i}" for i in range(1, 18)], "features.18.0", "classifier.1"],
+        ["features.0", *[f"features.{i}" for i in range(1, 19)], "classifier"],
         [1, 2, *[3] * 16, 1, 1],
     ),
     "vit": (
         vision_transformer,
         IMAGE,
-        ["conv_proj", VIT_LAYER + "0", VIT_LAYER + "1", VIT_LAYER + "2", "heads.head"],
+        ["conv_proj", VIT_LAYER + "0", VIT_LAYER + "1", VIT_LAYER + "2", "heads"],
         [1, 6, 6, 6, 1],
     ),
     "encoder": (Encoder, (2, 5, 3), ["embed", "encoder.layers.0", "encoder.layers.1", "head"], [1, 6, 6, 1]),
@@ -136,8 +136,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[str], lis
     "stages": (
         Stages,
         IMAGE,
-        [f"stages.{stage}.blocks.{i}" for stage in ("low", "high") for i in (0, 1)] + ["head"],
-        [1] * 5,
+        ["stages.low", "stages.high", "head"],
+        [2, 2, 1],
     ),
 }
 
@@ -189,7 +189,8 @@ def test_named_blocks_of_one_type() -> None:
     net = mobilenet_v2(width_mult=0.1)
     watched = attach_all(net, torch.randn(1, 3, 32, 32))
     named = find_units(net, watched, blocks=lambda name, module: isinstance(module, InvertedResidual))
-    assert [unit.name for unit in named] == MODELS["mobilenet_v2"][2]
+    blocks = [f"features.{i}" for i in range(1, 18)]
+    assert [unit.name for unit in named] == ["features.0.0", *blocks, "features.18.0", "classifier.1"]
 
 
 def test_a_pattern_without_a_match_is_an_error() -> None:

@@ -27,6 +27,7 @@ from lightning_ptq.calibration.repeats import Repeats
 from lightning_ptq.errors import CalibrationError, FewSamplesWarning, FunctionalOpWarning, warn
 from lightning_ptq.network.batch_norm import fold_batch_norms, folded_ahead
 from lightning_ptq.network.callers import discover, known_sites
+from lightning_ptq.network.equalize import equalize, find_pairs, is_depthwise
 from lightning_ptq.network.op import QuantizedOp
 from lightning_ptq.network.prepare import Prepared
 from lightning_ptq.network.trace import Trace, trace
@@ -76,6 +77,7 @@ class Calibrator:
         self.device = next((p.device for p in prepared.module.parameters()), torch.device("cpu"))
         self._first_size = self._seen = 0
         self._observers: Observers = {}
+        self._peaks: dict[str, Tensor] = {}  # of each channel, for convolutions that read each channel alone
         self._traces: list[Trace] = []
         gpus = {p.device.index for p in prepared.module.parameters() if p.device.type == "cuda"}
         self.isolation = Isolation((FakeQuantize,), sorted(gpus))
@@ -194,6 +196,9 @@ class Calibrator:
                 continue
             if not self._traces:
                 self._shapes.add(tuple(x.shape))
+            if is_depthwise(layer):
+                peaks = x.detach().movedim(layer.channel_dim(x), 0).flatten(1).abs().amax(1).float()
+                self._peaks[name] = torch.maximum(self._peaks.get(name, peaks), peaks)
             if (name, which) not in self._observers:
                 self._observers[name, which] = self._observer(name).to(x.device)
             try:
@@ -235,7 +240,8 @@ class Calibrator:
         )
         watched, courses = calibration.trace, calibration.one_batch_per_course()
         calibration.folded = fold_batch_norms(module, self._traces, lambda: [calibration.run(i) for i in courses])
-        self._observe_again(calibration)
+        changed = [*self._folded_ahead(calibration), *self._equalize(calibration, list(courses))]
+        self._observe_again(changed, calibration)
         calibration.layers = layers = self._quantized_layers(watched)
         warn_of_float_parts(self.prepared, watched)
         for name, layer in layers.items():
@@ -245,10 +251,24 @@ class Calibrator:
         calibration.round_biases()
         return calibration
 
-    def _observe_again(self, calibration: Calibration) -> None:
-        """Observe the inputs of layers that the batch norm before them went into: these are the norm's inputs now."""
+    def _folded_ahead(self, calibration: Calibration) -> list[str]:
+        """Return the layers that the batch norm before them went into: their inputs are the norm's inputs now."""
         ahead = folded_ahead(self.prepared.module, calibration.folded).values()
-        names = [name for layers in ahead for name in layers if self.prepared.qconfig.for_layer(name) is not None]
+        return [name for layers in ahead for name in layers if self.prepared.qconfig.for_layer(name) is not None]
+
+    def _equalize(self, calibration: Calibration, batches: list[int]) -> list[str]:
+        """Equalize the channels before depthwise convolutions; return these."""
+        module, qconfig = self.prepared.module, self.prepared.qconfig
+        configs = {name: qconfig.for_layer(name) for name, _ in self._observers}
+        quantized = {name for name, pair in configs.items() if pair is not None and pair.activation is not None}
+        if not qconfig.equalization:
+            return []
+        pairs = find_pairs(dict(module.named_modules()), calibration.traces, calibration.folded, quantized)
+        equal = equalize(module, pairs, self._peaks, lambda: [calibration.run(index) for index in batches])
+        return [pair.after for pair in equal]
+
+    def _observe_again(self, names: list[str], calibration: Calibration) -> None:
+        """Observe the inputs of layers that other weights before them have changed."""
         for key in [key for key in self._observers if key[0] in names]:
             del self._observers[key]
         with hooked({name: self.prepared.layers[name] for name in names}, before=self._watch):
@@ -264,6 +284,9 @@ class Calibrator:
         here = self.device
         for sites, routes in self.ranks.gather(known_sites(self.prepared.module)):
             self.prepared.add_call_sites(sites, routes)
+        for peaks in self.ranks.gather({name: found.cpu() for name, found in self._peaks.items()}):
+            for name, found in peaks.items():
+                self._peaks[name] = torch.maximum(self._peaks.get(name, found.to(here)), found.to(here))
         own = {} if repeated and self.ranks.rank else self._observers
         self._observers = merge_observers(self.ranks, own, lambda key: self._observer(key[0]).to(here))
         self.batches, self._traces = merge_batches(self.ranks, self.batches, self._traces, repeated)

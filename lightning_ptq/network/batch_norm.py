@@ -6,7 +6,7 @@ alone: an activation that does nothing on one batch of data does something there
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any, cast
 
@@ -49,19 +49,19 @@ def fold_batch_norms(module: nn.Module, traces: Trace | Sequence[Trace], run: Ca
     distinct = {id(trace): trace for trace in ([traces] if isinstance(traces, Trace) else traces)}
     folds, refused = plan_folds(modules, list(distinct.values()))
     calls = RecordedCalls(modules, folds.values())
-    expected = _fingerprint(module, run, calls)
+    expected = fingerprint(module, run, calls)
     for name in list(folds):
         if why := why_not(folds[name], modules, calls):
             refused[name] = f"folding it into {', '.join(folds[name].layers)} {_CHANGES} ({why})"
             del folds[name]
     unfold = {name: fold.apply(modules) for name, fold in folds.items()}
-    if folds and not _same(_fingerprint(module, run), expected, folds.values()):
+    if folds and not same(fingerprint(module, run), expected, _changed(folds.values())):
         for name in reversed(folds):  # last first: two batch norms may have gone into one layer
             unfold[name]()
         kept: dict[str, Fold] = {}
         for name, fold in folds.items():  # one at a time, to keep those that hold
             unfold_again = fold.apply(modules)
-            if _same(_fingerprint(module, run), expected, [*kept.values(), fold]):
+            if same(fingerprint(module, run), expected, _changed([*kept.values(), fold])):
                 kept[name] = fold
             else:
                 unfold_again()
@@ -84,7 +84,12 @@ def folded_ahead(module: nn.Module, folded: dict[str, str]) -> dict[str, list[st
     return {name: layers.split(", ") for name, layers in folded.items() if ahead[name]}
 
 
-def _fingerprint(
+def _changed(folds: Iterable[Fold]) -> set[str]:
+    """Return the layers after folded norms; their inputs are those of the norms."""
+    return {layer for fold in folds if fold.ahead for layer in fold.layers}
+
+
+def fingerprint(
     module: nn.Module, run: Callable[[], Any], calls: RecordedCalls | None = None
 ) -> dict[str, list[Tensor]]:
     """Return sum and absolute sum of every layer's inputs, and the result itself."""
@@ -104,9 +109,8 @@ def _fingerprint(
     return {**sums, "": [t for t in tensors if t.numel()]}
 
 
-def _same(found: dict[str, list[Tensor]], expected: dict[str, list[Tensor]], folds: Any) -> bool:
-    """Return True if two fingerprints agree; the inputs of layers after a folded norm are expected to differ."""
-    changed = {layer for fold in folds if fold.ahead for layer in fold.layers}
+def same(found: dict[str, list[Tensor]], expected: dict[str, list[Tensor]], changed: Collection[str]) -> bool:
+    """Return True if two fingerprints agree, but for the inputs of layers that are expected to differ."""
     return found.keys() == expected.keys() and all(
         len(found[name]) == len(expected[name])
         and all(close(f, e, 1e-3) for f, e in zip(found[name], expected[name], strict=True))

@@ -6,7 +6,7 @@ output it comes from.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from lightning_ptq.network.swapping import Swapped
 from lightning_ptq.runtime.structure import is_dense
 
 _COPIES = ("aten::clone", "aten::contiguous")
+_POOLS = ("aten::max_pool1d", "aten::max_pool2d_with_indices", "aten::max_pool3d_with_indices", "aten::constant_pad_nd")
 
 
 @dataclass
@@ -28,10 +29,15 @@ class Output:
         readers: Modules that take an output as their input. For each channel of their input, the channel of the output
             that it holds, (channels,); None where a channel holds several or is not known.
         elsewhere: What else reads an output of the module, or its parameters; empty if nothing does.
+        scaled: As ``readers``, with those behind operators that commute with positive factors: activations such as ReLU
+            (and ReLU6, up to its bound), max pooling, and padding with zeros.
+        scaled_elsewhere: As ``elsewhere``, without these operators.
     """
 
     readers: dict[str, Tensor | None] = field(default_factory=dict)
     elsewhere: str = ""
+    scaled: dict[str, Tensor | None] = field(default_factory=dict)
+    scaled_elsewhere: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class _Origin:
         view: Place of the output or of the copy in the storage.
         length: Number of elements in the storage.
         source: Storage and place that were copied; None for the output itself.
+        scaled: Whether operators that commute with positive factors lie between.
     """
 
     producer: str
@@ -64,6 +71,7 @@ class _Origin:
     view: _View
     length: int
     source: tuple[int, _View] | None = None
+    scaled: bool = False
 
 
 class OutputTracker:
@@ -77,7 +85,7 @@ class OutputTracker:
         self.outputs: dict[str, Output] = {}
         self._origins: dict[int, _Origin] = {}  # by storage
         self._fed: dict[str, set[int]] = {}  # storages that running modules have as their input
-        self._reads: list[tuple[str, str, int, _View, int]] = []
+        self._reads: list[tuple[_Origin, str, _View, int]] = []
         self._kept: list[StorageWeakRef] = []  # so that no storage gets the key of one that was freed
         self._inputs: dict[tuple[int, ...], set[tuple[str, str]]] = {}  # by tensor: (operation, input)
         ops = {name: child for name, child in modules.items() if isinstance(child, QuantizedOp)}
@@ -99,23 +107,42 @@ class OutputTracker:
             if key not in self._origins or any(key in self._fed.get(name, ()) for name in scope):
                 continue
             if func._schema.is_mutable or set(writes) != {key}:  # else a view
-                self._read(func._schema.name, key, args, result)
+                self._read(func, key, args, result)
 
-    def _read(self, operator: str, key: int, args: Any, result: Any) -> None:
-        origin = self._origins[key]
+    def _read(self, func: Any, key: int, args: Any, result: Any) -> None:
+        origin, operator = self._origins[key], func._schema.name
+        what = f"{operator} reads its output too"
         if operator in _COPIES:
-            self._add(result, origin.producer, origin.dim, (key, _View.of(args[0])))
+            self._add(result, origin.producer, origin.dim, (key, _View.of(args[0])), origin.scaled)
         else:
-            self._note(origin.producer, f"{operator} reads its output too")
+            commutes = _commutes(operator, args) and self._scale(func, key, args[0], result)
+            self._note(origin.producer, what, scaled=not commutes)
 
-    def _note(self, producer: str, what: str) -> None:
+    def _scale(self, func: Any, key: int, x: Tensor, result: Any) -> bool:
+        """Follow an operator that commutes with positive factors; return False if that is not possible."""
+        origin, view = self._origins[key], _View.of(x)
+        whole = origin.source is None and view == origin.view
+        if x.untyped_storage()._cdata != key or (func._schema.name in _POOLS and not whole):
+            return False
+        if func._schema.is_mutable:
+            self._origins[key] = replace(origin, scaled=True)
+        else:
+            found = result[0] if isinstance(result, tuple) else result
+            self._add(found, origin.producer, origin.dim, None if whole else (key, view), scaled=True)
+        return True
+
+    def _note(self, producer: str, what: str, scaled: bool = True) -> None:
         output = self.outputs.setdefault(producer, Output())
         output.elsewhere = output.elsewhere or what
+        if scaled:
+            output.scaled_elsewhere = output.scaled_elsewhere or what
 
-    def _add(self, tensor: Tensor, producer: str, dim: int, source: tuple[int, _View] | None = None) -> None:
+    def _add(
+        self, tensor: Tensor, producer: str, dim: int, source: tuple[int, _View] | None = None, scaled: bool = False
+    ) -> None:
         storage = tensor.untyped_storage()
         length = storage.nbytes() // tensor.element_size()
-        self._origins[storage._cdata] = _Origin(producer, dim, _View.of(tensor), length, source)
+        self._origins[storage._cdata] = _Origin(producer, dim, _View.of(tensor), length, source, scaled)
         self._kept.append(StorageWeakRef(storage))
 
     def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -129,7 +156,7 @@ class OutputTracker:
         if not is_dense(x) or (key := x.untyped_storage()._cdata) not in self._origins:
             return
         self._fed.setdefault(name, set()).add(key)
-        self._reads.append((self._origins[key].producer, name, key, _View.of(x), _channel_dim(module, x)))
+        self._reads.append((self._origins[key], name, _View.of(x), _channel_dim(module, x)))
 
     def exit(self, name: str, module: nn.Module, output: Any) -> None:
         """Record the end of a module's forward."""
@@ -151,35 +178,48 @@ class OutputTracker:
         for key in result:
             if key in self._origins:
                 self._note(self._origins[key].producer, "it is returned too")
-        for producer, reader, key, view, dim in self._reads:
-            readers, channels = self.outputs[producer].readers, self._channels(key, view, dim)
-            known = readers.setdefault(reader, channels)
-            if known is not None and (channels is None or not torch.equal(known, channels)):
-                readers[reader] = None
+        for origin, reader, view, dim in self._reads:
+            output, channels = self.outputs[origin.producer], self._channels(origin, view, dim)
+            for readers in (output.scaled,) if origin.scaled else (output.readers, output.scaled):
+                known = readers.setdefault(reader, channels)
+                if known is not None and (channels is None or not torch.equal(known, channels)):
+                    readers[reader] = None
         return self.outputs
 
-    def _channels(self, key: int, view: _View, dim: int) -> Tensor | None:
+    def _channels(self, origin: _Origin, view: _View, dim: int) -> Tensor | None:
         """Return which channel of the producer's output each channel of an input holds."""
-        origin = self._origins[key]
         if not 0 <= dim < len(view.size) or not 0 <= origin.dim < len(origin.view.size):
             return None
         if origin.source is None and view == origin.view and dim == origin.dim:
             return torch.arange(view.size[dim])
-        rows = self._channel_of_elements(key, view).movedim(dim, -1).reshape(-1, view.size[dim])
+        rows = self._channel_of_elements(origin, view).movedim(dim, -1).reshape(-1, view.size[dim])
         known = len(rows) > 0 and bool((rows == rows[0]).all()) and bool((rows[0] >= 0).all())
         return rows[0].long() if known else None
 
-    def _channel_of_elements(self, key: int, view: _View) -> Tensor:
+    def _channel_of_elements(self, origin: _Origin, view: _View) -> Tensor:
         """Return the producer's channel for each element of a place in a storage; -1 for what is not its output."""
-        origin = self._origins[key]
         if origin.source is None:
             shape = [-1 if dim == origin.dim else 1 for dim in range(len(origin.view.size))]
             channels = torch.arange(origin.view.size[origin.dim], dtype=torch.int32).view(shape)
         else:
-            channels = self._channel_of_elements(*origin.source)
+            key, place = origin.source
+            channels = self._channel_of_elements(self._origins[key], place)
         elements = torch.full((origin.length,), -1, dtype=torch.int32)
         elements.as_strided(origin.view.size, origin.view.stride, origin.view.offset).copy_(channels)
         return elements.as_strided(view.size, view.stride, view.offset)
+
+
+def _commutes(operator: str, args: tuple[Any, ...]) -> bool:
+    """Return True if an operator commutes with positive factors, up to a bound above 0."""
+    name, values = operator.removeprefix("aten::").removesuffix("_"), args[1:]
+    if name == "constant_pad_nd":
+        return not values[1:] or values[1] == 0
+    if name in ("hardtanh", "clamp", "clamp_min"):
+        defaults: tuple[Any, Any] = (-1.0, 1.0) if name == "hardtanh" else (None, None)
+        least, greatest = (*values, *defaults[len(values) :])
+        plain = not isinstance(least, Tensor) and not isinstance(greatest, Tensor)
+        return plain and least in (0, None) and (greatest is None or greatest > 0)
+    return name in ("relu", "leaky_relu") or operator in _POOLS
 
 
 def _inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -125,6 +125,8 @@ class QConfig:
             learned, so that the tensor is quantized once, as integer kernels demand.
         integer_biases: True if biases are multiples of the scale of input times the scale of weight, as kernels demand
             that add them to the accumulated integers.
+        equalization: True to equalize the channels before depthwise convolutions, so that each fills the activation's
+            grid; the float network stays what it is.
 
     Example:
         >>> config = QConfig.parse("w4a4", overrides={"head.*": "w8a8"}, exclude=["*.gate"])
@@ -141,6 +143,7 @@ class QConfig:
     operations: Operations = "products"
     shared_scales: bool = False
     integer_biases: bool = False
+    equalization: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.default, LayerQConfig):
@@ -159,7 +162,7 @@ class QConfig:
         if self.first_last_bits is not None:
             object.__setattr__(self, "first_last_bits", whole("first_last_bits", self.first_last_bits, 2, 8))
         one_of("operations", self.operations, ("layers", "products", "all"))
-        for name in ("shared_scales", "integer_biases"):
+        for name in ("shared_scales", "integer_biases", "equalization"):
             object.__setattr__(self, name, flag(name, getattr(self, name)))
 
     @classmethod
@@ -178,6 +181,7 @@ class QConfig:
         operations: Operations = "products",
         shared_scales: bool = False,
         integer_biases: bool = False,
+        equalization: bool = True,
     ) -> QConfig:
         """Build a config from plain types; a :class:`QConfig` or its dictionary passes through.
 
@@ -200,7 +204,7 @@ class QConfig:
 
         given = text_table("overrides", {} if overrides is None else overrides, "{'head': 'w8a8'}")
         pairs = tuple((pattern, layer(candidate)) for pattern, candidate in given.items())
-        kernels = {"shared_scales": shared_scales, "integer_biases": integer_biases}
+        kernels = {"shared_scales": shared_scales, "integer_biases": integer_biases, "equalization": equalization}
         return cls(layer(text), pairs, tuple(texts("exclude", exclude)), first_last_bits, operations, **kernels)
 
     def for_layer(self, name: str, edge: bool = False) -> LayerQConfig | None:
@@ -242,6 +246,7 @@ class QConfig:
             "operations": self.operations,
             "shared_scales": self.shared_scales,
             "integer_biases": self.integer_biases,
+            "equalization": self.equalization,
         }
 
     @classmethod
@@ -257,7 +262,8 @@ class QConfig:
                 raise KeyError(f"unknown: {sorted(unknown)}")
             overrides = tuple((pattern, LayerQConfig.from_dict(pair)) for pattern, pair in data.get("overrides", ()))
             default, exclude = LayerQConfig.from_dict(data["default"]), tuple(texts("exclude", data.get("exclude", ())))
-            kernels = {name: data.get(name, False) for name in ("shared_scales", "integer_biases")}
+            switches = ("shared_scales", "integer_biases", "equalization")
+            kernels = {name: data.get(name, getattr(cls, name)) for name in switches}
             operations = data.get("operations", "layers")
             return cls(default, overrides, exclude, data.get("first_last_bits", 8), operations, **kernels)
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -20,7 +20,7 @@ from lightning_ptq.calibration.layer_costs import Work, count_work, packed_size
 from lightning_ptq.errors import CalibrationError, PTQWarning, SurgeryError, UnfoldedBatchNormWarning, noted_warnings
 from lightning_ptq.network.batch_norm import FoldableBatchNorm
 from lightning_ptq.network.op import ops_in_mode
-from lightning_ptq.network.units import BlockRule, Unit, UnitKind, find_units, unit_qconfigs
+from lightning_ptq.network.units import BlockRule, Unit, UnitKind, unit_qconfigs
 from lightning_ptq.numerics.qconfig import QConfig
 from lightning_ptq.report.facts import Finding, FloatParameters, FloatProduct, LayerFacts, UnitFacts
 from lightning_ptq.report.float_parts import (
@@ -38,6 +38,7 @@ from lightning_ptq.runtime.memory import DEFAULT_MEMORY_LIMIT, parse_bytes
 from lightning_ptq.runtime.patching import left_unchanged
 from lightning_ptq.tuning.adaquant import check_arguments
 from lightning_ptq.tuning.config import ReconstructionConfig
+from lightning_ptq.tuning.tunable import units_for
 
 
 def inspect_module(
@@ -92,8 +93,9 @@ def inspect_module(
         calibration = calibrate(module, [batch], qconfig, forward=forward)
         stack.callback(calibration.prepared.undo)
         parameters = with_baked(parameters, calibration)
-        units = [u for u in find_units(module, calibration.trace, granularity, blocks) if not u.is_lookup]
-        outlook = _plan(calibration, units, samples, config or ReconstructionConfig(), parse_bytes(memory_limit))
+        of_units, found = stack.enter_context(units_for(calibration, granularity, blocks))
+        units = [unit for unit in found if not unit.is_lookup]
+        outlook = _plan(of_units, units, samples, config or ReconstructionConfig(), parse_bytes(memory_limit))
         preflight = _preflight(calibration, layers, parameters, outlook, notes)
         return replace(preflight, hazards=[*preflight.hazards, *(check(calibration) if check else ())])
 

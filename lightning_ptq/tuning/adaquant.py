@@ -14,7 +14,7 @@ from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.checks import check_calibration
 from lightning_ptq.calibration.forward import eval_mode
 from lightning_ptq.errors import QConfigError, RolledBackWarning, warn
-from lightning_ptq.network.units import BlockRule, UnitKind, find_units
+from lightning_ptq.network.units import BlockRule, UnitKind
 from lightning_ptq.numerics.qconfig import LayerQConfig, parse_candidates
 from lightning_ptq.runtime.eager import plainly
 from lightning_ptq.runtime.journal import NO_JOURNAL, Journal
@@ -24,7 +24,7 @@ from lightning_ptq.tuning.config import ReconstructionConfig
 from lightning_ptq.tuning.parallel import ParallelRun
 from lightning_ptq.tuning.run import AdaQuantResult, OnUnit
 from lightning_ptq.tuning.sequential import SequentialRun
-from lightning_ptq.tuning.tunable import tunable_units, warn_of_untunable
+from lightning_ptq.tuning.tunable import tunable_units, units_for, warn_of_untunable
 
 AdaQuantMode = Literal["sequential", "parallel"]
 
@@ -83,11 +83,11 @@ def adaquant(
     kind = SequentialRun if mode == "sequential" else ParallelRun
     with ActivationStore(memory_limit) as store, eval_mode(calibration.module), plainly():
         widths, config = list(map(LayerQConfig.parse, candidates or ())), config or ReconstructionConfig()
-        units = find_units(calibration.module, calibration.trace, granularity, blocks)
-        units = tunable_units(calibration, units, store, config)
-        run = kind(calibration, units, store, config, seed, progress, journal, widths, on_unit)
-        announce(run.plan)
-        result = replace(run.all(), peak_activation_bytes=store.peak)
+        with units_for(calibration, granularity, blocks) as (of_units, units):
+            units = tunable_units(of_units, units, store, config)
+            run = kind(of_units, units, store, config, seed, progress, journal, widths, on_unit)
+            announce(run.plan)
+            result = replace(run.all(), peak_activation_bytes=store.peak)
     return _finished(calibration, result, run.refused)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,12 +17,35 @@ from lightning_ptq.activations.unit_data import UnitData
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.errors import UnitError, UntunableUnitWarning, warn
 from lightning_ptq.network.op import ops_in_mode
-from lightning_ptq.network.units import Unit
+from lightning_ptq.network.slices import Slice, running, with_slices
+from lightning_ptq.network.units import BlockRule, Unit, UnitKind, find_units
 from lightning_ptq.runtime.patching import hooked
 from lightning_ptq.tuning.config import ReconstructionConfig
 from lightning_ptq.tuning.losses import LOSSES
 from lightning_ptq.tuning.reconstruct import tuning_state, unit_loss
 from lightning_ptq.tuning.tuners import make_tuner
+
+
+@contextmanager
+def units_for(
+    calibration: Calibration, granularity: UnitKind, blocks: BlockRule | None
+) -> Iterator[tuple[Calibration, list[Unit]]]:
+    """Yield the units of a module; inside the ``with`` block, slices of chains run in place of their layers.
+
+    Args:
+        calibration: The calibrated module.
+        granularity: See :func:`~lightning_ptq.network.units.find_units`.
+        blocks: As well.
+
+    Yields:
+        The calibration, with traces in which the slices have run, and the units.
+    """
+    # Where the course varies, a chain may run on some batches only.
+    units = find_units(calibration.module, calibration.trace, granularity, blocks, slices=not calibration.varies)
+    slices = [unit.module for unit in units if isinstance(unit.module, Slice)]
+    traces = {id(trace): with_slices(trace, slices) for trace in calibration.traces}
+    with running(slices):
+        yield replace(calibration, traces=[traces[id(trace)] for trace in calibration.traces]), units
 
 
 def tunable_units(

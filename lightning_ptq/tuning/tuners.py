@@ -181,7 +181,7 @@ def share_scales(tuners: Mapping[str, Tuner]) -> None:
 
 def make_tuner(unit: Unit, name: str, op: QuantizedOp, config: ReconstructionConfig) -> Tuner:
     """Return the tuner of the unit's operation ``name`` for the configured rounding."""
-    inside = name.removeprefix(unit.name).removeprefix(".")
+    inside = unit.inside(name)
     kind = AdaRoundTuner if config.rounding == "adaround" else Tuner
     return kind(f"{inside}." if inside else "", op, config)
 
