@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,8 @@ class ExampleInputs:
 
     Attributes:
         args: Positional arguments.
-        kwargs: Keyword arguments.
-        by_name: All arguments by name, in the order of the call.
+        kwargs: Keyword arguments, in the order of the forward's parameters.
+        by_name: All arguments by name, in the same order.
     """
 
     args: tuple[Any, ...]
@@ -72,7 +73,7 @@ class ExampleInputs:
                 by_name.update({f"{name}_{index}": each for index, each in enumerate(value)})
             else:
                 by_name[name] = value
-        found = cls(args, kwargs, by_name)
+        found = cls(args, {name: value for name, value in by_name.items() if name in kwargs}, by_name)
         if not found.tensors:
             kinds = ", ".join(type(value).__name__ for value in (*args, *kwargs.values()))
             raise ExportError(f"the example inputs hold no tensor, got {kinds or 'nothing'}. Pass a batch of inputs.")
@@ -82,6 +83,18 @@ class ExampleInputs:
     def tensors(self) -> list[Tensor]:
         """All tensors, in the order of the call."""
         return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+
+    @property
+    def named(self) -> dict[str, Tensor]:
+        """All tensors by the names that they have in a file; those in lists and dictionaries have one each."""
+        found: dict[str, Tensor] = {}
+        for path, leaf in pytree.tree_flatten_with_path(self.by_name)[0]:
+            if isinstance(leaf, Tensor):
+                name = "_".join(re.sub(r"\W", "_", _key(step)) for step in path)
+                while name in found:
+                    name += "_"
+                found[name] = leaf
+        return found
 
     @property
     def samples(self) -> int:
@@ -101,12 +114,12 @@ class ExampleInputs:
     @property
     def shapes(self) -> str:
         """The shapes of all tensors, for messages."""
-        return ", ".join(
-            f"{name} {tuple(leaf.shape)}"
-            for name, value in self.by_name.items()
-            for leaf in pytree.tree_leaves(value)
-            if isinstance(leaf, Tensor)
-        )
+        return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in self.named.items())
+
+
+def _key(step: Any) -> str:
+    """Return the name of one step of the path to a leaf: a key, a place in a list, or an attribute."""
+    return str(next(getattr(step, kind) for kind in ("key", "idx", "name") if hasattr(step, kind)))
 
 
 def signature_of(module: nn.Module) -> inspect.Signature:
@@ -124,9 +137,9 @@ def default_axes(inputs: ExampleInputs) -> dict[str, dict[int, str]]:
     """
     text = "input_ids" in inputs.by_name or "attention_mask" in inputs.by_name
     return {
-        name: {0: "batch", **({1: "sequence"} if text and value.dim() > 1 else {})}
-        for name, value in inputs.by_name.items()
-        if isinstance(value, Tensor) and value.dim() > 0
+        name: {0: "batch", **({1: "sequence"} if text and value.dim() > 1 and name in inputs.by_name else {})}
+        for name, value in inputs.named.items()
+        if value.dim() > 0
     }
 
 
@@ -173,10 +186,11 @@ def axes_argument(axes: Any) -> Axes | None:
 
 def checked_axes(axes: Axes, inputs: ExampleInputs) -> Axes:
     """Return the names of axes; raise :class:`ExportError` if an input has no such axis, or its size is 1."""
+    named = inputs.named
     for name, of_input in (axes_argument(axes) or {}).items():
-        value = inputs.by_name.get(name)
-        if not isinstance(value, Tensor):
-            raise ExportError(f"dynamic_axes names {name!r}; the inputs are {', '.join(inputs.by_name)}.")
+        value = named.get(name)
+        if value is None:
+            raise ExportError(f"dynamic_axes names {name!r}; the inputs are {', '.join(named)}.")
         for axis in of_input:
             if not 0 <= axis < value.dim():
                 raise ExportError(

@@ -106,6 +106,7 @@ def export_onnx(
     compared = [inputs] if batches is None else batches_of(batches)
     model = _translated(exported(module, inputs, dynamic_axes, tensors_only=True), opset)
     graph, axes = model.graph, default_axes(inputs) if dynamic_axes is None else dynamic_axes
+    onnx_graph.name_inputs(graph, list(inputs.named))
     dynamic = _finish(graph, engine, opset, axes, outputs)
     floats, parity = onnx_graph.float_products(graph), None
     onnx_graph.clean(graph)

@@ -59,7 +59,7 @@ def exported(module: nn.Module, inputs: ExampleInputs, dynamic_axes: Axes | None
     check_exportable(module)
     inputs = doubled(inputs).beside(module)
     axes = default_axes(inputs) if dynamic_axes is None else checked_axes(dynamic_axes, inputs)
-    shapes = {name: _dynamic(value, axes.get(name, {})) for name, value in inputs.by_name.items()}
+    shapes = _dynamic(inputs, axes)
     with torch.no_grad(), no_inference_mode(), eval_mode(module), ops_in_mode(module, "quantized"), eagerly(module):
         try_forward(module, inputs)
         forward = _with_plain_signature(module, inputs, tensors_only)
@@ -74,7 +74,7 @@ def exported(module: nn.Module, inputs: ExampleInputs, dynamic_axes: Axes | None
     simplify(program)
     _drop_unused(program)
     if dynamic_axes is not None:
-        _check_dynamic(program, axes)
+        _check_dynamic(program, inputs, axes)
     return program
 
 
@@ -105,13 +105,18 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _dynamic(value: Any, axes: Mapping[int, str]) -> Any:
-    """Return what torch.export is told about the sizes of an input."""
+def _dynamic(inputs: ExampleInputs, axes: Axes) -> Any:
+    """Return what torch.export is told about the sizes of inputs."""
     from torch.export import Dim
 
-    if isinstance(value, Tensor):
-        return {axis: Dim.AUTO for axis in axes if value.shape[axis] != 1}
-    return pytree.tree_map(lambda leaf: {} if isinstance(leaf, Tensor) else None, value)
+    names = iter(inputs.named)
+
+    def sizes(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return None
+        return {axis: Dim.AUTO for axis in axes.get(next(names), {}) if leaf.shape[axis] != 1}
+
+    return pytree.tree_map(sizes, inputs.by_name)
 
 
 def _with_plain_signature(module: nn.Module, inputs: ExampleInputs, tensors_only: bool) -> Callable[..., Any]:
@@ -181,13 +186,15 @@ def _drop_unused(program: Any) -> None:
     program.graph_module.recompile()
 
 
-def _check_dynamic(program: Any, axes: Axes) -> None:
+def _check_dynamic(program: Any, inputs: ExampleInputs, axes: Axes) -> None:
     """Raise if the forward has fixed a size that was to be dynamic."""
-    for node in program.graph.nodes:
-        value: Any = node.meta.get("val") if node.op == "placeholder" else None
-        for axis in axes.get(node.name, ()):
-            if isinstance(value, Tensor) and isinstance(value.shape[axis], int):
+    given = set(program.graph_signature.user_inputs)
+    found = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in given]
+    shapes = [value.shape for value in found if isinstance(value, Tensor)]
+    for name, shape in zip(inputs.named, shapes, strict=True):
+        for axis in axes.get(name, ()):
+            if str(shape[axis]).isdigit():  # also a symbol that the forward has fixed
                 raise ExportError(
-                    f"axis {axis} of {node.name!r} was to be dynamic, but the forward depends on its size,"
-                    f" {value.shape[axis]}. Leave the axis out of dynamic_axes, or change the forward."
+                    f"axis {axis} of {name!r} was to be dynamic, but the forward depends on its size, {shape[axis]}."
+                    " Leave the axis out of dynamic_axes, or change the forward."
                 )

@@ -5,8 +5,6 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
-from torch import Tensor
-
 from lightning_ptq.errors import ExportError
 from lightning_ptq.export.inputs import ExampleInputs
 
@@ -43,8 +41,8 @@ def open_session(model: Any) -> Any:
 def run_session(session: Any, inputs: ExampleInputs, path: Any, outputs: list[str] | None = None) -> list[Any]:
     """Run a session on inputs."""
     wanted = [value.name for value in session.get_inputs()]
-    tensors = inputs.tensors
-    feed = {name: inputs.by_name[name] for name in wanted if isinstance(inputs.by_name.get(name), Tensor)}
+    tensors, named = inputs.tensors, inputs.named
+    feed = {name: named[name] for name in wanted if name in named}
     if len(feed) != len(wanted):
         if len(tensors) != len(wanted):
             raise ExportError(f"{path} takes the inputs {wanted}, got {len(tensors)} tensors. Pass the same inputs.")
