@@ -107,7 +107,13 @@ class ExampleInputs:
         return ExampleInputs(args, kwargs, by_name)
 
     def beside(self, module: nn.Module) -> ExampleInputs:
-        """Return the inputs on the device of a module."""
+        """Return the inputs on the device of a module.
+
+        Raises:
+            ExportError: If they have no values.
+        """
+        if any(tensor.is_meta for tensor in self.tensors):
+            raise ExportError(f"the inputs {self.shapes} are on the meta device. Give inputs with values.")
         device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
         return self.map(lambda tensor: tensor.to(device))
 
@@ -124,6 +130,7 @@ def _key(step: Any) -> str:
 
 def signature_of(module: nn.Module) -> inspect.Signature:
     """Return the signature of the user's forward, which swapped classes hide."""
+    module = getattr(module, "_orig_mod", module)  # of torch.compile
     own = module.__dict__.get("own_forward") or module.__dict__.get("forward")
     if own is not None:
         return inspect.signature(own)

@@ -20,7 +20,7 @@ from lightning_ptq.export import onnx_clips, onnx_graph, onnx_moves, onnx_weight
 from lightning_ptq.export.agreement import MAX_DISAGREEMENT, MIN_SNR, Parity, Tolerance, tolerance_of, why_not
 from lightning_ptq.export.inputs import Axes, ExampleInputs, batches_of, default_axes, path_argument
 from lightning_ptq.export.parity import check_repeatable, compare_export, producer
-from lightning_ptq.export.program import check_exportable, exported, quiet
+from lightning_ptq.export.program import check_exportable, exported, in_float32, quiet
 from lightning_ptq.export.sessions import EXPORTERS, RUNTIME, require
 from lightning_ptq.export.targets import Target, TargetName, target_named
 from lightning_ptq.export.translation import translations
@@ -104,9 +104,8 @@ def export_onnx(
     _check_ops(module, engine, opset)
     file, inputs = _writable(path_argument(path)), ExampleInputs.of(module, example_inputs)
     compared = [inputs] if batches is None else batches_of(batches)
-    model = _translated(exported(module, inputs, dynamic_axes, tensors_only=True), opset)
+    model = _translated(module, inputs, dynamic_axes, opset)
     graph, axes = model.graph, default_axes(inputs) if dynamic_axes is None else dynamic_axes
-    onnx_graph.name_inputs(graph, list(inputs.named))
     dynamic = _finish(graph, engine, opset, axes, outputs)
     floats, parity = onnx_graph.float_products(graph), None
     onnx_graph.clean(graph)
@@ -139,11 +138,11 @@ def _finish(
 
 def _verified(draft: Path, file: Path, module: nn.Module, batches: list[Any], tolerance: Tolerance) -> Parity:
     """Compare a written file with the module; one that computes something else is moved beside its place."""
-    parity = compare_export(draft, module, batches, False, tolerance)
+    parity = compare_export(draft, module, batches, False, tolerance, file)
     if not parity.passed:
         check_repeatable(module, batches[0])
         failed = file.with_name(f"{file.stem}.failed{file.suffix}")
-        parity = compare_export(draft, module, batches, True, tolerance)
+        parity = compare_export(draft, module, batches, True, tolerance, file)
         _move(draft.parent, failed)
         raise ParityError(why_not(replace(parity, path=failed)))
     return parity
@@ -165,19 +164,21 @@ def _check_ops(module: nn.Module, engine: Target | None, opset: int) -> None:
             )
 
 
-def _translated(program: Any, opset: int) -> Any:
-    """Return the model of an exported program."""
+def _translated(module: nn.Module, inputs: ExampleInputs, axes: Axes | None, opset: int) -> Any:
+    """Return the model of a module, whose inputs have the names that they have in the forward."""
+    program = exported(module, inputs, axes, tensors_only=True)
     try:
-        with quiet():
-            exported = torch.onnx.export(
+        with quiet(), in_float32(module):
+            result = torch.onnx.export(
                 program, dynamo=True, opset_version=opset, custom_translation_table=translations(opset), verbose=False
             )
     except Exception as error:
         raise ExportError(_why(program, error)) from error
-    model = exported.model  # type: ignore[union-attr]  # it is None only where a file was written
+    model = result.model  # type: ignore[union-attr]  # it is None only where a file was written
     found = model.opset_imports.get("", opset)
     if found != opset:
         raise ExportError(f"torch cannot write opset {opset} and wrote {found}. Write opset={found}.")
+    onnx_graph.name_inputs(model.graph, list(inputs.named))
     return model
 
 

@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import exportable, seeded
 from torch import Tensor, nn
 
 from lightning_ptq import export_onnx, export_program
 from lightning_ptq.errors import ExportError
+from lightning_ptq.export.inputs import ExampleInputs
 
 onnx = pytest.importorskip("onnx")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -21,7 +23,7 @@ class Layer(nn.Module):
 
 
 class Capitals(Layer):
-    def forward(self, X: Tensor, output: Tensor) -> Tensor:  # noqa: N803  # what is tested
+    def forward(self, X: Tensor, output: Tensor) -> Tensor:  # what is tested
         return self.linear(X) * output
 
 
@@ -98,3 +100,7 @@ def test_keyword_arguments_may_come_in_any_order(tmp_path: Path) -> None:
     net = exportable(Keywords, [{name: rows() for name in names}])
     export_onnx(net, path, {name: rows() for name in names}, batches=[{name: rows(5) for name in names[::-1]}])
     assert list(ends(path)[0]) == ["a", "b", "c"]
+
+
+def test_inputs_of_a_compiled_module_have_the_names_of_its_forward() -> None:
+    assert list(ExampleInputs.of(torch.compile(exportable(Returned, [rows()])), rows()).named) == ["x"]

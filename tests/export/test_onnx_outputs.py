@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import exportable, seeded
+from torch import Tensor, nn
+
+from lightning_ptq import export_onnx, export_program, verify_export
+from lightning_ptq.errors import ExportError
+
+onnx = pytest.importorskip("onnx")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@dataclass
+class Scores:
+    scores: Tensor
+    features: list[Tensor]
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        features = self.body(x).relu()
+        return self.head(features), features
+
+
+class Dataclass(Net):
+    def forward(self, x: Tensor) -> Any:
+        scores, features = super().forward(x)
+        return Scores(scores, [features])
+
+
+class Number(Net):
+    def forward(self, x: Tensor) -> Any:
+        super().forward(x)
+        return 1
+
+
+ROWS = seeded(0, 6, 4)
+
+
+def test_tensors_of_dataclasses_are_outputs(tmp_path: Path) -> None:
+    net, path = exportable(Dataclass, [ROWS]), tmp_path / "net.onnx"
+    result = export_onnx(net, path, ROWS, output_names=["scores", "features"])
+    assert [row.name for row in result.parity.outputs] == ["scores", "features"]
+    assert [len(value.type.tensor_type.shape.dim) for value in onnx.load(path).graph.output] == [2, 2]
+    assert verify_export(path, net, [ROWS[:2]]).passed
+    with pytest.raises(ExportError, match=r"returns a Scores.*register_dataclass\(Scores\)"):
+        export_program(net, ROWS)
+
+
+def test_forwards_without_tensors_and_tensors_without_values_are_explained(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    with pytest.raises(ExportError, match="the forward of Number returns no tensor, got a int"):
+        export_onnx(exportable(Number, [ROWS]), path, ROWS, verify=False)
+    net = exportable(Net, [ROWS])
+    with pytest.raises(ExportError, match=r"body\.\w+ is on the meta device"):
+        export_onnx(copy.deepcopy(net).to("meta"), path, ROWS)
+    with pytest.raises(ExportError, match=r"x \(6, 4\) are on the meta device"):
+        export_onnx(net, path, ROWS.to("meta"))
+    assert not path.exists()
+
+
+def test_errors_of_the_runtime_name_the_file_and_the_sizes(tmp_path: Path) -> None:
+    net, path = exportable(Net, [ROWS]), tmp_path / "net.onnx"
+    with pytest.raises(ExportError, match=r"cannot run \S*[/\\]net\.onnx on .* Got: 2 Expected: 6"):
+        export_onnx(net, path, ROWS, dynamic_axes={}, batches=[ROWS[:2]])
+
+
+def test_a_file_is_in_float_also_under_autocast(tmp_path: Path) -> None:
+    net, path = exportable(Net, [ROWS]), tmp_path / "net.onnx"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = export_onnx(net, path, ROWS)
+    assert result.parity.passed
+    assert {value.type.tensor_type.elem_type for value in onnx.load(path).graph.output} == {onnx.TensorProto.FLOAT}
