@@ -39,6 +39,11 @@ class Dataclass(Net):
         return Scores(scores, [features])
 
 
+class Random(Net):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x)[0] + torch.randn(len(x), 3)
+
+
 class Number(Net):
     def forward(self, x: Tensor) -> Any:
         super().forward(x)
@@ -82,3 +87,23 @@ def test_a_file_is_in_float_also_under_autocast(tmp_path: Path) -> None:
         result = export_onnx(net, path, ROWS)
     assert result.parity.passed
     assert {value.type.tensor_type.elem_type for value in onnx.load(path).graph.output} == {onnx.TensorProto.FLOAT}
+
+
+def test_a_module_that_draws_random_numbers_is_not_verified(tmp_path: Path) -> None:
+    net, path = exportable(Random, [ROWS]), tmp_path / "net.onnx"
+    with pytest.raises(ExportError, match="two forwards of Random on the same inputs differ"):
+        export_onnx(net, path, ROWS)
+    assert not list(tmp_path.iterdir())
+    export_onnx(net, path, ROWS, verify=False)
+    with pytest.raises(ExportError, match="two forwards of Random on the same inputs differ"):
+        verify_export(path, net, [ROWS])
+
+
+@pytest.mark.parametrize(("target", "kind"), [("onnxruntime", "INT2"), ("openvino", "INT4"), ("tensorrt", "INT8")])
+def test_weights_are_stored_in_types_that_the_target_loads(target: Any, kind: str, tmp_path: Path) -> None:
+    if not hasattr(onnx.TensorProto, "INT2"):
+        pytest.skip("onnx is older than opset 25")
+    net, path = exportable(Net, [ROWS], "w2a8", target), tmp_path / "net.onnx"
+    export_onnx(net, path, ROWS, target=target, opset=25, verify=False)
+    stored = {item.data_type for item in onnx.load(path).graph.initializer if item.name.endswith(".weight")}
+    assert stored == {getattr(onnx.TensorProto, kind)}
