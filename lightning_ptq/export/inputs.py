@@ -62,7 +62,7 @@ class ExampleInputs:
         except TypeError as error:
             raise ExportError(
                 f"{type(module).__name__}.forward does not take the example inputs ({error}). Give a tensor, a tuple of"
-                " its positional arguments, or a dictionary of its keyword arguments."
+                " its positional arguments, or a dictionary of its keyword arguments, without labels."
             ) from error
         by_name: dict[str, Any] = {}
         for name, value in bound.arguments.items():
@@ -159,7 +159,8 @@ def doubled(inputs: ExampleInputs) -> ExampleInputs:
 
 def path_argument(path: Any) -> Path:
     """Return the path of a file; raise :class:`ExportError` if it is none."""
-    if isinstance(path, (str, os.PathLike)) and str(path) and "\0" not in str(path):
+    known = isinstance(path, (str, os.PathLike)) and str(path) and "\0" not in str(path)
+    if known and not str(path).endswith(("/", os.sep)):
         return Path(path)
     raise ExportError(f"path must be the path of a file, got {path!r}. Write for example 'model.onnx'.")
 

@@ -175,7 +175,9 @@ def _translated(module: nn.Module, inputs: ExampleInputs, axes: Axes | None, ops
     model = result.model  # type: ignore[union-attr]  # it is None only where a file was written
     found = model.opset_imports.get("", opset)
     if found != opset:
-        raise ExportError(f"torch cannot write opset {opset} and wrote {found}. Write opset={found}.")
+        raise ExportError(
+            f"torch cannot write opset {opset}, and wrote {found} instead. Write for example opset={DEFAULT_OPSET}."
+        )
     onnx_graph.name_inputs(model.graph, list(inputs.named))
     return model
 

@@ -107,3 +107,14 @@ def test_weights_are_stored_in_types_that_the_target_loads(target: Any, kind: st
     export_onnx(net, path, ROWS, target=target, opset=25, verify=False)
     stored = {item.data_type for item in onnx.load(path).graph.initializer if item.name.endswith(".weight")}
     assert stored == {getattr(onnx.TensorProto, kind)}
+
+
+def test_labels_folders_and_opsets_to_come_are_refused(tmp_path: Path) -> None:
+    net, path = exportable(Net, [ROWS]), tmp_path / "net.onnx"
+    with pytest.raises(ExportError, match=r"too many positional arguments.*without labels"):
+        export_onnx(net, path, ROWS, batches=[(ROWS, torch.zeros(6))])
+    with pytest.raises(ExportError, match=r"path must be the path of a file, got '.*/'"):
+        export_onnx(net, f"{path}/", ROWS)
+    with pytest.raises(ExportError, match=r"torch cannot write opset 99, .* Write for example opset=21"):
+        export_onnx(net, path, ROWS, opset=99)
+    assert not list(tmp_path.iterdir())
