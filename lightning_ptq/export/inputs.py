@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,8 @@ class ExampleInputs:
 
     Attributes:
         args: Positional arguments.
-        kwargs: Keyword arguments.
-        by_name: All arguments by name, in the order of the call.
+        kwargs: Keyword arguments, in the order of the forward's parameters.
+        by_name: All arguments by name, in the same order.
     """
 
     args: tuple[Any, ...]
@@ -61,7 +62,7 @@ class ExampleInputs:
         except TypeError as error:
             raise ExportError(
                 f"{type(module).__name__}.forward does not take the example inputs ({error}). Give a tensor, a tuple of"
-                " its positional arguments, or a dictionary of its keyword arguments."
+                " its positional arguments, or a dictionary of its keyword arguments, without labels."
             ) from error
         by_name: dict[str, Any] = {}
         for name, value in bound.arguments.items():
@@ -72,7 +73,7 @@ class ExampleInputs:
                 by_name.update({f"{name}_{index}": each for index, each in enumerate(value)})
             else:
                 by_name[name] = value
-        found = cls(args, kwargs, by_name)
+        found = cls(args, {name: value for name, value in by_name.items() if name in kwargs}, by_name)
         if not found.tensors:
             kinds = ", ".join(type(value).__name__ for value in (*args, *kwargs.values()))
             raise ExportError(f"the example inputs hold no tensor, got {kinds or 'nothing'}. Pass a batch of inputs.")
@@ -82,6 +83,18 @@ class ExampleInputs:
     def tensors(self) -> list[Tensor]:
         """All tensors, in the order of the call."""
         return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+
+    @property
+    def named(self) -> dict[str, Tensor]:
+        """All tensors by the names that they have in a file; those in lists and dictionaries have one each."""
+        found: dict[str, Tensor] = {}
+        for path, leaf in pytree.tree_flatten_with_path(self.by_name)[0]:
+            if isinstance(leaf, Tensor):
+                name = "_".join(re.sub(r"\W", "_", _key(step)) for step in path)
+                while name in found:
+                    name += "_"
+                found[name] = leaf
+        return found
 
     @property
     def samples(self) -> int:
@@ -94,23 +107,30 @@ class ExampleInputs:
         return ExampleInputs(args, kwargs, by_name)
 
     def beside(self, module: nn.Module) -> ExampleInputs:
-        """Return the inputs on the device of a module."""
+        """Return the inputs on the device of a module.
+
+        Raises:
+            ExportError: If they have no values.
+        """
+        if any(tensor.is_meta for tensor in self.tensors):
+            raise ExportError(f"the inputs {self.shapes} are on the meta device. Give inputs with values.")
         device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
         return self.map(lambda tensor: tensor.to(device))
 
     @property
     def shapes(self) -> str:
         """The shapes of all tensors, for messages."""
-        return ", ".join(
-            f"{name} {tuple(leaf.shape)}"
-            for name, value in self.by_name.items()
-            for leaf in pytree.tree_leaves(value)
-            if isinstance(leaf, Tensor)
-        )
+        return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in self.named.items())
+
+
+def _key(step: Any) -> str:
+    """Return the name of one step of the path to a leaf: a key, a place in a list, or an attribute."""
+    return str(next(getattr(step, kind) for kind in ("key", "idx", "name") if hasattr(step, kind)))
 
 
 def signature_of(module: nn.Module) -> inspect.Signature:
     """Return the signature of the user's forward, which swapped classes hide."""
+    module = getattr(module, "_orig_mod", module)  # of torch.compile
     own = module.__dict__.get("own_forward") or module.__dict__.get("forward")
     if own is not None:
         return inspect.signature(own)
@@ -124,9 +144,9 @@ def default_axes(inputs: ExampleInputs) -> dict[str, dict[int, str]]:
     """
     text = "input_ids" in inputs.by_name or "attention_mask" in inputs.by_name
     return {
-        name: {0: "batch", **({1: "sequence"} if text and value.dim() > 1 else {})}
-        for name, value in inputs.by_name.items()
-        if isinstance(value, Tensor) and value.dim() > 0
+        name: {0: "batch", **({1: "sequence"} if text and value.dim() > 1 and name in inputs.by_name else {})}
+        for name, value in inputs.named.items()
+        if value.dim() > 0
     }
 
 
@@ -139,7 +159,8 @@ def doubled(inputs: ExampleInputs) -> ExampleInputs:
 
 def path_argument(path: Any) -> Path:
     """Return the path of a file; raise :class:`ExportError` if it is none."""
-    if isinstance(path, (str, os.PathLike)) and str(path) and "\0" not in str(path):
+    known = isinstance(path, (str, os.PathLike)) and str(path) and "\0" not in str(path)
+    if known and not str(path).endswith(("/", os.sep)):
         return Path(path)
     raise ExportError(f"path must be the path of a file, got {path!r}. Write for example 'model.onnx'.")
 
@@ -173,10 +194,11 @@ def axes_argument(axes: Any) -> Axes | None:
 
 def checked_axes(axes: Axes, inputs: ExampleInputs) -> Axes:
     """Return the names of axes; raise :class:`ExportError` if an input has no such axis, or its size is 1."""
+    named = inputs.named
     for name, of_input in (axes_argument(axes) or {}).items():
-        value = inputs.by_name.get(name)
-        if not isinstance(value, Tensor):
-            raise ExportError(f"dynamic_axes names {name!r}; the inputs are {', '.join(inputs.by_name)}.")
+        value = named.get(name)
+        if value is None:
+            raise ExportError(f"dynamic_axes names {name!r}; the inputs are {', '.join(named)}.")
         for axis in of_input:
             if not 0 <= axis < value.dim():
                 raise ExportError(

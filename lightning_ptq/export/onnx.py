@@ -19,8 +19,8 @@ from lightning_ptq.errors import ExportError, ParityError
 from lightning_ptq.export import onnx_clips, onnx_graph, onnx_moves, onnx_weights
 from lightning_ptq.export.agreement import MAX_DISAGREEMENT, MIN_SNR, Parity, Tolerance, tolerance_of, why_not
 from lightning_ptq.export.inputs import Axes, ExampleInputs, batches_of, default_axes, path_argument
-from lightning_ptq.export.parity import check_repeatable, compare_export, producer
-from lightning_ptq.export.program import check_exportable, exported, quiet
+from lightning_ptq.export.parity import compare_export, producer
+from lightning_ptq.export.program import check_exportable, exported, in_float32, quiet
 from lightning_ptq.export.sessions import EXPORTERS, RUNTIME, require
 from lightning_ptq.export.targets import Target, TargetName, target_named
 from lightning_ptq.export.translation import translations
@@ -104,7 +104,7 @@ def export_onnx(
     _check_ops(module, engine, opset)
     file, inputs = _writable(path_argument(path)), ExampleInputs.of(module, example_inputs)
     compared = [inputs] if batches is None else batches_of(batches)
-    model = _translated(exported(module, inputs, dynamic_axes, tensors_only=True), opset)
+    model = _translated(module, inputs, dynamic_axes, opset)
     graph, axes = model.graph, default_axes(inputs) if dynamic_axes is None else dynamic_axes
     dynamic = _finish(graph, engine, opset, axes, outputs)
     floats, parity = onnx_graph.float_products(graph), None
@@ -131,18 +131,16 @@ def _finish(
         onnx_weights.integer_biases(graph)
     if engine is None or engine.bounds_integers:
         onnx_clips.bound_integers(graph)
-    if engine is None or engine.packs_weights:
-        onnx_weights.narrow(graph, opset)
+    onnx_weights.narrow(graph, opset, 2 if engine is None else engine.least_bits)
     return onnx_graph.tidy(graph, axes, outputs)
 
 
 def _verified(draft: Path, file: Path, module: nn.Module, batches: list[Any], tolerance: Tolerance) -> Parity:
     """Compare a written file with the module; one that computes something else is moved beside its place."""
-    parity = compare_export(draft, module, batches, False, tolerance)
+    parity = compare_export(draft, module, batches, False, tolerance, file)
     if not parity.passed:
-        check_repeatable(module, batches[0])
         failed = file.with_name(f"{file.stem}.failed{file.suffix}")
-        parity = compare_export(draft, module, batches, True, tolerance)
+        parity = compare_export(draft, module, batches, True, tolerance, file)
         _move(draft.parent, failed)
         raise ParityError(why_not(replace(parity, path=failed)))
     return parity
@@ -164,19 +162,23 @@ def _check_ops(module: nn.Module, engine: Target | None, opset: int) -> None:
             )
 
 
-def _translated(program: Any, opset: int) -> Any:
-    """Return the model of an exported program."""
+def _translated(module: nn.Module, inputs: ExampleInputs, axes: Axes | None, opset: int) -> Any:
+    """Return the model of a module, whose inputs have the names that they have in the forward."""
+    program = exported(module, inputs, axes, tensors_only=True)
     try:
-        with quiet():
-            exported = torch.onnx.export(
+        with quiet(), in_float32(module):
+            result = torch.onnx.export(
                 program, dynamo=True, opset_version=opset, custom_translation_table=translations(opset), verbose=False
             )
     except Exception as error:
         raise ExportError(_why(program, error)) from error
-    model = exported.model  # type: ignore[union-attr]  # it is None only where a file was written
+    model = result.model  # type: ignore[union-attr]  # it is None only where a file was written
     found = model.opset_imports.get("", opset)
     if found != opset:
-        raise ExportError(f"torch cannot write opset {opset} and wrote {found}. Write opset={found}.")
+        raise ExportError(
+            f"torch cannot write opset {opset}, and wrote {found} instead. Write for example opset={DEFAULT_OPSET}."
+        )
+    onnx_graph.name_inputs(model.graph, list(inputs.named))
     return model
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,13 +81,29 @@ def names_argument(names: Any) -> list[str] | None:
     return found
 
 
+def name_inputs(graph: Any, names: Sequence[str]) -> None:
+    """Give the inputs of a graph the names that they have in the forward; torch's exporter changes some.
+
+    Args:
+        graph: The graph, changed in place.
+        names: Names of its inputs, in order.
+    """
+    inputs = list(graph.inputs)
+    for value in _values(graph):
+        if value.name in names and not value.is_graph_input():
+            value.name = f"{value.name}.inner"
+    for value, name in zip(inputs, names, strict=True):
+        value.name = name
+
+
 def tidy(graph: Any, axes: Mapping[str, Mapping[int, str]], outputs: list[str] | None) -> dict[str, dict[int, str]]:
     """Give axes, weights and outputs readable names, and remove what tells of the machine that exported.
 
     Args:
         graph: The graph, changed in place.
         axes: Names of the axes of inputs.
-        outputs: Names of the outputs; by default ``"output"``, or ``"output_0"`` and so on.
+        outputs: Names of the outputs; by default ``"output"``, or ``"output_0"`` and so on; ``"result"`` where an input
+            is called so.
 
     Returns:
         The axes that are dynamic, by input.
@@ -96,6 +112,10 @@ def tidy(graph: Any, axes: Mapping[str, Mapping[int, str]], outputs: list[str] |
 
     names: dict[str, str] = {}
     dynamic: dict[str, dict[int, str]] = {}
+    for value in _values(graph):
+        if value.shape is not None:  # sizes that the forward has fixed are symbols too
+            dims = [int(str(dim.value)) if _is_fixed(dim) else dim for dim in value.shape]
+            value.shape = ir.Shape(dims)
     for value in graph.inputs:
         for axis, name in axes.get(value.name, {}).items():
             dim = value.shape[axis]
@@ -110,7 +130,7 @@ def tidy(graph: Any, axes: Mapping[str, Mapping[int, str]], outputs: list[str] |
     for name in [name for name in graph.initializers if _QUANTIZER in name]:
         value = graph.initializers[name]
         value.name = name.replace(f"{_QUANTIZER}stored", "").replace(_QUANTIZER, ".")
-    given = outputs or (["output"] if len(graph.outputs) == 1 else [f"output_{i}" for i in range(len(graph.outputs))])
+    given = outputs or _default_names(graph)
     if len(given) != len(graph.outputs):
         raise ExportError(
             f"output_names has {len(given)} names, {given}; the forward returns {len(graph.outputs)} tensors. Write a"
@@ -125,6 +145,18 @@ def tidy(graph: Any, axes: Mapping[str, Mapping[int, str]], outputs: list[str] |
         if not value.is_graph_input():
             value.name = name
     return dynamic
+
+
+def _is_fixed(dim: Any) -> bool:
+    """Return True for a symbol whose value is a number."""
+    return not isinstance(dim, int) and str(dim.value).isdigit()
+
+
+def _default_names(graph: Any) -> list[str]:
+    """Return the names of the outputs, which are not those of inputs."""
+    taken = any(value.name.startswith("output") for value in graph.inputs)
+    name = "result" if taken else "output"
+    return [name] if len(graph.outputs) == 1 else [f"{name}_{index}" for index in range(len(graph.outputs))]
 
 
 def clean(graph: Any) -> None:

@@ -85,7 +85,7 @@ def gather_integers(graph: Any) -> None:
             graph.remove(dequantize, safe=True)
 
 
-def narrow(graph: Any, opset: int) -> None:
+def narrow(graph: Any, opset: int, least: int = 2) -> None:
     """Store integer weights in the narrowest type that holds them: 8, 4 or, from opset 25, 2 bits.
 
     Weights of 4 and 2 bits are cast to 8 bits before they are dequantized. A runtime computes that once, when it loads
@@ -95,6 +95,7 @@ def narrow(graph: Any, opset: int) -> None:
     Args:
         graph: The graph, changed in place.
         opset: Version of the ONNX operators.
+        least: Bits of the narrowest type that the engine loads.
     """
     import onnx_ir as ir
 
@@ -103,7 +104,7 @@ def narrow(graph: Any, opset: int) -> None:
         if value is None or not value.is_initializer() or value.dtype not in (ir.DataType.INT8, ir.DataType.UINT8):
             continue
         array = value.const_value.numpy()
-        kind = _narrowest(array, opset)
+        kind = _narrowest(array, opset, least)
         if kind is None:
             continue
         wide = value.dtype
@@ -116,7 +117,7 @@ def narrow(graph: Any, opset: int) -> None:
             node.replace_input_with(0, _cast(graph, node, value, wide))
 
 
-def _narrowest(array: Any, opset: int) -> Any:
+def _narrowest(array: Any, opset: int, width: int) -> Any:
     """Return the narrowest type of ONNX for some 8-bit integers, or None if there is none below 8 bits."""
     import onnx_ir as ir
 
@@ -126,7 +127,7 @@ def _narrowest(array: Any, opset: int) -> Any:
     for bits, least in ((2, 25), (4, 21)):
         low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
         kind = getattr(ir.DataType, f"{'' if signed else 'U'}INT{bits}", None)
-        if opset >= least and kind is not None and array.min() >= low and array.max() <= high:
+        if opset >= least and bits >= width and kind is not None and array.min() >= low and array.max() <= high:
             return kind
     return None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from lightning_ptq.export.simplify import simplify
 from lightning_ptq.network.op import ops_in_mode, quantized_ops
 from lightning_ptq.runtime.eager import eagerly, no_inference_mode
 from lightning_ptq.runtime.patching import attributes
+from lightning_ptq.runtime.structure import tensors_in
 
 
 def export_program(module: nn.Module, example_inputs: Any, dynamic_axes: Axes | None = None) -> Any:
@@ -59,11 +60,11 @@ def exported(module: nn.Module, inputs: ExampleInputs, dynamic_axes: Axes | None
     check_exportable(module)
     inputs = doubled(inputs).beside(module)
     axes = default_axes(inputs) if dynamic_axes is None else checked_axes(dynamic_axes, inputs)
-    shapes = {name: _dynamic(value, axes.get(name, {})) for name, value in inputs.by_name.items()}
+    shapes = _dynamic(inputs, axes)
     with torch.no_grad(), no_inference_mode(), eval_mode(module), ops_in_mode(module, "quantized"), eagerly(module):
-        try_forward(module, inputs)
+        _check_output(module, try_forward(module, inputs), tensors_only)
         forward = _with_plain_signature(module, inputs, tensors_only)
-        with quiet(), lowered(module), attributes(module, {"forward": forward}):
+        with quiet(), in_float32(module), lowered(module), attributes(module, {"forward": forward}):
             try:
                 program = torch.export.export(module, inputs.args, inputs.kwargs, dynamic_shapes=shapes, strict=False)
             except Exception as error:
@@ -74,7 +75,7 @@ def exported(module: nn.Module, inputs: ExampleInputs, dynamic_axes: Axes | None
     simplify(program)
     _drop_unused(program)
     if dynamic_axes is not None:
-        _check_dynamic(program, axes)
+        _check_dynamic(program, inputs, axes)
     return program
 
 
@@ -93,6 +94,9 @@ def check_exportable(module: Any) -> None:
             f"{scripted[0] or 'the module'} is scripted, and torch.export cannot trace scripted modules. Use the module"
             " that torch.jit.script was given."
         )
+    empty = next((name for name, p in module.named_parameters() if p.is_meta), None)
+    if empty is not None:
+        raise ExportError(f"{empty} is on the meta device, so it has no values. Load the weights of the module first.")
     other = {name: p.dtype for name, p in module.named_parameters() if p.is_floating_point()}
     other = {name: dtype for name, dtype in other.items() if dtype != torch.float32}
     if other:
@@ -105,13 +109,18 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _dynamic(value: Any, axes: Mapping[int, str]) -> Any:
-    """Return what torch.export is told about the sizes of an input."""
+def _dynamic(inputs: ExampleInputs, axes: Axes) -> Any:
+    """Return what torch.export is told about the sizes of inputs."""
     from torch.export import Dim
 
-    if isinstance(value, Tensor):
-        return {axis: Dim.AUTO for axis in axes if value.shape[axis] != 1}
-    return pytree.tree_map(lambda leaf: {} if isinstance(leaf, Tensor) else None, value)
+    names = iter(inputs.named)
+
+    def sizes(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return None
+        return {axis: Dim.AUTO for axis in axes.get(next(names), {}) if leaf.shape[axis] != 1}
+
+    return pytree.tree_map(sizes, inputs.by_name)
 
 
 def _with_plain_signature(module: nn.Module, inputs: ExampleInputs, tensors_only: bool) -> Callable[..., Any]:
@@ -125,7 +134,7 @@ def _with_plain_signature(module: nn.Module, inputs: ExampleInputs, tensors_only
 
     def call(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
-        return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)] if tensors_only else output
+        return tensors_in(output) if tensors_only else output
 
     def parameter(index: int, name: str) -> inspect.Parameter:
         if name in known and not variadic:
@@ -140,14 +149,40 @@ def _with_plain_signature(module: nn.Module, inputs: ExampleInputs, tensors_only
 
 
 def try_forward(module: nn.Module, inputs: ExampleInputs) -> Any:
-    """Return the output of the forward; an error of the inputs is told apart from one of the export."""
+    """Return the output of the forward in float32; an error of the inputs is told apart from one of the export."""
     try:
-        return module(*inputs.args, **inputs.kwargs)
+        with in_float32(module):
+            return module(*inputs.args, **inputs.kwargs)
     except Exception as error:
         raise ExportError(
             f"{type(module).__name__} fails on the example inputs ({_first_line(error)}), whose shapes are"
             f" {inputs.shapes}. Give inputs as those of the calibration."
         ) from error
+
+
+@contextmanager
+def in_float32(module: nn.Module) -> Iterator[None]:
+    """Inside the ``with`` block, autocast is off, as it is in calibration."""
+    device_type = next((parameter.device.type for parameter in module.parameters()), "cpu")
+    with torch.autocast(device_type, enabled=False):
+        yield
+
+
+def _check_output(module: nn.Module, output: Any, tensors_only: bool) -> None:
+    """Raise if the output of the forward cannot be that of a program."""
+    if not tensors_in(output):
+        raise ExportError(
+            f"the forward of {type(module).__name__} returns no tensor, got a {type(output).__name__}. Export a module"
+            " whose forward returns its result."
+        )
+    known = (Tensor, bool, int, float, complex, str, type(None))
+    other = next((leaf for leaf in pytree.tree_leaves(output) if not isinstance(leaf, known)), None)
+    if other is not None and not tensors_only:
+        kind = type(other).__name__
+        raise ExportError(
+            f"the forward of {type(module).__name__} returns a {kind}, which torch.export does not know. Return a tuple"
+            f" or a dictionary, or call torch.export.register_dataclass({kind}) if it is a dataclass."
+        )
 
 
 @contextmanager
@@ -181,13 +216,15 @@ def _drop_unused(program: Any) -> None:
     program.graph_module.recompile()
 
 
-def _check_dynamic(program: Any, axes: Axes) -> None:
+def _check_dynamic(program: Any, inputs: ExampleInputs, axes: Axes) -> None:
     """Raise if the forward has fixed a size that was to be dynamic."""
-    for node in program.graph.nodes:
-        value: Any = node.meta.get("val") if node.op == "placeholder" else None
-        for axis in axes.get(node.name, ()):
-            if isinstance(value, Tensor) and isinstance(value.shape[axis], int):
+    given = set(program.graph_signature.user_inputs)
+    found = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in given]
+    shapes = [value.shape for value in found if isinstance(value, Tensor)]
+    for name, shape in zip(inputs.named, shapes, strict=True):
+        for axis in axes.get(name, ()):
+            if str(shape[axis]).isdigit():  # also a symbol that the forward has fixed
                 raise ExportError(
-                    f"axis {axis} of {node.name!r} was to be dynamic, but the forward depends on its size,"
-                    f" {value.shape[axis]}. Leave the axis out of dynamic_axes, or change the forward."
+                    f"axis {axis} of {name!r} was to be dynamic, but the forward depends on its size, {shape[axis]}."
+                    " Leave the axis out of dynamic_axes, or change the forward."
                 )

@@ -5,8 +5,6 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
-from torch import Tensor
-
 from lightning_ptq.errors import ExportError
 from lightning_ptq.export.inputs import ExampleInputs
 
@@ -37,14 +35,14 @@ def open_session(model: Any) -> Any:
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ExportError(f"onnxruntime cannot load the exported model ({_last_line(error)}).") from error
+        raise ExportError(f"onnxruntime cannot load the exported model ({_shortened(error)}).") from error
 
 
 def run_session(session: Any, inputs: ExampleInputs, path: Any, outputs: list[str] | None = None) -> list[Any]:
     """Run a session on inputs."""
     wanted = [value.name for value in session.get_inputs()]
-    tensors = inputs.tensors
-    feed = {name: inputs.by_name[name] for name in wanted if isinstance(inputs.by_name.get(name), Tensor)}
+    tensors, named = inputs.tensors, inputs.named
+    feed = {name: named[name] for name in wanted if name in named}
     if len(feed) != len(wanted):
         if len(tensors) != len(wanted):
             raise ExportError(f"{path} takes the inputs {wanted}, got {len(tensors)} tensors. Pass the same inputs.")
@@ -54,12 +52,13 @@ def run_session(session: Any, inputs: ExampleInputs, path: Any, outputs: list[st
         found: list[Any] = session.run(outputs, arrays)
     except Exception as error:
         raise ExportError(
-            f"onnxruntime cannot run {path} on inputs of the shapes {inputs.shapes} ({_last_line(error)}). Sizes that"
+            f"onnxruntime cannot run {path} on inputs of the shapes {inputs.shapes} ({_shortened(error)}). Sizes that"
             " vary between batches belong into dynamic_axes of export_onnx."
         ) from error
     return found
 
 
-def _last_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1][-300:] if lines else type(error).__name__
+def _shortened(error: BaseException) -> str:
+    """Return the message of an error in one line, its start and its end where it is long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 400 else f"{text[:100]} ... {text[-300:]}"

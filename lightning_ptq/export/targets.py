@@ -46,7 +46,7 @@ class Target:
         group_sizes: Whether it takes a scale per group of weights together with quantized activations.
         integer_bias: Whether biases are 32-bit integers.
         bounds_integers: Whether Relu and Clip before a quantizer become bounds of its integers.
-        packs_weights: Whether weights below 8 bits are stored narrower and cast when the model is loaded.
+        least_bits: Width of the narrowest type that it loads weights from; 8 where none is narrower.
         rules: The reasons.
     """
 
@@ -58,7 +58,7 @@ class Target:
     group_sizes: bool
     integer_bias: bool
     bounds_integers: bool
-    packs_weights: bool
+    least_bits: int
     rules: tuple[Rule, ...]
 
     def settings(self, **given: Any) -> dict[str, Any]:
@@ -113,12 +113,13 @@ class Target:
 _ORT = "https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html"
 _OPENVINO = "https://docs.openvino.ai/2025/documentation/openvino-extensibility/openvino-plugin-library/advanced-guides"
 _LPT = f"{_OPENVINO}/low-precision-transformations.html"
+_ONNX_READER = "https://github.com/openvinotoolkit/openvino/blob/master/src/frontends/onnx/frontend/src/core/tensor.hpp"
 _TENSORRT = "https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library"
 
 TARGETS: dict[str, Target] = {
     "onnxruntime": Target(
         "onnxruntime", symmetric_activations=False, signed_scales=True, operations="all", activation_bits=(),
-        group_sizes=True, integer_bias=True, bounds_integers=True, packs_weights=True,
+        group_sizes=True, integer_bias=True, bounds_integers=True, least_bits=2,
         rules=(
             Rule(
                 "On CPUs, unsigned activations and signed weights (U8S8) are the fastest.",
@@ -145,7 +146,7 @@ TARGETS: dict[str, Target] = {
     ),
     "openvino": Target(
         "openvino", symmetric_activations=False, signed_scales=True, operations="all", activation_bits=(),
-        group_sizes=True, integer_bias=False, bounds_integers=False, packs_weights=True,
+        group_sizes=True, integer_bias=False, bounds_integers=False, least_bits=4,
         rules=(
             Rule(
                 "Activations are unsigned or signed 8-bit integers, weights signed ones.",
@@ -162,11 +163,16 @@ TARGETS: dict[str, Target] = {
                 "The exported bias is float.",
                 _LPT,
             ),
+            Rule(
+                "Models of ONNX are read with integers of 4 bits, and with none of 2 bits.",
+                "Weights of 2 bits are stored in 4 bits.",
+                _ONNX_READER,
+            ),
         ),
     ),
     "tensorrt": Target(
         "tensorrt", symmetric_activations=True, signed_scales=False, operations="all", activation_bits=(8,),
-        group_sizes=False, integer_bias=False, bounds_integers=False, packs_weights=False,
+        group_sizes=False, integer_bias=False, bounds_integers=False, least_bits=8,
         rules=(
             Rule(
                 "Quantization is symmetric: signed integers without zero points, positive scales.",

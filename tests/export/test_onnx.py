@@ -141,7 +141,7 @@ def test_a_file_with_other_values_is_refused_and_the_first_tensor_named(
 ) -> None:
     net = exportable(Kinds, IMAGES, target="onnxruntime")
 
-    def spoil(graph: Any, opset: int) -> None:
+    def spoil(graph: Any, *_: Any) -> None:
         for name in ("block.conv2", "head"):
             value = graph.initializers[f"{name}.weight_fake_quant.stored"]
             value.const_value = ir.tensor(-value.const_value.numpy(), name=value.name)
