@@ -165,7 +165,7 @@ def test_the_errors_are_those_of_the_quantized_unit_on_the_held_out_samples():
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
 def test_the_loss_of_a_step_is_the_error_on_its_samples_in_however_many_parts(parts, rows):
     case = Case(rows, (48,))  # three batches of unequal size
-    result = case.tune(steps=1, parts=parts, batch_size=10_000, held_out=0.0)
+    result = case.tune(steps=1, parts=parts, batch_size=10_000, held_out=0.0, correct_means=False)
     assert len(case.parts) == min(parts, 3)
     assert result.curve[0][1] == pytest.approx(result.error_before, rel=1e-5)
 
@@ -245,11 +245,31 @@ ABSURD = [{"weight_lr": 1e4}, {"scale_lr": 50.0}, {"bias_lr": 1e5}]
 def test_what_makes_it_worse_is_rolled_back_bit_for_bit(options):
     case = Case(*LAYERS["conv2d"])
     before = case.raw()
-    result = case.tune(learn=("weight", "bias", "weight_scale", "activation_scale", "activation_zero_point"), **options)
+    learn = ("weight", "bias", "weight_scale", "activation_scale", "activation_zero_point")
+    result = case.tune(learn=learn, correct_means=False, **options)
     assert not result.accepted
     assert not result.error_after < result.error_before
     assert equal(before, case.raw()) == before.keys()
     assert torch.equal(case.layer.weight, case.float_net[0].weight)  # not even put on the grid
+
+
+@pytest.mark.parametrize("name", ["conv2d", "depthwise", "linear"])
+def test_corrected_means_are_kept_where_tuning_makes_it_worse(name):
+    case = Case(*LAYERS[name])
+    result = case.tune(weight_lr=1e4)
+    assert result.accepted
+    assert result.error_after < result.error_before
+    assert torch.equal(case.layer.weight_fake_quant(case.layer.weight), case.layer.weight)
+    assert torch.equal(case.layer.weight, case.layer.weight_fake_quant(case.float_net[0].weight))
+    assert not torch.equal(case.layer.bias, case.float_net[0].bias)
+
+
+def test_a_smaller_rate_is_tried_where_tuning_makes_it_worse():
+    case, steps = Case(*LAYERS["linear"]), []
+    result = case.tune(weight_lr=6.0, bias_lr=0.0, scale_lr=0.0, correct_means=False, on_step=steps.append)
+    assert result.accepted
+    assert len(result.curve) == 120
+    assert steps == list(range(1, 61))
 
 
 def test_a_seed_gives_the_same_and_another_seed_another_result():

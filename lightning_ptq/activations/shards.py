@@ -92,6 +92,17 @@ class ShardSamples:
         group, all_rows = self._queue.pop()
         return [(group, rows, share) for rows, share in self.data.chunks(all_rows)]
 
+    def some(self, count: int) -> list[tuple[Group, Tensor | slice]]:
+        """Return about ``count`` of the samples to tune on, the same ones each time."""
+        found: list[tuple[Group, Tensor | slice]] = []
+        for group, all_rows in self.data.batches(self._tuned, min(count, 64)):
+            for rows, _ in self.data.chunks(all_rows):
+                found.append((group, rows))
+                count -= rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+                if count <= 0:
+                    return found
+        return found
+
     def targets(self) -> Iterator[Iterator[Tensor]]:
         """Yield, for each output of the float unit, its values on all calls, on the unit's device."""
         for column in zip(*(group.targets or [] for group in self.data.groups), strict=True):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lightning_ptq.arguments import number, one_of, texts, whole
+from lightning_ptq.arguments import flag, number, one_of, texts, whole
 from lightning_ptq.errors import QConfigError
 from lightning_ptq.numerics.qconfig import LayerQConfig
 from lightning_ptq.tuning.losses import LOSSES
@@ -46,6 +46,7 @@ class ReconstructionConfig:
             most this many share a step.
         tolerance: A unit whose initial held-out error is below this is not tuned; None for 2e-3 where all bit widths
             are 8, where there is mostly nothing to gain, and 0 below.
+        correct_means: Whether biases take up, before the first step, what rounding takes from the mean outputs.
         loss: Name of a :class:`~lightning_ptq.tuning.losses.ReconstructionLoss`.
 
     Raises:
@@ -64,6 +65,7 @@ class ReconstructionConfig:
     held_out: float = 0.0625
     parts: int = 2
     tolerance: float | None = None
+    correct_means: bool = True
     loss: str = "squared_error"
 
     def __post_init__(self) -> None:
@@ -74,7 +76,7 @@ class ReconstructionConfig:
             raise QConfigError(f"learn holds {unknown}, which cannot be learned. Choose from {list(LEARNABLE)}.")
         one_of("rounding", self.rounding, ("continuous", "adaround"))
         one_of("loss", self.loss, sorted(LOSSES))
-        values: dict[str, Any] = {"learn": learn}
+        values: dict[str, Any] = {"learn": learn, "correct_means": flag("correct_means", self.correct_means)}
         for name in ("steps", "batch_size", "parts"):
             if (name, getattr(self, name)) != ("steps", None):
                 values[name] = whole(name, getattr(self, name))

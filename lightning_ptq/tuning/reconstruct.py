@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +23,7 @@ from lightning_ptq.activations.unit_data import UnitData
 from lightning_ptq.errors import UnitError
 from lightning_ptq.network.units import Unit, set_unit_states, unit_qconfigs, unit_states
 from lightning_ptq.runtime.gradient import Gradient
+from lightning_ptq.runtime.journal import LayerStates
 from lightning_ptq.runtime.memory import trim_heap
 from lightning_ptq.runtime.optimization import minimize
 from lightning_ptq.runtime.patching import frozen
@@ -30,9 +31,13 @@ from lightning_ptq.runtime.ranks import Ranks
 from lightning_ptq.runtime.structure import float_tensors_in
 from lightning_ptq.tuning.config import ReconstructionConfig
 from lightning_ptq.tuning.losses import LOSSES, ReconstructionLoss
+from lightning_ptq.tuning.means import correct_means
 from lightning_ptq.tuning.tuners import Tuner, make_tuner, share_scales
 
 T = TypeVar("T")
+
+_RATES = (1.0, 0.2)
+"""Factors of the rates, in turn until the tuned state is better than the state that tuning starts from."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ def reconstruct_unit(
     Raises:
         UnitError: If no sample reaches the unit, or its forward or backward pass fails; it is left as it was.
     """
-    start, ranks = time.perf_counter(), ranks or Ranks()
+    began, ranks = time.perf_counter(), ranks or Ranks()
     seeds = {shard.index: seed * config.parts + shard.index for shard, _ in data}
     samples = [ShardSamples(shard, of_shard, config.held_out, seeds[shard.index]) for shard, of_shard in data]
     if all(_over_shards(ranks, {own.shard.index: own.empty for own in samples})):
@@ -106,26 +111,84 @@ def reconstruct_unit(
     before, widths = _held_out_error(unit, samples, config, ranks), unit_qconfigs(unit)
     bits = "/".join(sorted(set(map(str, widths))))
     if before < config.tolerance_for(widths):
-        return UnitResult(unit.name, bits, before, before, False, 0, time.perf_counter() - start)
+        return UnitResult(unit.name, bits, before, before, False, 0, time.perf_counter() - began)
     saved = unit_states(unit)
+    best, curve = (before, saved), []
     try:
         restart()
-        by_name = {name: make_tuner(unit, name, layer, config) for name, layer in unit.layers.items()}
-        share_scales(by_name)
-        tuners = list(by_name.values())
-        with tuning_state(unit, config):
-            curve = _optimize(unit, tuners, samples, steps, config, ranks, on_step)
-        for tuner in tuners:
-            tuner.write()
-        # All ranks took the same steps; the broadcast ensures that they end with the same bytes.
-        ranks.broadcast(tensor for layer in unit.layers.values() for tensor in layer.tensors().values())
-        after = _held_out_error(unit, samples, config, ranks)
-    except UnitError:
+        if config.correct_means and "bias" in config.learn:
+            best = min(best, _corrected(unit, samples, config, ranks), key=_error)
+        start = unit_states(unit)
+        for rate in _RATES:
+            set_unit_states(unit, start)
+            curve += _tune(unit, samples, _slower(config, rate), steps, ranks, on_step)
+            on_step = _silent  # the progress counts one attempt
+            after = _held_out_error(unit, samples, config, ranks)
+            if after < best[0]:
+                best = after, unit_states(unit)
+                break
+    except BaseException:  # an interrupt too: the unit must not stay half changed
         set_unit_states(unit, saved)
         raise
-    if not (accepted := after < before):
-        set_unit_states(unit, saved)
-    return UnitResult(unit.name, bits, before, after, accepted, steps, time.perf_counter() - start, tuple(curve))
+    error, states = best
+    set_unit_states(unit, states)
+    accepted, seconds = error < before, time.perf_counter() - began
+    return UnitResult(unit.name, bits, before, error if accepted else after, accepted, steps, seconds, tuple(curve))
+
+
+def _tune(
+    unit: Unit,
+    samples: list[ShardSamples],
+    config: ReconstructionConfig,
+    steps: int,
+    ranks: Ranks,
+    on_step: Callable[[int], None],
+) -> list[tuple[int, float]]:
+    """Run the optimization steps, and write what they found into the unit; return the curve of the loss."""
+    by_name = {name: make_tuner(unit, name, layer, config) for name, layer in unit.layers.items()}
+    share_scales(by_name)
+    tuners = list(by_name.values())
+    with tuning_state(unit, config):
+        curve = _optimize(unit, tuners, samples, steps, config, ranks, on_step)
+    for tuner in tuners:
+        tuner.write()
+    # All ranks took the same steps; the broadcast ensures that they end with the same bytes.
+    ranks.broadcast(tensor for layer in unit.layers.values() for tensor in layer.tensors().values())
+    return curve
+
+
+def _slower(config: ReconstructionConfig, factor: float) -> ReconstructionConfig:
+    """Return a config whose rates are multiplied by a factor."""
+    rates: dict[str, Any] = {
+        name: factor * getattr(config, name) for name in ("weight_lr", "bias_lr", "scale_lr", "zero_point_lr")
+    }
+    return replace(config, **rates)
+
+
+def _silent(step: int) -> None:
+    pass
+
+
+def _error(candidate: tuple[float, Any]) -> float:
+    return candidate[0]
+
+
+def _corrected(
+    unit: Unit, samples: list[ShardSamples], config: ReconstructionConfig, ranks: Ranks
+) -> tuple[float, LayerStates]:
+    """Correct the means of the layers, unless that raises the held-out error; return the error and the states."""
+    error, states = _held_out_error(unit, samples, config, ranks), unit_states(unit)
+    with unit_errors():
+        correct_means(unit, samples, lambda own: _over_shards(ranks, own))
+    if (corrected := _held_out_error(unit, samples, config, ranks)) < error:
+        shifted = unit_states(unit)
+        for name, layer in unit.layers.items():  # a state that may be kept has its weights on their grids
+            make_tuner(unit, name, layer, config).write()
+        rounded = unit_states(unit)
+        set_unit_states(unit, shifted)
+        return corrected, rounded
+    set_unit_states(unit, states)
+    return error, states
 
 
 def _over_shards(ranks: Ranks, values: dict[int, T]) -> list[T]:
