@@ -17,7 +17,7 @@ from lightning_ptq.calibration.forward import Forward, fresh_batch, run_forward
 from lightning_ptq.calibration.padding import Mask, real_positions
 from lightning_ptq.network.op import QuantizedOp
 from lightning_ptq.network.prepare import Prepared
-from lightning_ptq.network.trace import Trace, merge_traces
+from lightning_ptq.network.trace import RESULT, Trace, merge_traces
 from lightning_ptq.numerics.fake_quantize import FakeQuantize
 from lightning_ptq.numerics.observers import MinMaxObserver
 from lightning_ptq.numerics.qconfig import LayerQConfig
@@ -118,12 +118,36 @@ class Calibration:
         with self.isolation.forward(self.module, seed=index):
             return run_forward(self.module, self.forward, fresh_batch(batch, self.device), gradients)
 
-    @cached_property
+    @property
     def edges(self) -> tuple[str, ...]:
-        """The first and the last layer with weights that it multiplies by, in execution order."""
+        """The first and the last layers, in execution order."""
+        return tuple(name for name in self._multiplying if name in self.first_layers | self.last_layers)
+
+    @cached_property
+    def first_layers(self) -> frozenset[str]:
+        """The layer with weights that runs first, and those that read the same tensor as it does."""
+        order = self._multiplying
+        groups = ({name for name, _ in group} for group in self.trace.same_tensor)
+        return frozenset(order[:1]).union(*(group.intersection(order) for group in groups if group & set(order[:1])))
+
+    @cached_property
+    def last_layers(self) -> frozenset[str]:
+        """The layers with weights whose outputs reach the result, and no other such layer."""
+        last: set[str] = set()
+        for trace in {id(one): one for one in self.traces}.values():
+            needed = trace.flow(self._multiplying).needed
+            used, waiting = {RESULT}, [RESULT]  # what the result depends on
+            while waiting:
+                waiting += (new := needed[waiting.pop()] - used)
+                used |= new
+            last |= needed[RESULT].difference(*(needed[name] for name in used - {RESULT}))
+        return frozenset(last or self._multiplying[-1:])
+
+    @cached_property
+    def _multiplying(self) -> list[str]:
+        """The operations with weights that they multiply by, in execution order."""
         ops = self.prepared.layers
-        order = [name for name in self.trace.layer_order if ops[name].weight_names and not ops[name].is_lookup]
-        return (order[0], order[-1]) if order else ()
+        return [name for name in self.trace.layer_order if ops[name].weight_names and not ops[name].is_lookup]
 
     @cached_property
     def shared_inputs(self) -> dict[tuple[str, str], frozenset[tuple[str, str]]]:

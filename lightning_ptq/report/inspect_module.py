@@ -215,7 +215,7 @@ def _layers(calibration: Calibration, layers: dict[str, FloatLayer], macs: dict[
     def facts(name: str) -> LayerFacts:
         quantized = calibration.layers.get(name)
         layer = layers.get(name) or added_layer(prepared.layers[name])
-        place = dict(zip(calibration.edges, ("first", "last"), strict=False)).get(name, "")
+        place = "last" if name in calibration.last_layers else "first" if name in calibration.first_layers else ""
         return LayerFacts(
             name,
             layer.kind,
