@@ -27,7 +27,7 @@ from lightning_ptq.calibration.repeats import Repeats
 from lightning_ptq.errors import CalibrationError, FewSamplesWarning, FunctionalOpWarning, warn
 from lightning_ptq.network.batch_norm import fold_batch_norms, folded_ahead
 from lightning_ptq.network.callers import discover, known_sites
-from lightning_ptq.network.equalize import equalize, find_pairs, is_depthwise
+from lightning_ptq.network.equalize import equalize, find_pairs, has_input_channels, is_depthwise
 from lightning_ptq.network.op import QuantizedOp
 from lightning_ptq.network.prepare import Prepared
 from lightning_ptq.network.trace import Trace, trace
@@ -196,8 +196,9 @@ class Calibrator:
                 continue
             if not self._traces:
                 self._shapes.add(tuple(x.shape))
-            if is_depthwise(layer):
-                peaks = x.detach().movedim(layer.channel_dim(x), 0).flatten(1).abs().amax(1).float()
+            if self.prepared.qconfig.equalization and has_input_channels(layer) and x.numel():
+                dims = [dim for dim in range(x.dim()) if dim != layer.channel_dim(x) % x.dim()]
+                peaks = torch.maximum(x.amax(dims), -x.amin(dims)).detach().float()
                 self._peaks[name] = torch.maximum(self._peaks.get(name, peaks), peaks)
             if (name, which) not in self._observers:
                 self._observers[name, which] = self._observer(name).to(x.device)
@@ -257,15 +258,25 @@ class Calibrator:
         return [name for layers in ahead for name in layers if self.prepared.qconfig.for_layer(name) is not None]
 
     def _equalize(self, calibration: Calibration, batches: list[int]) -> list[str]:
-        """Equalize the channels before depthwise convolutions; return these."""
-        module, qconfig = self.prepared.module, self.prepared.qconfig
-        configs = {name: qconfig.for_layer(name) for name, _ in self._observers}
-        quantized = {name for name, pair in configs.items() if pair is not None and pair.activation is not None}
-        if not qconfig.equalization:
+        """Equalize channels between layers; return the layers whose inputs that changes."""
+        module = self.prepared.module
+        if not self.prepared.qconfig.equalization:
             return []
-        pairs = find_pairs(dict(module.named_modules()), calibration.traces, calibration.folded, quantized)
+        modules = dict(module.named_modules())
+        powers = {name: self._power(modules[name], calibration.qconfig_at(name)) for name in self._peaks}
+        pairs = find_pairs(modules, calibration.traces, calibration.folded, powers)
         equal = equalize(module, pairs, self._peaks, lambda: [calibration.run(index) for index in batches])
         return [pair.after for pair in equal]
+
+    @staticmethod
+    def _power(layer: Any, pair: LayerQConfig) -> float:
+        """Return how far channels are equalized: where it costs the weights nothing, or as they are the finer grid."""
+        if pair.activation is None:
+            return 0.0
+        if is_depthwise(layer):
+            return 1.0
+        spare = pair.weight.bits - pair.activation.bits
+        return 0.5 if spare >= 0 and pair.activation.bits < 8 else 0.0
 
     def _observe_again(self, names: list[str], calibration: Calibration) -> None:
         """Observe the inputs of layers that other weights before them have changed."""

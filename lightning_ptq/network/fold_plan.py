@@ -81,15 +81,15 @@ def _fold_ahead(norm: Any, layer: Any, channels: Tensor) -> None:
     """Scale the input channels of a layer after the norm, and add the shift to its bias."""
     weight = layer.weight.double()
     gain, shift = (values.double()[channels.to(values.device)] for values in norm.gain_and_shift())
-    parameters = {"weight": (weight * _along_inputs(layer, gain)).to(layer.weight.dtype)}
+    parameters = {"weight": (weight * along_inputs(layer, gain)).to(layer.weight.dtype)}
     if bool((shift != 0).any()):
-        added = (weight * _along_inputs(layer, shift)).flatten(1).sum(1)
+        added = (weight * along_inputs(layer, shift)).flatten(1).sum(1)
         bias = layer._parameters.get("bias")
         parameters["bias"] = (added if bias is None else bias.double() + added).to(layer.weight.dtype)
     layer.set_parameters(parameters)
 
 
-def _along_inputs(layer: Any, values: Tensor) -> Tensor:
+def along_inputs(layer: Any, values: Tensor) -> Tensor:
     """Return values of the input channels in a shape that broadcasts against the weight."""
     ones = [1] * (layer.weight.dim() - 2)
     if isinstance(layer, _ConvTransposeNd):
