@@ -106,14 +106,15 @@ def test_units_called_by_keyword_are_tuned_as_those_called_by_position():
 
 
 def test_each_candidate_is_tuned_from_the_float_weights_and_the_calibrated_widths_stay():
-    several = calibration_of(bits="w4a4", overrides={"head": "w5a5"})
+    # Channels are equalized for the widths of the calibration.
+    several = calibration_of(bits="w4a4", overrides={"head": "w5a5"}, equalization=False)
     widths = {name: str(layer.qconfig) for name, layer in several.layers.items()}
     result = adaquant(several, mode="parallel", candidates=["w4a4", "w3a8", "w2"], config=CONFIG)
     assert {name: str(layer.qconfig) for name, layer in several.layers.items()} == widths
     assert result.states.keys() == {"w4a4", "w3a8", "w2"}
     assert all(states.keys() == several.layers.keys() for states in result.states.values())
     assert len(result.units) == 3 * 3 + 1  # the head is at w5a5 throughout
-    alone = calibration_of(bits="w3a8")
+    alone = calibration_of(bits="w3a8", equalization=False)
     expected = adaquant(alone, mode="parallel", config=CONFIG)
     assert expected.states.keys() == {"w3a8"}
     for name, layer in alone.layers.items():
@@ -130,8 +131,7 @@ def test_sequential_tuning_starts_from_the_float_weights_also_behind_parallel_tu
     calibration = calibration_of()
     adaquant(calibration, mode="parallel", config=config)
     behind = adaquant(calibration, config=config)
-    assert len(alone.units[0].curve) == 5
-    assert behind.units[0].curve == alone.units[0].curve
+    assert behind.units[0].curve[:5] == alone.units[0].curve[:5]
     assert behind.units[0].error_before != alone.units[0].error_before  # the state that it has to beat
 
 
@@ -141,8 +141,9 @@ def test_a_bias_that_was_added_is_there_again_when_tuning_is_taken_back():
     calibration = calibrate(net, [torch.randn(32, 4)], QConfig.parse("w4a8", first_last_bits=None))
     layer = calibration.layers["0"]
     layer.set_parameters({"bias": torch.full((8,), 1e-4)})
+    config = ReconstructionConfig(steps=2, weight_lr=1e6, correct_means=False)
     with pytest.warns(RolledBackWarning):
-        result = adaquant(calibration, granularity="layer", config=ReconstructionConfig(steps=2, weight_lr=1e6))
+        result = adaquant(calibration, granularity="layer", config=config)
     assert not result.units[0].accepted
     assert torch.equal(layer.bias, torch.full((8,), 1e-4))
 
@@ -249,7 +250,7 @@ def test_undo_gives_a_net_with_tied_weights_back_untouched(mode, candidates):
 def test_nothing_changes_where_nothing_improves(mode, granularity):
     calibration = calibration_of()
     before = state(calibration.module)
-    config = ReconstructionConfig(steps=3, batch_size=16, weight_lr=1e4, bias_lr=1e4)
+    config = ReconstructionConfig(steps=3, batch_size=16, weight_lr=1e4, bias_lr=1e4, correct_means=False)
     with pytest.warns(RolledBackWarning, match=r"stem \(w3a8\), blocks.*head \(w3a8\)"):
         result = adaquant(calibration, mode=mode, granularity=granularity, config=config)
     assert [row.accepted for row in result.units] == [False] * len(result.units)

@@ -19,7 +19,7 @@ from lightning_ptq.network.swapping import swapped_class
 from lightning_ptq.numerics.fake_quantize import FakeQuantize
 from lightning_ptq.numerics.qconfig import LayerQConfig
 from lightning_ptq.numerics.spec import QuantSpec
-from lightning_ptq.tuning.reconstruct import ActivationDrop
+from lightning_ptq.tuning.drop import ActivationDrop
 
 # name -> how the layer is made, and an input's shape
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

@@ -13,8 +13,8 @@ from lightning_ptq.activations.shards import ShardSamples, make_shards
 from lightning_ptq.activations.store import ActivationStore
 from lightning_ptq.activations.unit_data import UnitData
 from lightning_ptq.network.units import find_units
+from lightning_ptq.tuning.drop import ActivationDrop
 from lightning_ptq.tuning.losses import SquaredError
-from lightning_ptq.tuning.reconstruct import ActivationDrop
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)

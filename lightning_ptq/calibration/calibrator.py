@@ -14,6 +14,7 @@ from lightning_ptq.arguments import whole
 from lightning_ptq.calibration.batch import Batch
 from lightning_ptq.calibration.batches import Batches, merge_batches, own_share
 from lightning_ptq.calibration.calibration import Calibration, Observers, merge_observers
+from lightning_ptq.calibration.channel_peaks import ChannelPeaks
 from lightning_ptq.calibration.checks import (
     check_module,
     explained,
@@ -27,7 +28,6 @@ from lightning_ptq.calibration.repeats import Repeats
 from lightning_ptq.errors import CalibrationError, FewSamplesWarning, FunctionalOpWarning, warn
 from lightning_ptq.network.batch_norm import fold_batch_norms, folded_ahead
 from lightning_ptq.network.callers import discover, known_sites
-from lightning_ptq.network.equalize import equalize, find_pairs, has_input_channels, is_depthwise
 from lightning_ptq.network.op import QuantizedOp
 from lightning_ptq.network.prepare import Prepared
 from lightning_ptq.network.trace import Trace, trace
@@ -77,7 +77,7 @@ class Calibrator:
         self.device = next((p.device for p in prepared.module.parameters()), torch.device("cpu"))
         self._first_size = self._seen = 0
         self._observers: Observers = {}
-        self._peaks: dict[str, Tensor] = {}  # of each channel, for convolutions that read each channel alone
+        self._peaks = ChannelPeaks()
         self._traces: list[Trace] = []
         gpus = {p.device.index for p in prepared.module.parameters() if p.device.type == "cuda"}
         self.isolation = Isolation((FakeQuantize,), sorted(gpus))
@@ -196,10 +196,8 @@ class Calibrator:
                 continue
             if not self._traces:
                 self._shapes.add(tuple(x.shape))
-            if self.prepared.qconfig.equalization and has_input_channels(layer) and x.numel():
-                dims = [dim for dim in range(x.dim()) if dim != layer.channel_dim(x) % x.dim()]
-                peaks = torch.maximum(x.amax(dims), -x.amin(dims)).detach().float()
-                self._peaks[name] = torch.maximum(self._peaks.get(name, peaks), peaks)
+            if self.prepared.qconfig.equalization:
+                self._peaks.update(name, layer, x)
             if (name, which) not in self._observers:
                 self._observers[name, which] = self._observer(name).to(x.device)
             try:
@@ -226,22 +224,12 @@ class Calibrator:
             )
         module = self.prepared.module
         calibration = Calibration(
-            self.prepared,
-            self.forward,
-            self.batches,
-            self.device,
-            self._traces,
-            {},
-            {},
-            self._observers,
-            self.samples,
-            self.ranks,
-            self.isolation,
-            self.mask,
-        )
+            self.prepared, self.forward, self.batches, self.device, self._traces, {}, {}, self._observers, self.samples,
+            self.ranks, self.isolation, self.mask,
+        )  # fmt: skip
         watched, courses = calibration.trace, calibration.one_batch_per_course()
         calibration.folded = fold_batch_norms(module, self._traces, lambda: [calibration.run(i) for i in courses])
-        changed = [*self._folded_ahead(calibration), *self._equalize(calibration, list(courses))]
+        changed = [*self._folded_ahead(calibration), *self._peaks.equalize(calibration)]
         self._observe_again(changed, calibration)
         calibration.layers = layers = self._quantized_layers(watched)
         warn_of_float_parts(self.prepared, watched)
@@ -256,27 +244,6 @@ class Calibrator:
         """Return the layers that the batch norm before them went into: their inputs are the norm's inputs now."""
         ahead = folded_ahead(self.prepared.module, calibration.folded).values()
         return [name for layers in ahead for name in layers if self.prepared.qconfig.for_layer(name) is not None]
-
-    def _equalize(self, calibration: Calibration, batches: list[int]) -> list[str]:
-        """Equalize channels between layers; return the layers whose inputs that changes."""
-        module = self.prepared.module
-        if not self.prepared.qconfig.equalization:
-            return []
-        modules = dict(module.named_modules())
-        powers = {name: self._power(modules[name], calibration.qconfig_at(name)) for name in self._peaks}
-        pairs = find_pairs(modules, calibration.traces, calibration.folded, powers)
-        equal = equalize(module, pairs, self._peaks, lambda: [calibration.run(index) for index in batches])
-        return [pair.after for pair in equal]
-
-    @staticmethod
-    def _power(layer: Any, pair: LayerQConfig) -> float:
-        """Return how far channels are equalized: where it costs the weights nothing, or as they are the finer grid."""
-        if pair.activation is None:
-            return 0.0
-        if is_depthwise(layer):
-            return 1.0
-        spare = pair.weight.bits - pair.activation.bits
-        return 0.5 if spare >= 0 and pair.activation.bits < 8 else 0.0
 
     def _observe_again(self, names: list[str], calibration: Calibration) -> None:
         """Observe the inputs of layers that other weights before them have changed."""
@@ -295,9 +262,7 @@ class Calibrator:
         here = self.device
         for sites, routes in self.ranks.gather(known_sites(self.prepared.module)):
             self.prepared.add_call_sites(sites, routes)
-        for peaks in self.ranks.gather({name: found.cpu() for name, found in self._peaks.items()}):
-            for name, found in peaks.items():
-                self._peaks[name] = torch.maximum(self._peaks.get(name, found.to(here)), found.to(here))
+        self._peaks.merge(self.ranks, here)
         own = {} if repeated and self.ranks.rank else self._observers
         self._observers = merge_observers(self.ranks, own, lambda key: self._observer(key[0]).to(here))
         self.batches, self._traces = merge_batches(self.ranks, self.batches, self._traces, repeated)

@@ -65,10 +65,11 @@ class Pair:
         factors = self.factors(peaks.to(reader.weight.device, torch.float32))
         scaled = {name: layer.scale_channels(name, weight, factors) for name, weight in layer.weights.items()}
         biases = {name: layer._parameters.get(name) for name in layer.bias_names}
-        scaled.update({name: bias * factors.to(bias.dtype) for name, bias in biases.items() if bias is not None})
-        layer.set_parameters(scaled)
-        back = factors.reciprocal()[self.channels.to(factors.device)].to(reader.weight.dtype)
-        reader.set_parameters({"weight": reader.weight * along_inputs(reader, back)})
+        scaled.update({name: bias * factors for name, bias in biases.items() if bias is not None})
+        layer.set_parameters({name: tensor.to(layer._parameters[name].dtype) for name, tensor in scaled.items()})
+        back = factors.reciprocal()[self.channels.to(factors.device)]
+        weight = reader.weight * along_inputs(reader, back)
+        reader.set_parameters({"weight": weight.to(reader.weight.dtype)})
 
         def undo() -> None:
             for each, parameters in before:
@@ -142,7 +143,7 @@ def find_pairs(
         if len(readers) != 1 or any(output is None or output.scaled_elsewhere for output in outputs):
             continue
         (after,) = readers
-        if powers.get(after) and _fits(modules[before], modules[after]) and _once(traces, before, source, after):
+        if powers.get(after) and _fits(modules[before], modules[after]) and _together(traces, before, source, after):
             channels = [output.scaled.get(after) for output in outputs if output is not None]
             first = channels[0]
             if first is not None and all(each is not None and torch.equal(each, first) for each in channels):
@@ -154,9 +155,9 @@ def _back(norm: Any) -> bool:
     return not norm.is_folded_ahead
 
 
-def _once(traces: Sequence[Trace], *names: str) -> bool:
-    """Return True if the modules run at most once in each forward, and all or none of them."""
-    return all({trace.calls.get(name, 0) for name in names} in ({0}, {1}) for trace in traces)
+def _together(traces: Sequence[Trace], *names: str) -> bool:
+    """Return True if the modules run equally often in each forward."""
+    return all(len({trace.calls.get(name, 0) for name in names}) == 1 for trace in traces)
 
 
 def _fits(layer: Any, reader: Any) -> bool:

@@ -107,6 +107,9 @@ class LayerQConfig:
         return f"w{self.weight.bits}{group}" + (f"a{self.activation.bits}" if self.activation else "")
 
 
+_SWITCHES = ("shared_scales", "integer_biases", "equalization")
+
+
 @dataclass(frozen=True)
 class QConfig:
     """What is quantized in a model, and how.
@@ -116,17 +119,13 @@ class QConfig:
         overrides: Pairs of a layer-name pattern (as in :mod:`fnmatch`; ``*`` crosses dots) and the specs of the layers
             that it matches. The last match wins.
         exclude: Patterns of layers that stay float.
-        first_last_bits: Least bit width, for weights and activations, of the first and the last layer in execution
-            order; None to treat them like all others. An override that names such a layer wins.
-        operations: ``"layers"``: layers that multiply by weights. ``"products"``: also embeddings, and products of two
-            tensors that a forward computes by functions, such as those of attention. ``"all"``: also sums and products
-            of elements, and concatenations.
-        shared_scales: True if inputs of several operations that are the same tensor keep the same scale when scales are
-            learned, so that the tensor is quantized once, as integer kernels demand.
-        integer_biases: True if biases are multiples of the scale of input times the scale of weight, as kernels demand
-            that add them to the accumulated integers.
-        equalization: True to equalize the channels before depthwise convolutions, so that each fills the activation's
-            grid; the float network stays what it is.
+        first_last_bits: Least bit width, for weights and activations, of the first and last layers; None to treat them
+            like all others. An override that names such a layer wins.
+        operations: ``"layers"``: layers that multiply by weights. ``"products"``: also embeddings, and products that a
+            forward computes by functions, as in attention. ``"all"``: also sums, products of elements, concatenations.
+        shared_scales: True if inputs that are the same tensor keep one scale when scales are learned, as kernels need.
+        integer_biases: True if biases are multiples of the scale of input times that of weight, as integer kernels add.
+        equalization: True to scale channels between layers so that each fills more of the activation's grid.
 
     Example:
         >>> config = QConfig.parse("w4a4", overrides={"head.*": "w8a8"}, exclude=["*.gate"])
@@ -162,7 +161,7 @@ class QConfig:
         if self.first_last_bits is not None:
             object.__setattr__(self, "first_last_bits", whole("first_last_bits", self.first_last_bits, 2, 8))
         one_of("operations", self.operations, ("layers", "products", "all"))
-        for name in ("shared_scales", "integer_biases", "equalization"):
+        for name in _SWITCHES:
             object.__setattr__(self, name, flag(name, getattr(self, name)))
 
     @classmethod
@@ -244,9 +243,7 @@ class QConfig:
             "exclude": list(self.exclude),
             "first_last_bits": self.first_last_bits,
             "operations": self.operations,
-            "shared_scales": self.shared_scales,
-            "integer_biases": self.integer_biases,
-            "equalization": self.equalization,
+            **{name: getattr(self, name) for name in _SWITCHES},
         }
 
     @classmethod
@@ -262,8 +259,7 @@ class QConfig:
                 raise KeyError(f"unknown: {sorted(unknown)}")
             overrides = tuple((pattern, LayerQConfig.from_dict(pair)) for pattern, pair in data.get("overrides", ()))
             default, exclude = LayerQConfig.from_dict(data["default"]), tuple(texts("exclude", data.get("exclude", ())))
-            switches = ("shared_scales", "integer_biases", "equalization")
-            kernels = {name: data.get(name, getattr(cls, name)) for name in switches}
+            kernels = {name: data.get(name, getattr(cls, name)) for name in _SWITCHES}
             operations = data.get("operations", "layers")
             return cls(default, overrides, exclude, data.get("first_last_bits", 8), operations, **kernels)
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -76,7 +76,7 @@ def adaquant(
         >>> from lightning_ptq import calibrate
         >>> net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
         >>> [unit.name for unit in adaquant(calibrate(net, [randn(64, 16)], "w8a8")).units]
-        ['0', '2']
+        ['0-2']
     """
     check_calibration(calibration, batches=True)
     seed = check_arguments(mode, granularity, candidates, memory_limit, seed, blocks, config)

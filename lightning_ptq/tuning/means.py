@@ -55,19 +55,19 @@ def _shifts(unit: Unit, layers: dict[str, QuantizedOp], samples: ShardSamples) -
     """Return the shifts of the layers on some samples of a shard."""
     shifts: Shifts = {}
     for group, rows in samples.some(_SAMPLES):
-        means: dict[str, list[Tensor]] = {}
+        wanted: dict[str, list[Tensor]] = {}
 
-        def record(name: str, layer: Any, args: Any, kwargs: Any, output: Any, means: Any = means) -> None:
-            means.setdefault(name, []).append(_mean(layer, output))
+        def record(name: str, layer: Any, args: Any, kwargs: Any, output: Any, wanted: Any = wanted) -> None:
+            wanted.setdefault(name, []).append(layer.output_tensor(output).detach())
 
-        def shift(name: str, layer: Any, args: Any, kwargs: Any, output: Any, means: Any = means) -> Any:
-            wanted = means[name].pop(0) if means.get(name) else None
-            found = _mean(layer, output)
-            if wanted is None or wanted.shape != found.shape or not isinstance(output, Tensor):
+        def shift(name: str, layer: Any, args: Any, kwargs: Any, output: Any, wanted: Any = wanted) -> Any:
+            expected = wanted[name].pop(0) if wanted.get(name) else None
+            if expected is None or not isinstance(output, Tensor) or expected.shape != output.shape:
                 return None
-            shifts.setdefault(name, []).append(wanted - found)
-            shape = [-1 if dim == layer.channel_dim(output) else 1 for dim in range(output.dim())]
-            return output + (wanted - found).view(shape).to(output)
+            dim = layer.channel_dim(output)
+            found = _shift(expected.float() - output.float(), dim)
+            shifts.setdefault(name, []).append(found)
+            return output + found.view([-1 if each == dim else 1 for each in range(output.dim())]).to(output)
 
         for mode, hook in (("float", record), ("quantized", shift)):
             with hooked(dict(layers), after=hook):
@@ -75,7 +75,12 @@ def _shifts(unit: Unit, layers: dict[str, QuantizedOp], samples: ShardSamples) -
     return shifts
 
 
-def _mean(layer: QuantizedOp, output: Any) -> Tensor:
-    """Return the mean output of each channel, (channels,)."""
-    tensor = layer.output_tensor(output)
-    return tensor.float().movedim(layer.channel_dim(tensor), 0).flatten(1).mean(1)
+def _shift(difference: Tensor, dim: int) -> Tensor:
+    """Return the mean difference of each channel, (channels,), less what the number of values leaves uncertain.
+
+    The positive part of James and Stein's estimate: a mean that is no greater than its standard error is 0.
+    """
+    values = difference.movedim(dim, 0).flatten(1)
+    mean, count = values.mean(1), max(values.shape[1], 1)
+    uncertain = values.square().mean(1).sub(mean.square()).clamp(min=0) / count
+    return mean * (1 - uncertain / mean.square().clamp(min=1e-30)).clamp(min=0)

@@ -30,6 +30,7 @@ from lightning_ptq.runtime.patching import frozen
 from lightning_ptq.runtime.ranks import Ranks
 from lightning_ptq.runtime.structure import float_tensors_in
 from lightning_ptq.tuning.config import ReconstructionConfig
+from lightning_ptq.tuning.drop import ActivationDrop
 from lightning_ptq.tuning.losses import LOSSES, ReconstructionLoss
 from lightning_ptq.tuning.means import correct_means
 from lightning_ptq.tuning.tuners import Tuner, make_tuner, share_scales
@@ -130,9 +131,8 @@ def reconstruct_unit(
     except BaseException:  # an interrupt too: the unit must not stay half changed
         set_unit_states(unit, saved)
         raise
-    error, states = best
-    set_unit_states(unit, states)
-    accepted, seconds = error < before, time.perf_counter() - began
+    set_unit_states(unit, best[1])
+    error, accepted, seconds = best[0], best[0] < before, time.perf_counter() - began
     return UnitResult(unit.name, bits, before, error if accepted else after, accepted, steps, seconds, tuple(curve))
 
 
@@ -279,29 +279,3 @@ def tuning_state(unit: Unit, config: ReconstructionConfig) -> Iterator[None]:
             quantizer.drop = None
         for quantizer in weights:
             quantizer.enabled = True
-
-
-class ActivationDrop:
-    """Activations that keep their float value in a step of tuning, drawn at random (QDrop, Wei et al., 2022).
-
-    Args:
-        generator: Source of the random numbers.
-
-    Attributes:
-        probability: Probability that a value is dropped.
-    """
-
-    def __init__(self, generator: torch.Generator) -> None:
-        self.generator = generator
-        self.probability = 0.0
-
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return ``y`` with some of its values replaced by those of ``x``."""
-        if not self.probability:
-            return y
-        # Random bytes cost an eighth of random floats, and every tuning step draws them.
-        words = torch.randint(
-            -(2**63), 2**63 - 1, (x.numel() // 8 + 1,), generator=self.generator, dtype=torch.int64, device=x.device
-        )
-        dropped = words.view(torch.uint8)[: x.numel()].view(x.shape) < round(self.probability * 256)
-        return torch.lerp(y, x, dropped.to(x.dtype))  # several times faster than torch.where, backwards too

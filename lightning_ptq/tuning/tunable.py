@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from lightning_ptq.activations.calls import Call, same_leaves, unit_errors
 from lightning_ptq.activations.groups import rows_of
@@ -160,5 +161,11 @@ def _try_unit(unit: Unit, data: UnitData, output: Call, config: ReconstructionCo
             error = unit_loss(unit, tuners, loss, data, group, rows)
             if variables and not error.requires_grad:
                 raise UnitError("its output carries no gradient")
-            if variables and not any(g is not None for g in torch.autograd.grad(error, variables, allow_unused=True)):
+            found = torch.autograd.grad(error, variables, allow_unused=True) if variables else ()
+            reached = {id(variable) for variable, grad in zip(variables, found, strict=True) if grad is not None}
+            if variables and not reached:
                 raise UnitError("its output does not depend on its weights")
+            # In a chain, the output depends on every layer; those before a break are tuned better alone.
+            own = [[id(variable) for variable, _ in tuner.variables.values()] for tuner in tuners]
+            if isinstance(unit.module, nn.Sequential) and any(ids and reached.isdisjoint(ids) for ids in own):
+                raise UnitError("its output carries no gradient to some of its layers")

@@ -73,7 +73,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_path,
     kills = 0
     while True:
         processes = Processes(world, quantized, tmp_path, world)
-        before, more, deadline = len(pieces(tmp_path)), draw.randint(1, 9), time.monotonic() + 60
+        before, more, deadline = len(pieces(tmp_path)), draw.randint(1, 5), time.monotonic() + 60
         while any(p.is_alive() for p in processes.processes) and len(pieces(tmp_path)) < before + more:
             assert time.monotonic() < deadline
             time.sleep(0.002)
