@@ -86,3 +86,10 @@ def recipe(session: nox.Session) -> None:
     """Run a recipe: nox -s recipe -- recipes/cifar10.py --data FILE.npz --weights FILE.th --qconfig w4a4"""
     session.install(".[recipes]")
     session.run("python", *session.posargs)
+
+
+@nox.session
+def benchmarks(session: nox.Session) -> None:
+    """Measure the defaults on a panel of networks: nox -s benchmarks [-- --data DIR --json FILE]"""
+    session.install(".[recipes,benchmarks]")
+    session.run("python", "recipes/panel.py", *session.posargs)

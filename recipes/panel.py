@@ -24,6 +24,7 @@ import torch
 from jsonargparse import auto_cli
 from measuring import console, peak_rss_mb, quiet, seconds_per_pass, trainer
 from panel_networks import NETWORKS, Case, load
+from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -188,10 +189,10 @@ def main(
                 for seed in seeds:
                     given = (name, setting, data, kept, half, seed, options or {}, capture or {})
                     rows.append(_alone(context, measure, given))
-                    console.print(_line(rows[-1]))
+                    console.print(_line(rows[-1]), soft_wrap=True)
                     if json is not None:  # after each run, so that an interruption loses one only
                         json.write_text(json_.dumps([asdict(row) for row in rows], indent=1))
-    console.print(table_of(rows))
+    Console(width=max(console.width, 150)).print(table_of(rows))  # its columns do not fit into a log's 80
 
 
 def _alone(context: Any, function: Callable[..., Row], given: tuple[Any, ...]) -> Row:
