@@ -170,3 +170,42 @@ def test_a_dead_channel_and_a_shared_layer_stay() -> None:
 
     net = spread(Twice(F.relu, depthwise()))
     assert not changed(net, quantized(net, "w8a4"))
+
+
+class Plus(nn.Conv2d):
+    """A convolution that adds to its input, so that its weight alone does not tell what it computes."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input + 1)
+
+
+def test_a_pair_that_does_not_hold_is_taken_back_alone() -> None:
+    torch.manual_seed(0)
+    good, bad = spread(Net(F.relu, depthwise())), spread(Net(F.relu, Plus(4, 4, 1, groups=4)))
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.good, self.bad = good, bad
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.good(x), self.bad(x)
+
+    net = Two().eval()
+    calibration = quantized(net, "w8a4")
+    weights = {name: layer.reference["weight"] for name, layer in calibration.layers.items()}
+    assert not torch.equal(weights["good.stem"], good.stem.weight)
+    assert torch.equal(weights["bad.stem"], bad.stem.weight)
+    assert torch.equal(weights["bad.after"], bad.after.weight)
+
+
+def test_samples_without_a_batch_dimension() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    with torch.no_grad():
+        net[0].weight *= torch.logspace(-2, 0, 6)[:, None]
+    x = [seeded(i, 4) for i in range(3)]
+    calibration = calibrate(copy.deepcopy(net), x, QConfig.parse("w4a4", first_last_bits=None))
+    assert not torch.equal(calibration.layers["0"].reference["weight"], net[0].weight)
+    with torch.no_grad(), ops_in_mode(calibration.module, "float"):
+        assert torch.allclose(calibration.module(x[0]), net(x[0]), atol=1e-6)

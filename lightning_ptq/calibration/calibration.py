@@ -118,10 +118,11 @@ class Calibration:
         with self.isolation.forward(self.module, seed=index):
             return run_forward(self.module, self.forward, fresh_batch(batch, self.device), gradients)
 
-    @property
+    @cached_property
     def edges(self) -> tuple[str, ...]:
         """The first and the last layers, in execution order."""
-        return tuple(name for name in self._multiplying if name in self.first_layers | self.last_layers)
+        chosen = self.first_layers | self.last_layers
+        return tuple(name for name in self._multiplying if name in chosen)
 
     @cached_property
     def first_layers(self) -> frozenset[str]:

@@ -20,11 +20,12 @@ class ChannelPeaks:
         self.peaks: dict[str, Tensor] = {}
 
     def update(self, name: str, layer: Any, x: Tensor) -> None:
-        """Observe an input of a layer."""
+        """Observe an input of a layer, of any shape with a dimension of channels."""
         if not has_input_channels(layer) or not x.numel():
             return
         dims = [dim for dim in range(x.dim()) if dim != layer.channel_dim(x) % x.dim()]
-        peaks = torch.maximum(x.amax(dims), -x.amin(dims)).detach().float()
+        # Without other dimensions, amax would reduce the channels.
+        peaks = (torch.maximum(x.amax(dims), -x.amin(dims)) if dims else x.abs()).detach().float()
         self.peaks[name] = torch.maximum(self.peaks.get(name, peaks), peaks)
 
     def merge(self, ranks: Ranks, device: torch.device) -> None:

@@ -152,9 +152,13 @@ def _tune(
         curve = _optimize(unit, tuners, samples, steps, config, ranks, on_step)
     for tuner in tuners:
         tuner.write()
-    # All ranks took the same steps; the broadcast ensures that they end with the same bytes.
-    ranks.broadcast(tensor for layer in unit.layers.values() for tensor in layer.tensors().values())
+    _agree(unit, ranks)
     return curve
+
+
+def _agree(unit: Unit, ranks: Ranks) -> None:
+    """Give all ranks the same bytes; they did the same work, but not always on the same hardware."""
+    ranks.broadcast(tensor for layer in unit.layers.values() for tensor in layer.tensors().values())
 
 
 def _slower(config: ReconstructionConfig, factor: float) -> ReconstructionConfig:
@@ -180,6 +184,7 @@ def _corrected(
     error, states = _held_out_error(unit, samples, config, ranks), unit_states(unit)
     with unit_errors():
         correct_means(unit, samples, lambda own: _over_shards(ranks, own))
+    _agree(unit, ranks)
     if (corrected := _held_out_error(unit, samples, config, ranks)) < error:
         shifted = unit_states(unit)
         for name, layer in unit.layers.items():  # a state that may be kept has its weights on their grids
