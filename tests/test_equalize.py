@@ -11,6 +11,8 @@ from helpers import relative_error, seeded
 from torch import Tensor, nn
 
 from lightning_ptq import QConfig, calibrate, load_packed, save_packed
+from lightning_ptq.calibration.channel_peaks import ChannelPeaks
+from lightning_ptq.network.equalize import Pair
 from lightning_ptq.network.op import ops_in_mode
 
 IMAGES = [seeded(i, 8, 4, 6, 6) for i in range(2)]
@@ -78,6 +80,8 @@ def test_channels_before_a_depthwise_convolution(kind: str) -> None:
     net = spread(Net(activation, depthwise()))
     calibration = quantized(net, "w8a4")
     assert changed(net, calibration) is expected
+    (followed,) = {id(trace): trace.outputs["stem"] for trace in calibration.traces}.values()
+    assert (followed.scaled_elsewhere == "") is expected  # known without the comparison of two forwards
     with torch.no_grad():
         wanted = [net(batch) for batch in IMAGES]
         with ops_in_mode(calibration.module, "float"):
@@ -170,6 +174,23 @@ def test_a_dead_channel_and_a_shared_layer_stay() -> None:
 
     net = spread(Twice(F.relu, depthwise()))
     assert not changed(net, quantized(net, "w8a4"))
+
+
+def test_factors_are_powers_of_the_ratio_of_peaks() -> None:
+    peaks = torch.tensor([4.0, 1.0, 0.25, 0.0, 1e-6])
+    assert Pair("a", "b", torch.arange(5)).factors(peaks).tolist() == [1, 4, 16, 1, 64]
+    assert Pair("a", "b", torch.arange(5), 0.5).factors(peaks).tolist() == [1, 2, 4, 1, 64]
+    # Several inputs may hold the same channel.
+    assert Pair("a", "b", torch.tensor([0, 0, 1])).factors(torch.tensor([1.0, 4.0, 2.0])).tolist() == [1, 2]
+
+
+def test_peaks_are_magnitudes_of_channels() -> None:
+    layer, peaks = quantized(spread(Net(F.relu, depthwise())), "w8a4").layers["after"], ChannelPeaks()
+    x = torch.zeros(2, 4, 3, 3)
+    x[0, 0, 1, 1], x[1, 1, 0, 2], x[1, 3, 2, 0] = -3.0, 2.0, 1.0
+    for part in x.split(1):
+        peaks.update("after", layer, part)
+    assert peaks.peaks["after"].tolist() == [3, 2, 0, 1]
 
 
 class Plus(nn.Conv2d):

@@ -99,6 +99,11 @@ def test_slices_run_in_place_of_their_layers_and_the_trace_shows_it() -> None:
         }
         entered = [event.scope for event in sliced.trace.events if event.kind == "enter" and event.name == "features.2"]
         assert entered == [("", "features", "features.0-3", "features.2")]
+        events = [event for event in sliced.trace.events if event.name == "features.0-3"]
+        assert [(event.kind, event.scope) for event in events] == [
+            ("enter", ("", "features", "features.0-3")),
+            ("exit", ("", "features")),
+        ]
     called.clear()
     assert torch.equal(calibration.run(0), expected)
     assert called == ["classifier"]  # which is no slice

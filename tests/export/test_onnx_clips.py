@@ -10,6 +10,7 @@ from helpers import exportable, seeded
 from torch import Tensor, nn
 
 from lightning_ptq import ReconstructionConfig, calibrate, export_onnx
+from lightning_ptq.calibration.calibration import _greatest_scale
 from lightning_ptq.export.parity import compare_export
 from lightning_ptq.export.targets import configured
 from lightning_ptq.network.units import find_units
@@ -73,6 +74,20 @@ def test_engines_that_fuse_bounds_themselves_keep_them(tmp_path: Path) -> None:
     net = exportable(Bounded, IMAGES, "w8a8", "tensorrt")
     export_onnx(net, tmp_path / "net.onnx", IMAGES[0], target="tensorrt")
     assert floats(tmp_path / "net.onnx") == {"Clip": 1, "Relu": 1}
+
+
+def test_a_grid_ends_where_the_values_end_on_either_side() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4), nn.Hardtanh(-6.0, 1.0), nn.Linear(4, 2))
+    with torch.no_grad():
+        net[0].weight *= 20
+    calibration = calibrate(net, [seeded(0, 64, 4)], configured("w8a8", None, first_last_bits=None))
+    ((which, quantizer),) = calibration.layers["2"].input_quantizers.items()
+    observer, expected = calibration.observers["2", which], {200: 6.0 / 200, 250: 1.0 / 5}
+    for zero_point, greatest in expected.items():  # the end that needs the greater scale decides
+        quantizer.zero_point.fill_(zero_point)
+        quantizer.scale.fill_(1e-3)
+        assert _greatest_scale(quantizer, observer) == pytest.approx(greatest, rel=1e-5)
 
 
 @pytest.mark.parametrize(("qconfig", "bounded"), [("w8a8", True), ("w8a4", False)])

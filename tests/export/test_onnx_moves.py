@@ -72,3 +72,25 @@ def test_outputs_that_are_moved_integers_and_floats_that_are_moved(tmp_path: Pat
     assert [output.name for output in model.graph.output] == ["flat", "moved"]
     (transpose,) = (node for node in model.graph.node if node.op_type == "Transpose")
     assert {node.op_type for node in model.graph.node if transpose.input[0] in node.output} == {"Conv"}
+
+
+def test_readers_on_two_grids_keep_what_moves_values_in_float(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(2, 4, 1), nn.Conv2d(2, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.max_pool2d(x.sigmoid(), 2)
+            return self.a(h).sigmoid() - self.b(h).sigmoid()
+
+    batches = [seeded(i, 6, 2, 6, 6) for i in range(2)]
+    net = exportable(Net, batches, "w8a8", operations="layers")
+    net.b.input_fake_quant.scale.mul_(3.0)
+    result = export_onnx(net, tmp_path / "net.onnx", batches[0])
+    assert result.parity is not None
+    assert result.parity.outputs[0].snr > 80
+    model = onnx.load(tmp_path / "net.onnx")
+    (pool,) = (node for node in model.graph.node if node.op_type == "MaxPool")
+    assert [node.op_type for node in model.graph.node if pool.input[0] in node.output] == ["Sigmoid"]
+    assert readers(model, pool.output[0]) == ["QuantizeLinear", "QuantizeLinear"]
