@@ -51,7 +51,11 @@ def below(parent: str, key: str) -> str:
 
 @contextmanager
 def running(slices: Sequence[Slice]) -> Iterator[None]:
-    """Inside the ``with`` block, the chains call these slices in place of their children."""
+    """Inside the ``with`` block, the chains call these slices in place of their children.
+
+    Args:
+        slices: Slices that do not overlap, in the order of their chains.
+    """
     chains: dict[str, list[Slice]] = {}
     for each in slices:
         chains.setdefault(each.parent, []).append(each)
@@ -76,7 +80,12 @@ def _forward(chain: nn.Sequential, slices: Sequence[Slice]) -> Any:
 
 
 def with_slices(trace: Trace, slices: Sequence[Slice]) -> Trace:
-    """Return a trace as if the slices had run in it."""
+    """Return a trace as if the slices had run in it, each as often as its chain.
+
+    Args:
+        trace: Trace of a forward in which the chains called their children.
+        slices: Slices of these chains.
+    """
     if not slices:
         return trace
     first = {below(each.parent, each.keys[0]): each for each in slices}

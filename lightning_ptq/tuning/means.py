@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lightning_ptq.activations.shards import ShardSamples
-from lightning_ptq.network.op import QuantizedOp
+from lightning_ptq.network.op import Mode, QuantizedOp
 from lightning_ptq.network.units import Unit
-from lightning_ptq.runtime.patching import hooked
+from lightning_ptq.runtime.patching import After, hooked
 
 _SAMPLES = 128
 """Samples of a shard that the means are taken over."""
@@ -69,9 +69,10 @@ def _shifts(unit: Unit, layers: dict[str, QuantizedOp], samples: ShardSamples) -
             shifts.setdefault(name, []).append(found)
             return output + found.view([-1 if each == dim else 1 for each in range(output.dim())]).to(output)
 
-        for mode, hook in (("float", record), ("quantized", shift)):
+        runs: tuple[tuple[Mode, After], ...] = (("float", record), ("quantized", shift))
+        for mode, hook in runs:
             with hooked(dict(layers), after=hook):
-                samples.data.run(unit.module, group, rows, mode)  # type: ignore[arg-type]  # a mode
+                samples.data.run(unit.module, group, rows, mode)
     return shifts
 
 
