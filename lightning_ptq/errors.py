@@ -159,6 +159,13 @@ class UntunableUnitWarning(PTQWarning):
     )
 
 
+class MemoryWarning(PTQWarning):
+    """A device that ran out of memory, so that the work goes on with less."""
+
+    remedy = "Nothing is wrong with the result. A smaller batch_size or memory_limit saves the repeated work."
+    may_differ_by_rank = True
+
+
 class SkippedStepWarning(PTQWarning):
     """A step of statistics tuning that was left out, because its effect cannot be measured or differentiated."""
 

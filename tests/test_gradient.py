@@ -46,7 +46,8 @@ def steps_on(rank: Ranks, parts: int) -> list[Tensor]:
         for part in filter(rank.owns, range(parts)):
             for chunk in (0.25, 0.75):
                 gradient.add(part, chunk * loss_of(part, step, variables))
-        found.append(gradient.reduce())
+        gradient.exchange()
+        found.append(gradient.reduce().clone())
         found += [variable.grad.clone() for variable in variables if variable.grad is not None]
     return found
 

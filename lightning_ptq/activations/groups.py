@@ -38,6 +38,48 @@ class Target:
 
 
 @dataclass
+class Picked:
+    """What a step reads of some rows.
+
+    Attributes:
+        spec: Structure of the arguments.
+        leaves: Leaves of (args, kwargs).
+        targets: Outputs of the float unit, 0 at positions of padding.
+        real: For each target, which of its values belong to positions with data; None for all of them.
+    """
+
+    spec: Structure
+    leaves: list[Any]
+    targets: list[Tensor]
+    real: list[Tensor | None]
+
+    def arguments(self) -> tuple[Any, Any]:
+        """Return (args, kwargs)."""
+        args, kwargs = self.spec.build(self.leaves)
+        return args, kwargs
+
+    def without_padding(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return outputs with 0 at positions of padding."""
+        return masked(outputs, self.real)
+
+    def clone(self) -> Picked:
+        """Return a copy whose tensors have places of their own."""
+
+        def copied(values: Sequence[Any]) -> list[Any]:
+            return [value.clone() if isinstance(value, Tensor) else value for value in values]
+
+        return Picked(self.spec, copied(self.leaves), copied(self.targets), copied(self.real))
+
+    def copy_(self, other: Picked) -> None:
+        """Take over the values of the tensors of another one, of the same shapes."""
+        pairs = ((self.leaves, other.leaves), (self.targets, other.targets), (self.real, other.real))
+        for own, others in pairs:
+            for to, value in zip(own, others, strict=True):
+                if isinstance(to, Tensor):
+                    to.copy_(value)
+
+
+@dataclass
 class Group:
     """Calls of one shape, concatenated.
 
@@ -66,8 +108,16 @@ class Group:
         """Number of rows of all calls together."""
         return self.bounds[-1]
 
+    def pick(self, rows: Tensor | slice) -> Picked:
+        """Return what a step reads of some rows."""
+        return Picked(self.spec, self._leaves(rows), self.wanted(rows), self._real(rows))
+
     def arguments(self, rows: Tensor | slice) -> tuple[Any, Any]:
         """Return (args, kwargs) of some rows, copied, because a unit may change its inputs in place."""
+        args, kwargs = self.spec.build(self._leaves(rows))
+        return args, kwargs
+
+    def _leaves(self, rows: Tensor | slice) -> list[Any]:
         picked = []
         for leaf, device, wise in zip(self.inputs, self.devices, self.sample_wise, strict=True):
             part = leaf[rows] if wise else leaf
@@ -76,8 +126,7 @@ class Group:
                 picked.append(part.clone() if isinstance(part, Tensor) else part)  # sparse or nested
             else:
                 picked.append(part.to(device, copy=is_view))
-        args, kwargs = self.spec.build(picked)
-        return args, kwargs
+        return picked
 
     def random_of(self, rows: Tensor | slice) -> RandomState | None:
         """Return the random state before the call of some rows; None for rows of several calls."""
@@ -93,20 +142,28 @@ class Group:
 
     def without_padding(self, outputs: Sequence[Tensor], rows: Tensor | slice) -> list[Tensor]:
         """Return outputs of some rows with 0 at positions of padding, so that these add nothing to a loss."""
-        return [self._masked(output, target, rows) for output, target in zip(outputs, self.targets or (), strict=True)]
+        return masked(outputs, self._real(rows))
 
-    def _masked(self, output: Tensor, target: Target, rows: Tensor | slice) -> Tensor:
-        if all(real is None for real in target.real):
-            return output
-        if isinstance(rows, slice):
-            real = target.real[self.bounds.index(rows.start)]
-        else:
-            real = torch.cat([part for part in target.real if part is not None])[rows]
-        return output if real is None else output * real.to(output)
+    def _real(self, rows: Tensor | slice) -> list[Tensor | None]:
+        """Return for each target which values of some rows belong to positions with data; None for all of them."""
+        found: list[Tensor | None] = []
+        for target in self.targets or ():
+            if all(real is None for real in target.real):
+                found.append(None)
+            elif isinstance(rows, slice):
+                found.append(target.real[self.bounds.index(rows.start)])
+            else:
+                found.append(torch.cat([part for part in target.real if part is not None])[rows].to(target.device))
+        return found
 
     def slices(self) -> Iterator[slice]:
         """Return the rows of each call."""
         return (slice(a, b) for a, b in zip(self.bounds, self.bounds[1:], strict=False))
+
+
+def masked(outputs: Sequence[Tensor], real: Sequence[Tensor | None]) -> list[Tensor]:
+    """Return outputs with 0 where they hold no data."""
+    return [output if mask is None else output * mask.to(output) for output, mask in zip(outputs, real, strict=True)]
 
 
 def rows_of(call: Call) -> int:

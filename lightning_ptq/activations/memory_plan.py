@@ -16,7 +16,7 @@ from lightning_ptq.errors import CalibrationError
 from lightning_ptq.network.op import ops_in_mode
 from lightning_ptq.network.trace import RESULT
 from lightning_ptq.network.units import Unit
-from lightning_ptq.runtime.memory import disk_room, format_bytes
+from lightning_ptq.runtime.memory import disk_room, format_bytes, parse_limit
 from lightning_ptq.runtime.patching import hooked
 from lightning_ptq.runtime.ranks import Ranks
 from lightning_ptq.runtime.structure import dense, tensors_in
@@ -26,6 +26,7 @@ Place = Literal["memory", "disk", "recomputed"]
 # gradients of the shards, tensors of the fake quantization), and copies of each layer's input and output.
 _COPIES = 20
 _TEMPORARY = 3
+_LEAST = 2**28  # bytes that "auto" allows in any case; Python and torch take more
 _STEP = 6.0  # forwards of the float unit that take as long as a tuning step on the same samples, measured on ResNet-20
 
 
@@ -66,7 +67,8 @@ class MemoryPlan:
     def __str__(self) -> str:
         place = {
             "memory": "all in memory",
-            "disk": f"{format_bytes(max(0, self.most - self.limit))} of them in memory-mapped files",
+            "disk": f"{format_bytes(max(0, self.most - self.limit))} of them in memory-mapped files, as memory_limit"
+            f" allows {format_bytes(self.limit)}",
             "recomputed": "nothing kept between units, as the disk is too small: each is computed from the start",
         }[self.where]
         return (
@@ -75,6 +77,29 @@ class MemoryPlan:
             f" {format_bytes(self.tuning)} tune the largest unit, whatever memory_limit is;"
             f" about {max(1, round(self.seconds))} s"
         )
+
+
+def limit_of(memory_limit: str | int, calibration: Calibration, batch: int = 32) -> int:
+    """Return the bytes of activations that may be in memory.
+
+    ``"auto"`` allows what a forward and backward pass of the float network takes. A tuning step takes at most as much
+    again, so the peak stays within twice that of such a pass, plus the weights.
+
+    Args:
+        memory_limit: A size, or ``"auto"``.
+        calibration: The calibrated module.
+        batch: Samples of the pass, as many as in a tuning step.
+
+    Raises:
+        QConfigError: If ``memory_limit`` cannot be read.
+    """
+    limit = parse_limit(memory_limit)
+    if limit is not None:
+        return limit
+    sizes, first = _measure(calibration, ())[0], Batch(calibration.batches[0]).samples
+    # Autograd keeps what layers read, and what normalizations and activations read from them.
+    kept = sum(sum(size) for size in sizes.values()) * min(batch, calibration.samples) / first
+    return max(_LEAST, round(kept))
 
 
 def plan_memory(

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_ptq.activations.groups import Group
 from lightning_ptq.activations.unit_data import Minibatch, UnitData
+from lightning_ptq.runtime.ranks import Ranks
 from lightning_ptq.runtime.structure import float_tensors_in
+
+T = TypeVar("T")
 
 DEFAULT_SHARDS = 2
 """Default number of shards."""
@@ -56,6 +60,17 @@ def make_shards(samples: Sequence[int], count: int, batch_size: int) -> list[Sha
         weight = sum(samples[batch] for batch in batches) / sum(samples)
         shards.append(Shard(index, batches, weight, max(1, round(batch_size * weight))))
     return shards
+
+
+def over_shards(ranks: Ranks, values: dict[int, T]) -> list[T]:
+    """Return the values of all shards in the order of the shards, so that sums do not depend on who computed them.
+
+    Args:
+        ranks: The processes that hold the shards.
+        values: The values of this rank's shards, by index.
+    """
+    merged = ranks.merge(values)
+    return [merged[index] for index in sorted(merged)]
 
 
 class ShardSamples:

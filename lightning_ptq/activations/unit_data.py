@@ -41,6 +41,7 @@ class UnitData:
         self.groups: list[Group] = []
         self.separable = True
         self.row_bytes = 1  # bytes per row of the largest activation inside the unit
+        self.most_rows: int | None = None  # rows that a forward takes at most, if separable
         gathered: dict[Any, list[tuple[tuple[int, int], Call]]] = {}
         for batch, of_batch in enumerate(calls):
             for index, call in enumerate(of_batch):
@@ -104,6 +105,21 @@ class UnitData:
         for call, view in zip(calls, views, strict=True):
             call.leaves[column] = view
         return Target(views, whole, device)
+
+    def padding_of(self, group: Group, rows: Tensor | slice) -> Tensor | None:
+        """Return which positions of some rows hold data, (rows, positions); None if all do, or it is not known."""
+        masks = [self.padding[batch] if self.padding else None for batch, _ in group.calls]
+        if isinstance(rows, slice):
+            return masks[group.bounds.index(rows.start)]
+        sizes = [part.stop - part.start for part in group.slices()]
+        by_row = [
+            mask if mask is None or len(mask) == size else mask.flatten()
+            for mask, size in zip(masks, sizes, strict=True)
+        ]
+        if any(mask is None or len(mask) != size for mask, size in zip(by_row, sizes, strict=True)):
+            return None
+        found = cast(list[Tensor], by_row)
+        return torch.cat(found)[rows] if len({mask.shape[1:] for mask in found}) == 1 else None
 
     def drop_targets(self) -> None:
         """Free the targets."""
@@ -186,9 +202,10 @@ class UnitData:
         Gradients add up to those of the mini-batch. On the CPU small chunks are several times faster, because the
         allocator maps activations above about 32 MB again on each use, page by page.
         """
-        if isinstance(rows, slice) or self.device.type != "cpu":
+        if isinstance(rows, slice):
             return [(rows, 1.0)]
-        size = max(1, _CHUNK_BYTES // self.row_bytes)
+        size = max(1, _CHUNK_BYTES // self.row_bytes) if self.device.type == "cpu" else len(rows)
+        size = min(size, self.most_rows or size)
         return [(chunk, len(chunk) / len(rows)) for chunk in rows.split(size)]
 
     @property

@@ -16,7 +16,7 @@ import torch
 
 from lightning_ptq import arguments
 from lightning_ptq.activations.calls import same_up_to_rounding, unit_errors
-from lightning_ptq.activations.memory_plan import keep_outputs
+from lightning_ptq.activations.memory_plan import keep_outputs, limit_of
 from lightning_ptq.activations.replay import Replay
 from lightning_ptq.activations.store import ActivationStore
 from lightning_ptq.activations.unit_data import UnitData
@@ -88,7 +88,8 @@ def measure_sensitivity(
     start = time.perf_counter()
     choices = Candidates(calibration, candidates, states)
     at_base = base_choice(choices, base)
-    with no_inference_mode(), ActivationStore(memory_limit) as store, eval_mode(calibration.module), choices.restored():
+    with no_inference_mode(), eval_mode(calibration.module), choices.restored(), ExitStack() as stack:
+        store = stack.enter_context(ActivationStore(limit_of(memory_limit, calibration)))
         choices.put_all(at_base)
         meter = _meter(calibration, measure, output)
         before = meter.measure_all()

@@ -80,7 +80,7 @@ class Calibrator:
         self._peaks = ChannelPeaks()
         self._traces: list[Trace] = []
         gpus = {p.device.index for p in prepared.module.parameters() if p.device.type == "cuda"}
-        self.isolation = Isolation((FakeQuantize,), sorted(gpus))
+        self.isolation = Isolation((FakeQuantize,), sorted(gpus), ("reached",))
 
     @property
     def done(self) -> bool:
@@ -152,8 +152,6 @@ class Calibrator:
 
         with self.isolation.forward(module, self._repeats.turn(len(self.batches)), learn=True):
             found = discover(module, run, elementwise=operations == "all")
-        for op in found.reached:  # which the isolation has undone
-            op.reached = True
         return self.prepared.add_call_sites(found.sites, found.routes)
 
     def _trace(self, batch: Any, *watches: Before, only: Collection[str] | None = None) -> tuple[Any, Trace]:

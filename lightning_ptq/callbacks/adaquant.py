@@ -37,7 +37,8 @@ class AdaQuantLayerwise(StepCallback):
         blocks: Name patterns of the blocks, or a function of name and module, instead of the automatic search.
         candidates: Bit widths for parallel mode, such as ``["w8a8", "w4a4"]``; by default the calibrated widths only.
         memory_limit: Limit of the activations in memory, in bytes or as text such as ``"4GiB"``. Activations beyond it
-            go to memory-mapped files.
+            go to memory-mapped files. ``"auto"`` allows what a forward and backward pass of the float network takes on
+            the samples of a step.
         seed: Seed of all random choices.
         options: Fields of :class:`~lightning_ptq.tuning.config.ReconstructionConfig`, such as ``steps=100``.
 

@@ -59,7 +59,7 @@ def inspect(
         granularity: ``"block"`` or ``"layer"``; default ``"block"``.
         blocks: Name patterns of the blocks, or a function of name and module; by default a search.
         config: Steps and batch size of AdaQuant.
-        memory_limit: Limit of the activations in memory; default ``"4GiB"``.
+        memory_limit: Limit of the activations in memory; default ``"auto"``.
         target: Inference engine, as for :class:`CalibrationCapture`; the default of ``qconfig`` is then ``"w8a8"``.
 
     Returns:

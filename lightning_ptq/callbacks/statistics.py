@@ -18,7 +18,7 @@ from lightning_ptq.callbacks.trainer.loggers import log_scalars
 from lightning_ptq.errors import QConfigError, SensitivityError
 from lightning_ptq.report import PTQReport
 from lightning_ptq.runtime.journal import NO_JOURNAL, Journal
-from lightning_ptq.runtime.memory import DEFAULT_MEMORY_LIMIT, parse_bytes
+from lightning_ptq.runtime.memory import DEFAULT_MEMORY_LIMIT, parse_limit
 from lightning_ptq.statistics.acceptance import StatisticsResult, left_out
 from lightning_ptq.statistics.bias import check_tuning, tune_bias
 from lightning_ptq.statistics.normalization import para_normalize, reestimate_batch_norm
@@ -50,7 +50,8 @@ class StatsTuning(StepCallback):
         output: Tensor of the network's output that is compared: a key, an index or a function.
         held_out: Share of the samples on which each step is evaluated.
         memory_limit: Limit of the activations in memory, in bytes or as text such as ``"4GiB"``. Activations beyond it
-            go to memory-mapped files.
+            go to memory-mapped files. ``"auto"`` allows what a forward and backward pass of the float network takes on
+            the samples of a step.
         seed: Seed of all random choices.
         parts: Number of shards that bias tuning splits a batch into; no more ranks than this share a step. None for
             the ``parts`` of the last AdaQuantLayerwise before this callback, or 2 without one.
@@ -98,7 +99,7 @@ class StatsTuning(StepCallback):
         if parts is not None:
             parts = whole("parts", parts, none=True)
         steps, lr, _, norm_affine = check_tuning(steps, lr, 1, norm_affine)
-        parse_bytes(memory_limit)
+        parse_limit(memory_limit)
         self.target = target
         self.bias = flag("bias", bias)
         self.tuning: dict[str, Any] = {"steps": steps, "lr": lr, "norm_affine": norm_affine}

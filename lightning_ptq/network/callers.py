@@ -95,12 +95,10 @@ class Discovery:
     Attributes:
         sites: Names of call sites, by caller in the order of first calls.
         routes: Names of layers whose weights a module passes to functions, by the name of the module.
-        reached: Operations that were called.
     """
 
     sites: list[str]
     routes: dict[str, list[str]]
-    reached: list[QuantizedOp]
 
 
 def discover(module: nn.Module, run: Callable[[], Any], elementwise: bool = False) -> Discovery:
@@ -115,12 +113,10 @@ def discover(module: nn.Module, run: Callable[[], Any], elementwise: bool = Fals
     counts: dict[tuple[str, str], int] = {}
     routes: dict[str, list[str]] = {}
     parameters: dict[str, None] = {}
-    reached: list[QuantizedOp] = []
 
     def enter(name: str, child: Any, *_: Any) -> None:
         if isinstance(child, QuantizedOp):
             child.reached = True
-            reached.append(child)
         hidden = isinstance(child, QuantizedOp) or (frames.stack and frames.stack[-1] is None)
         frames.stack.append(None if hidden else Frame(child, name))
 
@@ -148,7 +144,7 @@ def discover(module: nn.Module, run: Callable[[], Any], elementwise: bool = Fals
         del frames.stack[depth:]
     wanted = [key for key in counts if elementwise or key[1] not in ("add", "mul", "cat")]
     sites = [name for owner, function in wanted for name in _site_names(owner, function, counts[owner, function])]
-    return Discovery([*parameters, *sites], routes, reached)
+    return Discovery([*parameters, *sites], routes)
 
 
 def _site_names(owner: str, function: str, count: int) -> list[str]:

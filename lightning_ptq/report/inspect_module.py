@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_ptq.activations.memory_plan import MemoryPlan, plan_memory
+from lightning_ptq.activations.memory_plan import MemoryPlan, limit_of, plan_memory
 from lightning_ptq.activations.shards import make_shards
 from lightning_ptq.allocation.costs import multiply_accumulates
 from lightning_ptq.calibration.calibrate import calibrate
@@ -34,7 +34,7 @@ from lightning_ptq.report.float_parts import (
     with_baked,
 )
 from lightning_ptq.report.preflight import Preflight
-from lightning_ptq.runtime.memory import DEFAULT_MEMORY_LIMIT, parse_bytes
+from lightning_ptq.runtime.memory import DEFAULT_MEMORY_LIMIT
 from lightning_ptq.runtime.patching import left_unchanged
 from lightning_ptq.tuning.adaquant import check_arguments
 from lightning_ptq.tuning.config import ReconstructionConfig
@@ -95,7 +95,7 @@ def inspect_module(
         parameters = with_baked(parameters, calibration)
         of_units, found = stack.enter_context(units_for(calibration, granularity, blocks))
         units = [unit for unit in found if not unit.is_lookup]
-        outlook = _plan(of_units, units, samples, config or ReconstructionConfig(), parse_bytes(memory_limit))
+        outlook = _plan(of_units, units, samples, config or ReconstructionConfig(), memory_limit)
         preflight = _preflight(calibration, layers, parameters, outlook, notes)
         return replace(preflight, hazards=[*preflight.hazards, *(check(calibration) if check else ())])
 
@@ -139,7 +139,7 @@ def _warnings_ignored() -> Iterator[None]:
 
 
 def _plan(
-    calibration: Calibration, units: list[Unit], samples: int, config: ReconstructionConfig, limit: int
+    calibration: Calibration, units: list[Unit], samples: int, config: ReconstructionConfig, memory_limit: str | int
 ) -> _Outlook:
     """Return the plan for ``samples`` samples, in batches like the one of the calibration."""
     steps = [config.steps_for(unit_qconfigs(unit), samples) for unit in units]
@@ -148,6 +148,7 @@ def _plan(
         for unit, count in zip(units, steps, strict=True)
     ]
     whole, size = replace(calibration, samples=samples), calibration.samples
+    limit = limit_of(memory_limit, whole, config.batch_size)
     shards = make_shards([size] * max(1, samples // size), config.parts, config.batch_size)
     try:
         plan = plan_memory(whole, units, limit, steps, config.batch_size, sequential=True, shards=shards)

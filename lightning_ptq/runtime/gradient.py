@@ -20,7 +20,7 @@ class Gradient:
     same bytes on any number of ranks. One flattened vector per shard crosses the network in each step.
 
     Args:
-        variables: Tensors to optimize; :meth:`reduce` sets their ``grad``.
+        variables: Tensors to optimize; their ``grad`` becomes what :meth:`reduce` writes to.
         ranks: Processes that share the steps.
         shards: Number of shards of a step.
     """
@@ -34,6 +34,9 @@ class Gradient:
         # Rank r owns shards r, r + owners, ...: its rows lie side by side, so that one broadcast sends them all.
         self._flat = torch.zeros(owners, -(-shards // owners), size, dtype=dtype, device=self.variables[0].device)
         self._rows = [self._flat[shard % owners, shard // owners] for shard in range(shards)]
+        self._total = torch.zeros_like(self._rows[0])
+        for variable, part in zip(self.variables, self._total[:-1].split(self.sizes), strict=True):
+            variable.grad = part.view_as(variable).to(variable.dtype)
 
     def add(self, shard: int, loss: Tensor, reported: Tensor | None = None) -> None:
         """Add to the gradient of a shard.
@@ -48,14 +51,27 @@ class Gradient:
         row[:-1] += torch.cat([gradient.flatten() for gradient in gradients])
         row[-1] += (loss if reported is None else reported).detach()
 
-    def reduce(self) -> Tensor:
-        """Sum over all shards, set every variable's ``grad``, reset the sums, and return the loss of the step."""
+    def of_shard(self, shard: int) -> Tensor:
+        """Return the sums of a shard so far, (variables + 1,), whose last entry is the loss; the same tensor always."""
+        return self._rows[shard]
+
+    def exchange(self) -> None:
+        """Send the sums of the shards to all ranks."""
         self.ranks.broadcast_each(list(self._flat))
-        total = reduce(torch.add, self._rows[1:], self._rows[0].clone())
-        for variable, gradient in zip(self.variables, total[:-1].split(self.sizes), strict=True):
-            variable.grad = gradient.view_as(variable).to(variable.dtype)
+
+    def reduce(self) -> Tensor:
+        """Sum over all shards into every variable's ``grad``, reset the sums, and return the loss of the step.
+
+        All tensors keep their places from step to step, also the loss.
+        """
+        self._total.copy_(self._rows[0])
+        for row in self._rows[1:]:
+            self._total.add_(row)
+        for variable, gradient in zip(self.variables, self._total[:-1].split(self.sizes), strict=True):
+            if variable.grad is not None and variable.dtype != self._total.dtype:  # else it is a view of the total
+                variable.grad.copy_(gradient.view_as(variable))
         self._flat.zero_()
-        return total[-1]
+        return self._total[-1]
 
 
 @contextmanager

@@ -79,6 +79,7 @@ class Isolation:
     Args:
         ignored: Classes of modules whose attributes are left alone.
         devices: Indices of the CUDA devices on which forwards run.
+        notes: Names of attributes in which forwards are to leave something.
 
     Attributes:
         draws: True if a forward has drawn random numbers.
@@ -94,8 +95,11 @@ class Isolation:
         (True, True)
     """
 
-    def __init__(self, ignored: tuple[type[nn.Module], ...] = (), devices: Iterable[int] = ()) -> None:
+    def __init__(
+        self, ignored: tuple[type[nn.Module], ...] = (), devices: Iterable[int] = (), notes: Iterable[str] = ()
+    ) -> None:
         self.draws = self.leaves_traces = False
+        self._left_alone = _MACHINERY | set(notes)
         self._ignored = ignored
         self._devices = tuple(devices)
         self._changed: dict[int, Tensor] = {}  # by id: tensors that a forward has changed in place
@@ -155,7 +159,7 @@ class Isolation:
         if not (self.leaves_traces or learn):
             yield
             return
-        snapshot = _Snapshot(module, self._ignored)
+        snapshot = _Snapshot(module, self._ignored, self._left_alone)
         tensors = [(name, tensor, _version(tensor)) for name, tensor in snapshot.tensors]
         copies = {id(t): t.detach().clone() for _, t, _ in tensors if learn or id(t) in self._changed}
         try:
@@ -188,7 +192,8 @@ class _Snapshot:
         tensors: All tensors found, by name; an object occurs once.
     """
 
-    def __init__(self, module: nn.Module, ignored: tuple[type[nn.Module], ...]) -> None:
+    def __init__(self, module: nn.Module, ignored: tuple[type[nn.Module], ...], left_alone: frozenset[str]) -> None:
+        self._left_alone = left_alone
         self.tensors: list[tuple[str, Tensor]] = []
         self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._containers: list[tuple[Any, Any]] = []
@@ -202,7 +207,7 @@ class _Snapshot:
                     self._visit(parameter, f"{prefix}{key}", 0)
 
     def _add_attributes(self, attributes: dict[str, Any], prefix: str, depth: int) -> None:
-        kept = {key: value for key, value in attributes.items() if key not in _MACHINERY}
+        kept = {key: value for key, value in attributes.items() if key not in self._left_alone}
         self._attributes.append((attributes, kept))
         for key, value in kept.items():
             self._visit(value, prefix if key == "_buffers" else f"{prefix}{key}", depth)
@@ -230,7 +235,7 @@ class _Snapshot:
         """Restore everything but the values of tensors; return True if anything had changed."""
         changed = False
         for attributes, kept in self._attributes:
-            for key in [key for key in attributes if key not in kept and key not in _MACHINERY]:
+            for key in [key for key in attributes if key not in kept and key not in self._left_alone]:
                 del attributes[key]
                 changed = True
             for key, value in kept.items():

@@ -13,7 +13,7 @@ from rich.filesize import decimal
 
 from lightning_ptq.errors import QConfigError
 
-DEFAULT_MEMORY_LIMIT = "4GiB"
+DEFAULT_MEMORY_LIMIT = "auto"
 """Default limit of the activations that are held in memory."""
 
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMG]?I?B?)\s*")
@@ -36,6 +36,20 @@ def parse_bytes(text: str | int) -> int:
     if match is None or match[2] not in _UNITS or (match[2] == "" and "." in match[1]):
         raise QConfigError(f"cannot read {text!r} as a size in bytes. Write for example '2GiB' or '500MB'.")
     return int(float(match[1]) * _UNITS[match[2]])
+
+
+def parse_limit(text: str | int) -> int | None:
+    """Return the bytes of a memory limit; None for ``"auto"``, which depends on the network.
+
+    Raises:
+        QConfigError: If the text is neither.
+    """
+    if text == "auto":
+        return None
+    try:
+        return parse_bytes(text)
+    except QConfigError as error:
+        raise QConfigError(f"memory_limit: {error} Or write 'auto'.") from None
 
 
 def format_bytes(count: float) -> str:

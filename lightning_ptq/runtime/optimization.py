@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
+from lightning_ptq.runtime.cuda_graphs import Recorder
 from lightning_ptq.runtime.gradient import Gradient
 from lightning_ptq.runtime.ranks import Ranks
 
@@ -17,6 +19,7 @@ def minimize(
     shards: int,
     ranks: Ranks,
     differentiate: Callable[[int, Gradient], None],
+    recorder: Recorder | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Minimize a loss by Adam, with rates that decay to 0 along a cosine.
 
@@ -27,9 +30,10 @@ def minimize(
         ranks: Processes that share each step.
         differentiate: Called with the step and a :class:`~lightning_ptq.runtime.gradient.Gradient`; adds the gradients
             of this rank's shards to it.
+        recorder: Records the update, on a device that has graphs.
 
     Yields:
-        The step, from 0, and its loss (scalar), after each step.
+        The step, from 0, and its loss (scalar), after each step. The next step overwrites the loss.
 
     Example:
         >>> x = torch.tensor([4.0], requires_grad=True)
@@ -48,11 +52,25 @@ def minimize(
     # the same.
     groups = [{"params": tensors, "lr": rate} for rate, tensors in by_rate.items()]
     optimizer = torch.optim.Adam(groups, foreach=True)
+    if recorder is not None:  # a graph reads rates and counts of steps from tensors
+        device = next(iter(by_rate.values()))[0].device
+        groups = [{"params": tensors, "lr": torch.tensor(rate, device=device)} for rate, tensors in by_rate.items()]
+        optimizer = torch.optim.Adam(groups, foreach=True, capturable=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     gradient = Gradient([tensor for tensors in by_rate.values() for tensor in tensors], ranks, shards)
+    losses: list[Tensor] = []
+
+    def update() -> None:
+        losses[:] = [gradient.reduce()]
+        optimizer.step()
+
+    repeat = update
     for step in range(steps):
         differentiate(step, gradient)
-        loss = gradient.reduce()
-        optimizer.step()
+        gradient.exchange()
+        if recorder is not None and step == 1:  # the first step has set up the optimizer's state
+            with suppress(RuntimeError):
+                repeat = recorder.record(update)
+        repeat()
         schedule.step()
-        yield step, loss
+        yield step, losses[0]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_ptq.activations.calls import Call, run_unit, unit_errors
-from lightning_ptq.activations.memory_plan import keep_outputs
+from lightning_ptq.activations.memory_plan import keep_outputs, limit_of
 from lightning_ptq.activations.replay import Replay
 from lightning_ptq.activations.store import ActivationStore
 from lightning_ptq.calibration.calibration import Calibration
@@ -116,7 +116,7 @@ def _normalize(
     acceptance: dict[str, Any],
 ) -> StatisticsResult:
     def work(part: Calibration) -> Changes:
-        with ActivationStore(memory_limit) as store:
+        with ActivationStore(limit_of(memory_limit, part)) as store:
             return _Normalizer(part, target, store, progress).run()
 
     return accept_if_better(step, calibration, work, **acceptance)

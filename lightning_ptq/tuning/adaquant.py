@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Literal
 
 from lightning_ptq import arguments
-from lightning_ptq.activations.memory_plan import MemoryPlan
+from lightning_ptq.activations.memory_plan import MemoryPlan, limit_of
 from lightning_ptq.activations.store import ActivationStore
 from lightning_ptq.arguments import one_of, texts
 from lightning_ptq.calibration.calibration import Calibration
@@ -18,7 +19,7 @@ from lightning_ptq.network.units import BlockRule, UnitKind
 from lightning_ptq.numerics.qconfig import LayerQConfig, parse_candidates
 from lightning_ptq.runtime.eager import plainly
 from lightning_ptq.runtime.journal import NO_JOURNAL, Journal
-from lightning_ptq.runtime.memory import DEFAULT_MEMORY_LIMIT, parse_bytes
+from lightning_ptq.runtime.memory import DEFAULT_MEMORY_LIMIT, parse_limit
 from lightning_ptq.runtime.progress import Progress, no_progress
 from lightning_ptq.tuning.config import ReconstructionConfig
 from lightning_ptq.tuning.parallel import ParallelRun
@@ -54,7 +55,8 @@ def adaquant(
         blocks: Name patterns of the blocks, or a function of name and module; None to search for blocks.
         candidates: Bit widths for parallel mode; None for the calibrated ones.
         config: Steps, rates and what is learned.
-        memory_limit: Limit of the activations in memory; beyond it they go to files, or are recomputed.
+        memory_limit: Limit of the activations in memory; beyond it they go to files, or are recomputed. ``"auto"``
+            allows what a forward and backward pass of the float network takes at ``config.batch_size``.
         seed: Seed of all random choices; global random states are not used.
         progress: Called with the steps done, the steps in total, and the unit's name.
         journal: Where finished units are saved, so that an interrupted run resumes.
@@ -81,8 +83,10 @@ def adaquant(
     check_calibration(calibration, batches=True)
     seed = check_arguments(mode, granularity, candidates, memory_limit, seed, blocks, config)
     kind = SequentialRun if mode == "sequential" else ParallelRun
-    with ActivationStore(memory_limit) as store, eval_mode(calibration.module), plainly():
-        widths, config = list(map(LayerQConfig.parse, candidates or ())), config or ReconstructionConfig()
+    widths, config = list(map(LayerQConfig.parse, candidates or ())), config or ReconstructionConfig()
+    with eval_mode(calibration.module), plainly(), ExitStack() as stack:
+        limit = limit_of(memory_limit, calibration, config.batch_size)
+        store = stack.enter_context(ActivationStore(limit))
         with units_for(calibration, granularity, blocks) as (of_units, units):
             units = tunable_units(of_units, units, store, config)
             run = kind(of_units, units, store, config, seed, progress, journal, widths, on_unit)
@@ -129,5 +133,5 @@ def check_arguments(
         texts("blocks", blocks, "layers.*")
     if not isinstance(config, ReconstructionConfig | None):
         raise QConfigError(f"config must be a ReconstructionConfig, got {config!r}. Write ReconstructionConfig().")
-    parse_bytes(memory_limit)
+    parse_limit(memory_limit)
     return arguments.seed(seed)

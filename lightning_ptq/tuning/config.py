@@ -47,6 +47,7 @@ class ReconstructionConfig:
         tolerance: A unit whose initial held-out error is below this is not tuned; None for 2e-3 where all bit widths
             are 8, where there is mostly nothing to gain, and 0 below.
         correct_means: Whether biases take up, before the first step, what rounding takes from the mean outputs.
+        cuda_graphs: Whether steps on a GPU are repeated as CUDA graphs, where the unit allows it.
         loss: Name of a :class:`~lightning_ptq.tuning.losses.ReconstructionLoss`.
 
     Raises:
@@ -65,7 +66,9 @@ class ReconstructionConfig:
     held_out: float = 0.0625
     parts: int = 2
     tolerance: float | None = None
+    closed_form: bool = True
     correct_means: bool = True
+    cuda_graphs: bool = True
     loss: str = "squared_error"
 
     def __post_init__(self) -> None:
@@ -77,6 +80,7 @@ class ReconstructionConfig:
         one_of("rounding", self.rounding, ("continuous", "adaround"))
         one_of("loss", self.loss, sorted(LOSSES))
         values: dict[str, Any] = {"learn": learn, "correct_means": flag("correct_means", self.correct_means)}
+        values |= {name: flag(name, getattr(self, name)) for name in ("closed_form", "cuda_graphs")}
         for name in ("steps", "batch_size", "parts"):
             if (name, getattr(self, name)) != ("steps", None):
                 values[name] = whole(name, getattr(self, name))

@@ -12,21 +12,27 @@ class ActivationDrop:
     Args:
         generator: Source of the random numbers.
 
-    Attributes:
-        probability: Probability that a value is dropped.
+    The probability lies in a tensor, so that the work of a step can be repeated as it is with another one.
     """
 
     def __init__(self, generator: torch.Generator) -> None:
         self.generator = generator
-        self.probability = 0.0
+        self._threshold = torch.zeros((), dtype=torch.uint8, device=generator.device)  # in 256ths
+
+    @property
+    def probability(self) -> float:
+        """Probability that a value is dropped, a multiple of 1/256 below 1."""
+        return self._threshold.item() / 256
+
+    @probability.setter
+    def probability(self, value: float) -> None:
+        self._threshold.fill_(min(255, round(value * 256)))
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Return ``y`` with some of its values replaced by those of ``x``."""
-        if not self.probability:
-            return y
         # Random bytes cost an eighth of random floats, and every tuning step draws them.
         words = torch.randint(
             -(2**63), 2**63 - 1, (x.numel() // 8 + 1,), generator=self.generator, dtype=torch.int64, device=x.device
         )
-        dropped = words.view(torch.uint8)[: x.numel()].view(x.shape) < round(self.probability * 256)
+        dropped = words.view(torch.uint8)[: x.numel()].view(x.shape) < self._threshold
         return torch.lerp(y, x, dropped.to(x.dtype))  # several times faster than torch.where, backwards too

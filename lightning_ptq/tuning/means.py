@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_ptq.activations.shards import ShardSamples
+from lightning_ptq.calibration.padding import where_real
 from lightning_ptq.network.op import Mode, QuantizedOp
 from lightning_ptq.network.units import Unit
 from lightning_ptq.runtime.patching import After, hooked
@@ -55,17 +56,20 @@ def _shifts(unit: Unit, layers: dict[str, QuantizedOp], samples: ShardSamples) -
     """Return the shifts of the layers on some samples of a shard."""
     shifts: Shifts = {}
     for group, rows in samples.some(_SAMPLES):
+        padding = samples.data.padding_of(group, rows)
         wanted: dict[str, list[Tensor]] = {}
 
         def record(name: str, layer: Any, args: Any, kwargs: Any, output: Any, wanted: Any = wanted) -> None:
             wanted.setdefault(name, []).append(layer.output_tensor(output).detach())
 
-        def shift(name: str, layer: Any, args: Any, kwargs: Any, output: Any, wanted: Any = wanted) -> Any:
+        def shift(
+            name: str, layer: Any, args: Any, kwargs: Any, output: Any, wanted: Any = wanted, padding: Any = padding
+        ) -> Any:
             expected = wanted[name].pop(0) if wanted.get(name) else None
             if expected is None or not isinstance(output, Tensor) or expected.shape != output.shape:
                 return None
             dim = layer.channel_dim(output)
-            found = _shift(expected.float() - output.float(), dim)
+            found = _shift(expected.float() - output.float(), dim, where_real(output, padding))
             shifts.setdefault(name, []).append(found)
             return output + found.view([-1 if each == dim else 1 for each in range(output.dim())]).to(output)
 
@@ -76,12 +80,21 @@ def _shifts(unit: Unit, layers: dict[str, QuantizedOp], samples: ShardSamples) -
     return shifts
 
 
-def _shift(difference: Tensor, dim: int) -> Tensor:
+def _shift(difference: Tensor, dim: int, real: Tensor | None) -> Tensor:
     """Return the mean difference of each channel, (channels,), less what the number of values leaves uncertain.
 
     The positive part of James and Stein's estimate: a mean that is no greater than its standard error is 0.
+
+    Args:
+        difference: The float output less the quantized one.
+        dim: Dimension of its channels.
+        real: Which values belong to positions with data, broadcastable to the difference; None for all of them.
     """
     values = difference.movedim(dim, 0).flatten(1)
+    if real is not None:
+        values = values[:, real.expand_as(difference).movedim(dim, 0).flatten(1)[0]]
+    if not values.shape[1]:
+        return values.new_zeros(len(values))
     mean, count = values.mean(1), max(values.shape[1], 1)
     uncertain = values.square().mean(1).sub(mean.square()).clamp(min=0) / count
     return mean * (1 - uncertain / mean.square().clamp(min=1e-30)).clamp(min=0)

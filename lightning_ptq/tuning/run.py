@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
+
 from lightning_ptq.activations.calls import Call, unit_errors
 from lightning_ptq.activations.memory_plan import agree_to_keep, plan_memory
 from lightning_ptq.activations.replay import Replay, Stream
@@ -16,7 +18,7 @@ from lightning_ptq.activations.store import ActivationStore
 from lightning_ptq.activations.unit_data import UnitData
 from lightning_ptq.calibration.batch import Batch
 from lightning_ptq.calibration.calibration import Calibration
-from lightning_ptq.errors import CalibrationError, UnitError
+from lightning_ptq.errors import CalibrationError, MemoryWarning, UnitError, warn
 from lightning_ptq.network.units import Unit, unit_qconfigs
 from lightning_ptq.numerics.qconfig import LayerQConfig
 from lightning_ptq.runtime.journal import Journal, LayerStates
@@ -74,6 +76,7 @@ class Run(ABC):
     def __post_init__(self) -> None:
         self.ranks = self.calibration.ranks
         self.steps_done = 0  # over all units, for the progress
+        self.most_rows: int | None = None  # samples that a forward takes at most; None for those of a step
         samples = [Batch(batch).samples for batch in self.calibration.batches]
         shards = make_shards(samples, self.config.parts, self.config.batch_size)
         # Sequential mode shares the steps of each unit, so a rank holds its own shards; parallel mode shares the units.
@@ -127,7 +130,28 @@ class Run(ABC):
         Raises:
             UnitError: If the unit cannot run alone on these samples. Later units then see its real outputs.
         """
-        return [(shard, self._capture_shard(index, place, targets)) for place, shard in enumerate(self.shards)]
+        return [(shard, self._captured(index, place, targets)) for place, shard in enumerate(self.shards)]
+
+    def _captured(self, index: int, place: int, targets: bool) -> UnitData:
+        """Capture a shard; if the device runs out of memory, once more with all activations in files."""
+        try:
+            return self._capture_shard(index, place, targets)
+        except torch.OutOfMemoryError as error:
+            if not self.store.limit:
+                raise CalibrationError(
+                    f"the device ran out of memory in a forward up to unit {self.work[index].name!r}: {error}."
+                    " Calibrate with smaller batches."
+                ) from error
+        self.store.limit = 0
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        warn(
+            f"the device ran out of memory in a forward up to unit {self.work[index].name!r}. The forward is repeated,"
+            " and activations go to files from here on.",
+            MemoryWarning,
+            stacklevel=2,
+        )
+        return self._capture_shard(index, place, targets)
 
     def _capture_shard(self, index: int, place: int, targets: bool) -> UnitData:
         unit, stream, isolation = self.work[index], self.float_streams[place], self.calibration.isolation
@@ -156,22 +180,52 @@ class Run(ABC):
         unit: Unit,
         data: list[tuple[Shard, UnitData]],
         ranks: Ranks,
-        restart: Callable[[], None] = lambda: None,
+        restart: Callable[[], None] | None = None,
     ) -> UnitResult:
         before, steps = self.steps_done, self._steps(unit_qconfigs(unit))
 
         def on_step(step: int) -> None:
             self.progress(before + step, self.steps, unit.name)
 
-        try:
-            row = reconstruct_unit(unit, data, self.config, steps, self.seed, on_step, ranks, restart)
-        except UnitError as error:
-            if ranks.world > 1:  # other ranks may be in the middle of a step
-                raise CalibrationError(f"unit {unit.name!r} cannot be tuned: {error}. Choose other blocks=.") from error
-            return self._refuse(unit, str(error))
+        while True:
+            for _, samples in data:
+                samples.most_rows = self.most_rows
+            try:
+                row = reconstruct_unit(unit, data, self.config, steps, self.seed, on_step, ranks, restart)
+                break
+            except UnitError as error:
+                if ranks.world > 1:  # other ranks may be in the middle of a step
+                    raise CalibrationError(
+                        f"unit {unit.name!r} cannot be tuned: {error}. Choose other blocks=."
+                    ) from error
+                return self._refuse(unit, str(error))
+            except torch.OutOfMemoryError as error:
+                self._lower(unit, ranks, all(samples.separable for _, samples in data), error)
         self.steps_done = before + steps
         self.on_unit(row)
         return row
+
+    def _lower(self, unit: Unit, ranks: Ranks, separable: bool, error: torch.OutOfMemoryError) -> None:
+        """Have steps take fewer samples at a time, whose gradients add up, after the device ran out of memory.
+
+        Raises:
+            CalibrationError: If that is not possible.
+        """
+        rows = self.most_rows or max(shard.size for shard in self.shards)
+        if rows == 1 or not separable or ranks.world > 1:  # other ranks are in the middle of a step
+            raise CalibrationError(
+                f"the device ran out of memory while unit {unit.name!r} was tuned: {error}. Write a smaller batch_size"
+                f" (now {self.config.batch_size}), a smaller memory_limit, or choose smaller units by blocks=."
+            ) from error
+        self.most_rows = rows // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        warn(
+            f"the device ran out of memory while unit {unit.name!r} was tuned. The unit is tuned again, with"
+            f" {self.most_rows} samples at a time instead of {rows}.",
+            MemoryWarning,
+            stacklevel=2,
+        )
 
     def _refuse(self, unit: Unit, why: str) -> UnitResult:
         """Return the result of a unit that keeps its initial quantization, because it cannot be tuned."""

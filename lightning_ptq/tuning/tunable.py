@@ -23,7 +23,7 @@ from lightning_ptq.network.units import BlockRule, Unit, UnitKind, find_units
 from lightning_ptq.runtime.patching import hooked
 from lightning_ptq.tuning.config import ReconstructionConfig
 from lightning_ptq.tuning.losses import LOSSES
-from lightning_ptq.tuning.reconstruct import tuning_state, unit_loss
+from lightning_ptq.tuning.optimize import tuning_state, unit_loss
 from lightning_ptq.tuning.tuners import make_tuner
 
 
@@ -158,7 +158,7 @@ def _try_unit(unit: Unit, data: UnitData, output: Call, config: ReconstructionCo
         tuners = [make_tuner(unit, name, layer, config) for name, layer in unit.layers.items()]
         variables = [variable for tuner in tuners for variable, _ in tuner.variables.values()]
         with ops_in_mode(unit.module, "quantized"), tuning_state(unit, config):
-            error = unit_loss(unit, tuners, loss, data, group, rows)
+            error = unit_loss(unit, tuners, loss, data, group.pick(rows))
             if variables and not error.requires_grad:
                 raise UnitError("its output carries no gradient")
             found = torch.autograd.grad(error, variables, allow_unused=True) if variables else ()
