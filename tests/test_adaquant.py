@@ -141,7 +141,7 @@ def test_a_bias_that_was_added_is_there_again_when_tuning_is_taken_back():
     calibration = calibrate(net, [torch.randn(32, 4)], QConfig.parse("w4a8", first_last_bits=None))
     layer = calibration.layers["0"]
     layer.set_parameters({"bias": torch.full((8,), 1e-4)})
-    config = ReconstructionConfig(steps=2, weight_lr=1e6, correct_means=False)
+    config = ReconstructionConfig(steps=2, weight_lr=1e6, closed_form=False)
     with pytest.warns(RolledBackWarning):
         result = adaquant(calibration, granularity="layer", config=config)
     assert not result.units[0].accepted
@@ -250,7 +250,7 @@ def test_undo_gives_a_net_with_tied_weights_back_untouched(mode, candidates):
 def test_nothing_changes_where_nothing_improves(mode, granularity):
     calibration = calibration_of()
     before = state(calibration.module)
-    config = ReconstructionConfig(steps=3, batch_size=16, weight_lr=1e4, bias_lr=1e4, correct_means=False)
+    config = ReconstructionConfig(steps=3, batch_size=16, weight_lr=1e4, bias_lr=1e4, closed_form=False)
     with pytest.warns(RolledBackWarning, match=r"stem \(w3a8\), blocks.*head \(w3a8\)"):
         result = adaquant(calibration, mode=mode, granularity=granularity, config=config)
     assert [row.accepted for row in result.units] == [False] * len(result.units)
@@ -266,7 +266,7 @@ def test_finished_units_hand_on_their_outputs_instead_of_running_again(monkeypat
         return own(layer, *args, **kwargs)
 
     monkeypatch.setattr(QuantLayer, "forward", counted)
-    adaquant(calibration, granularity="layer", config=replace(CONFIG, parts=1))
+    adaquant(calibration, granularity="layer", config=replace(CONFIG, parts=1, closed_form=False))
     first = calibration.layers["layers.0.attention.qkv"]
     batches, layers = len(TOKENS), len(calibration.layers)
     assert runs[id(first)] <= 2 * batches + 2 * (layers - 1) + 6  # both streams: outputs, a check a unit; and errors

@@ -80,9 +80,17 @@ def test_what_is_drawn_differs_by_shard_and_seed_and_not_by_what_else_is_drawn()
     assert draws(samples_of(3, 0, seed=1)) != known
 
 
-def test_the_power_of_the_targets_is_summed_over_all_samples():
+def test_the_spread_of_the_targets_is_that_over_all_samples():
     own = samples_of(2, 0)
-    targets = torch.cat([target.whole for group in own.data.groups for target in group.targets])
+    targets = torch.cat([target.whole for group in own.data.groups for target in group.targets]).double()
     ((squares, count),) = SquaredError.magnitudes(own.targets())
     assert count == targets.numel()
-    assert squares == pytest.approx(targets.double().square().sum().item(), rel=1e-5)
+    assert squares == pytest.approx((targets - targets.mean(0)).square().sum().item(), rel=1e-5)
+
+
+def test_without_a_spread_the_square_counts():
+    constant = torch.full((4, 3), 2.0)
+    assert SquaredError.spread([constant, constant]) == pytest.approx((96.0, 24))
+    assert SquaredError.spread([torch.ones(1, 5)]) == pytest.approx((5.0, 5))  # one sample
+    assert SquaredError.spread([torch.zeros(2, 2)]) == (0.0, 4)
+    assert SquaredError.spread([torch.tensor(3.0), torch.tensor(5.0)])[0] == pytest.approx(2.0)  # whole calls

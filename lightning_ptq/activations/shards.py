@@ -123,8 +123,8 @@ class ShardSamples:
         for column in zip(*(group.targets or [] for group in self.data.groups), strict=True):
             yield (target.of_call(call) for target in column for call in range(len(target.calls)))
 
-    def held_out(self, module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (output, target) of the quantized module on the held-out samples."""
+    def held_out(self, module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Yield (output, target) of each output of the quantized module, by mini-batch of the held-out samples."""
         for group, rows in self._held_out:
             outputs = float_tensors_in(self.data.run(module, group, rows, "quantized"))
-            yield from zip(group.without_padding(outputs, rows), group.wanted(rows), strict=True)
+            yield list(zip(group.without_padding(outputs, rows), group.wanted(rows), strict=True))

@@ -98,8 +98,8 @@ def unit_table(stage: str, result: AdaQuantResult) -> ReportTable:
     ]  # fmt: skip
     columns = ("unit", "bit widths", "error before", "error after", "ratio", "kept", "steps", "seconds")
     note = (
-        "The error is the squared error of the unit's output over the squared float output, on held-out samples. A unit"
-        " was not tuned if its error was below the tolerance from the start."
+        "The error is the squared error of the unit's output over the variance of the float output, on held-out"
+        " samples. A unit was not tuned if its error was below the tolerance from the start."
     )
     return ReportTable(f"units_{key_of(stage)}", f"Units: {stage}", columns, rows, note)
 

@@ -10,7 +10,6 @@ in order, so that each sees the outputs of solved ones.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,13 +30,13 @@ from lightning_ptq.runtime.patching import hooked
 
 _SAMPLES = 128
 """Samples of a shard that moments are taken over."""
-_DAMPING = float(os.environ.get("DAMP", 0.01))
-"""Weight of the float solution against the data, relative to the mean square of an input."""
+_DAMPINGS = (0.01, 0.1, 1.0, 10.0)
+"""Weights of the float solution against the data that are tried, relative to the mean square of an input."""
+_SMALL = 64
+"""Greatest number of inputs that float64 is used for; it is slow for more, and damping makes float32 exact enough."""
 _LARGEST = 8192
 """Greatest number of inputs of an output; more are not solved, as that takes cubic time."""
-_FACTORS = (0.7, 0.775, 0.85, 0.925, 1.0, 1.075) if not os.environ.get("NOSCALE") else (1.0,)
-"""Scales that are tried, relative to those of the calibration."""
-_MARGIN = float(os.environ.get("MARGIN", 0.45))
+_MARGIN = 0.45
 """How far inside the interval of its integer, in grid steps, a weight lies."""
 _POSITIONS = (2**13, 2**16)
 """Least and greatest number of positions that moments are taken over, if there are as many."""
@@ -62,7 +61,7 @@ class Moments:
     outputs: Tensor
 
     def __add__(self, other: Moments) -> Moments:
-        return Moments(self.inputs + other.inputs.to(self.inputs), self.outputs + other.outputs.to(self.outputs))
+        return Moments(self.inputs + other.inputs, self.outputs + other.outputs)
 
 
 @dataclass
@@ -102,13 +101,27 @@ def solve_layers(
         samples: Its samples in the shards of this rank.
         over_shards: Function that returns the values of all shards, in order, from those of this rank.
     """
+    counts = over_shards({own.shard.index: _calls(unit, own) for own in samples})
     for name, layer in unit.layers.items():
-        if not _solvable(layer):
+        if not _solvable(layer) or any(count.get(name, 0) > 1 for count in counts):
             continue
         found = over_shards({own.shard.index: _moments(unit, name, layer, own) for own in samples})
         moments = [each for each in found if each is not None]
         if moments:
-            _solve(cast(Any, layer), sum(moments[1:], moments[0]))
+            _solve(cast(Any, layer), moments)
+
+
+def _calls(unit: Unit, samples: ShardSamples) -> dict[str, int]:
+    """Return the number of calls of each layer in a forward of the unit."""
+    counts: dict[str, int] = {}
+
+    def count(name: str, *_: Any) -> None:
+        counts[name] = counts.get(name, 0) + 1
+
+    for group, rows in samples.some(1)[:1]:
+        with hooked(dict(unit.layers), count):
+            samples.data.run(unit.module, group, rows, "float")
+    return counts
 
 
 def _solvable(layer: QuantizedOp) -> bool:
@@ -124,45 +137,39 @@ def _solvable(layer: QuantizedOp) -> bool:
 def _moments(unit: Unit, name: str, layer: Any, samples: ShardSamples) -> Moments | None:
     """Return the moments of a layer on some samples of a shard; None if they cannot be found."""
     total: Moments | None = None
-    weight = layer.weight
     least, most = _POSITIONS
-    wanted = max(1, min(max(16 * weight[0].numel(), least), most) // (2 * _SAMPLES))
+    of_sample = min(max(16 * layer.weight[0].numel(), least), most) // (2 * _SAMPLES)
     for group, rows in samples.some(_SAMPLES):
-        outputs, products = _run(unit, name, layer, samples, group, rows, "float"), None
-        inputs = _run(unit, name, layer, samples, group, rows, "quantized")
-        if outputs is None or inputs is None:
+        wanted, given = (_run(unit, name, layer, samples, group, rows, mode) for mode in ("float", "quantized"))
+        if wanted is None or given is None or len(given[1]) != 1:
             return None
-        (y, _), (_, products) = outputs, inputs
-        if len(products) != 1:
-            return None
-        x = _unfolded(products[0], weight)
-        if x is None:
-            return None
+        y, x = wanted[0], _unfolded(given[1][0], layer.weight)
         real = where_real(y, samples.data.padding_of(group, rows))
-        mask = None if real is None else real.expand_as(y).movedim(layer.channel_dim(y), 0).flatten(1)[0]
-        rows_of_y = y.movedim(layer.channel_dim(y), 0).flatten(1)  # (outputs, positions)
-        if x.shape[-1] != rows_of_y.shape[1]:
+        dim = layer.channel_dim(y)
+        outputs = y.movedim(dim, 0).flatten(1)  # (outputs, positions)
+        if x is None or x.shape[-1] != outputs.shape[1]:
             return None
-        if mask is not None:
-            x, rows_of_y = x[..., mask], rows_of_y[:, mask]
-        count, limit = rows_of_y.shape[1], wanted * max(1, _rows(rows))
-        if count > limit:
-            picked = torch.randperm(count, generator=samples.generator, device=x.device)[:limit]
-            x, rows_of_y = x[..., picked], rows_of_y[:, picked]
-        x = torch.cat([x.double(), x.new_ones(len(x), 1, x.shape[-1], dtype=torch.float64)], 1)
-        own = Moments(x @ x.mT, rows_of_y.double().unflatten(0, (len(x), -1)) @ x.mT)
+        picked = torch.arange(x.shape[-1], device=x.device)
+        if real is not None:
+            picked = picked[real.expand_as(y).movedim(dim, 0).flatten(1)[0]]
+        if len(picked) > (most := of_sample * max(1, _count(rows))):
+            order = torch.randperm(len(picked), generator=samples.generator, device=samples.generator.device)
+            picked = picked[order[:most].to(picked.device)]
+        x, outputs = x[..., picked].double(), outputs[:, picked].double()
+        x = torch.cat([x, x.new_ones(len(x), 1, x.shape[-1])], 1)
+        own = Moments((x @ x.mT).cpu(), (outputs.unflatten(0, (len(x), -1)) @ x.mT).cpu())  # ranks exchange them
         total = own if total is None else total + own
     return total
 
 
-def _rows(rows: Tensor | slice) -> int:
+def _count(rows: Tensor | slice) -> int:
     return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
 
 
 def _run(
     unit: Unit, name: str, layer: Any, samples: ShardSamples, group: Group, rows: Tensor | slice, mode: Mode
 ) -> tuple[Tensor, list[_Product]] | None:
-    """Return output and products of the layer's only call; None if it is called more than once."""
+    """Return output and products of the layer's call; None if it is not called."""
     outputs: list[Tensor] = []
     products = _Products()
 
@@ -176,7 +183,7 @@ def _run(
 
     with suppress(_Reached), products, hooked({name: layer}, before, after):
         samples.data.run(unit.module, group, rows, mode)
-    return (outputs[0], products.found) if len(outputs) == 1 else None
+    return (outputs[0], products.found) if outputs else None
 
 
 def _unfolded(product: _Product, weight: Tensor) -> Tensor | None:
@@ -207,56 +214,84 @@ def _unfolded(product: _Product, weight: Tensor) -> Tensor | None:
     return cast(Tensor, x.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(2))
 
 
-def _solve(layer: Any, moments: Moments) -> None:
-    """Set the weight, its scales and the bias of a layer."""
-    bias = layer._parameters.get("bias")
-    quantizer = layer.weight_quantizers["weight"]
-    n = moments.inputs[:, -1:, -1:]
-    second, cross = moments.inputs / n, moments.outputs / n
-    mean_x, mean_y = second[:, :-1, -1], cross[:, :, -1]
+def _solve(layer: Any, folds: Sequence[Moments]) -> None:
+    """Set the weight, its scales and the bias of a layer from the moments of several shards."""
+    bias, quantizer = layer._parameters.get("bias"), layer.weight_quantizers["weight"]
+    folds = [Moments(fold.inputs.to(layer.weight.device), fold.outputs.to(layer.weight.device)) for fold in folds]
+    whole = _centered(sum(folds[1:], folds[0]), bias is not None)
+    weight = layer.weight.to(whole.cross).reshape(whole.cross.shape)
+    parts = [_centered(fold, bias is not None) for fold in folds]
+    solution, damped = whole.solved(weight, _best_damping(weight, parts)), whole.damped(_DAMPINGS[0])
+    scale = quantizer.scale.to(damped).flatten().expand(weight.shape[0] * weight.shape[1]).reshape(weight.shape[:2])
+    rounded = _rounded(solution, damped, scale, quantizer)
+    if bias is not None:
+        bias.copy_((whole.mean_outputs - (rounded @ whole.mean_inputs[:, :, None])[..., 0]).flatten())
+    margin = _MARGIN * scale.abs()[..., None]
+    within = solution.clamp(rounded - margin, rounded + margin)
+    layer.weight.copy_(within.reshape(layer.weight.shape))
+
+
+@dataclass(frozen=True)
+class _Centered:
+    """Moments over positions: about the means where the layer has a bias.
+
+    Attributes:
+        second: Of the inputs, (groups, inputs, inputs).
+        cross: Of outputs and inputs, (groups, outputs, inputs).
+        mean_inputs: (groups, inputs).
+        mean_outputs: (groups, outputs).
+    """
+
+    second: Tensor
+    cross: Tensor
+    mean_inputs: Tensor
+    mean_outputs: Tensor
+
+    def damped(self, damping: float) -> Tensor:
+        """Return the second moments with a multiple of their mean diagonal added to the diagonal."""
+        power = self.second.diagonal(dim1=1, dim2=2).mean(1)
+        added = torch.where(power > 0, damping * power, torch.ones_like(power))
+        return self.second + torch.diag_embed(added[:, None].expand(self.second.shape[:2]))
+
+    def solved(self, weight: Tensor, damping: float) -> Tensor:
+        """Return the weights with the least squared error, shrunk towards ``weight``."""
+        factor = torch.linalg.cholesky(self.damped(damping))
+        return weight + torch.cholesky_solve((self.cross - weight @ self.second).mT, factor).mT
+
+    def error(self, weight: Tensor) -> float:
+        """Return the squared error of weights, up to what does not depend on them."""
+        return float(((weight @ self.second - 2 * self.cross) * weight).sum())
+
+
+def _centered(moments: Moments, bias: bool) -> _Centered:
+    count = moments.inputs[:, -1:, -1:]
+    second, cross = moments.inputs / count, moments.outputs / count
+    mean_inputs, mean_outputs = second[:, :-1, -1], cross[:, :, -1]
     second, cross = second[:, :-1, :-1], cross[:, :, :-1]
-    if bias is not None:
-        second = second - mean_x[:, :, None] * mean_x[:, None]
-        cross = cross - mean_y[:, :, None] * mean_x[:, None]
-    groups, inputs = second.shape[:2]
-    weight = layer.weight.double().reshape(groups, -1, inputs)
-    power = second.diagonal(dim1=1, dim2=2).mean(1)
-    damped = (
-        second
-        + torch.eye(inputs, dtype=second.dtype, device=second.device)
-        * (torch.where(power > 0, _DAMPING * power, torch.ones_like(power))[:, None, None])
-    )
-    if os.environ.get("REG") == "0":
-        cross = weight @ second
-    solution = weight + torch.linalg.solve(damped, (cross - weight @ second).mT).mT
-    scale = quantizer.scale.double().flatten().expand(weight.shape[0] * weight.shape[1]).reshape(weight.shape[:2])
-    factors = _FACTORS if quantizer.scale.numel() == len(layer.weight) else (1.0,)
-    best_error = torch.full_like(scale, float("inf"))
-    best_scale, best = scale, solution
-    tried = torch.cat([scale * factor for factor in factors], 1)
-    rounded = _rounded(solution.repeat(1, len(factors), 1), damped, tried, quantizer)
-    for index in range(len(factors)):
-        part = slice(index * weight.shape[1], (index + 1) * weight.shape[1])
-        lost = rounded[:, part] - solution
-        error = ((lost @ damped) * lost).sum(2)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_scale = torch.where(better, tried[:, part], best_scale)
-        best = torch.where(better[..., None], rounded[:, part], best)
-    if bias is not None:
-        bias.copy_((mean_y - (best @ mean_x[:, :, None])[..., 0]).flatten())
-    step = best_scale.abs()[..., None]
-    latent = torch.minimum(torch.maximum(solution, best - _MARGIN * step), best + _MARGIN * step)
-    layer.weight.copy_(latent.reshape(layer.weight.shape))
-    if quantizer.scale.numel() > 1:
-        quantizer.scale.copy_(best_scale.reshape(quantizer.scale.shape))
+    if bias:
+        second = second - mean_inputs[:, :, None] * mean_inputs[:, None]
+        cross = cross - mean_outputs[:, :, None] * mean_inputs[:, None]
+    if second.shape[-1] > _SMALL:
+        second, cross, mean_inputs, mean_outputs = (each.float() for each in (second, cross, mean_inputs, mean_outputs))
+    return _Centered(second, cross, mean_inputs, mean_outputs)
+
+
+def _best_damping(weight: Tensor, folds: Sequence[_Centered]) -> float:
+    """Return the damping with which solutions for one fold have the least error on the others."""
+    if len(folds) < 2:
+        return _DAMPINGS[-1]
+    errors = [
+        sum(other.error(fold.solved(weight, damping)) for fold in folds for other in folds if other is not fold)
+        for damping in _DAMPINGS
+    ]
+    return _DAMPINGS[min(range(len(errors)), key=errors.__getitem__)]
 
 
 def _rounded(weight: Tensor, second: Tensor, scale: Tensor, quantizer: Any) -> Tensor:
     """Return weights on their grids whose outputs are close to those of ``weight``; (groups, rows, inputs).
 
     Args:
-        weight: The weights; changed.
+        weight: The weights.
         second: Second moments of the inputs, (groups, inputs, inputs).
         scale: Scale of each row, (groups, rows).
         quantizer: The weight's quantizer.
@@ -268,8 +303,7 @@ def _rounded(weight: Tensor, second: Tensor, scale: Tensor, quantizer: Any) -> T
     at = torch.arange(groups, device=order.device)[:, None]
     ordered = second[at[:, :, None], order[:, :, None], order[:, None]]
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(ordered)), upper=True)
-    factor, scale = factor.float(), scale.float()
-    weight = weight.float().gather(2, order[:, None].expand_as(weight))
+    weight = weight.gather(2, order[:, None].expand_as(weight))
     result = torch.empty_like(weight)
     for start in range(0, inputs, 64):
         end = min(start + 64, inputs)
@@ -282,4 +316,4 @@ def _rounded(weight: Tensor, second: Tensor, scale: Tensor, quantizer: Any) -> T
             weight[:, :, i + 1 : end] -= error[:, :, None] * factor[:, None, i, i + 1 : end]
         weight[:, :, end:] -= errors @ factor[:, start:end, end:]
     back = torch.empty_like(result)
-    return back.scatter_(2, order[:, None].expand_as(result), result).double()
+    return back.scatter_(2, order[:, None].expand_as(result), result)

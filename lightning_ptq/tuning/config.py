@@ -46,7 +46,8 @@ class ReconstructionConfig:
             most this many share a step.
         tolerance: A unit whose initial held-out error is below this is not tuned; None for 2e-3 where all bit widths
             are 8, where there is mostly nothing to gain, and 0 below.
-        correct_means: Whether biases take up, before the first step, what rounding takes from the mean outputs.
+        closed_form: Whether tuning starts from weights and biases that are solved for the inputs and outputs of each
+            layer (:mod:`~lightning_ptq.tuning.closed_form`, :mod:`~lightning_ptq.tuning.means`).
         cuda_graphs: Whether steps on a GPU are repeated as CUDA graphs, where the unit allows it.
         loss: Name of a :class:`~lightning_ptq.tuning.losses.ReconstructionLoss`.
 
@@ -67,7 +68,6 @@ class ReconstructionConfig:
     parts: int = 2
     tolerance: float | None = None
     closed_form: bool = True
-    correct_means: bool = True
     cuda_graphs: bool = True
     loss: str = "squared_error"
 
@@ -79,7 +79,7 @@ class ReconstructionConfig:
             raise QConfigError(f"learn holds {unknown}, which cannot be learned. Choose from {list(LEARNABLE)}.")
         one_of("rounding", self.rounding, ("continuous", "adaround"))
         one_of("loss", self.loss, sorted(LOSSES))
-        values: dict[str, Any] = {"learn": learn, "correct_means": flag("correct_means", self.correct_means)}
+        values: dict[str, Any] = {"learn": learn}
         values |= {name: flag(name, getattr(self, name)) for name in ("closed_form", "cuda_graphs")}
         for name in ("steps", "batch_size", "parts"):
             if (name, getattr(self, name)) != ("steps", None):

@@ -14,6 +14,7 @@ from lightning_ptq.activations.calls import unit_errors
 from lightning_ptq.activations.groups import Picked
 from lightning_ptq.activations.shards import ShardSamples, over_shards
 from lightning_ptq.activations.unit_data import UnitData
+from lightning_ptq.errors import UnitError
 from lightning_ptq.network.units import Unit
 from lightning_ptq.runtime.cuda_graphs import recorder_for
 from lightning_ptq.runtime.gradient import Gradient
@@ -27,6 +28,39 @@ from lightning_ptq.tuning.drop import ActivationDrop
 from lightning_ptq.tuning.losses import LOSSES, ReconstructionLoss
 from lightning_ptq.tuning.steps import Steps
 from lightning_ptq.tuning.tuners import Tuner, make_tuner, share_scales
+
+
+@dataclass(frozen=True)
+class ShardFacts:
+    """What all ranks know of the shards of a unit's samples.
+
+    Attributes:
+        shards: Number of shards.
+        used: Indices of those with samples.
+        separable: Whether the unit treats rows independently in all of them.
+        loss: The loss, which knows the spread of the targets.
+    """
+
+    shards: int
+    used: list[int]
+    separable: bool
+    loss: ReconstructionLoss
+
+    @classmethod
+    def of(cls, samples: list[ShardSamples], config: ReconstructionConfig, ranks: Ranks) -> ShardFacts:
+        """Return the facts.
+
+        Raises:
+            UnitError: If no shard has a sample.
+        """
+        kind = LOSSES[config.loss]
+        own = {each.shard.index: (each.empty, each.data.separable, kind.magnitudes(each.targets())) for each in samples}
+        shards = over_shards(ranks, own)
+        used = [index for index, (empty, *_) in enumerate(shards) if not empty]
+        if not used:
+            raise UnitError("no calibration sample reaches it")
+        loss = kind([shards[index][2] for index in used])
+        return cls(len(shards), used, all(shards[index][1] for index in used), loss)
 
 
 @dataclass(frozen=True)
@@ -45,6 +79,7 @@ class Optimized:
 def optimize(
     unit: Unit,
     samples: list[ShardSamples],
+    facts: ShardFacts,
     config: ReconstructionConfig,
     steps: int,
     ranks: Ranks,
@@ -55,6 +90,7 @@ def optimize(
     Args:
         unit: The unit, quantized.
         samples: Its samples in the shards of this rank.
+        facts: Facts of the shards of all ranks.
         config: What is tuned, and at which rates.
         steps: Number of steps.
         ranks: Processes that share each step.
@@ -67,7 +103,7 @@ def optimize(
     share_scales(by_name)
     tuners = list(by_name.values())
     with tuning_state(unit, config):
-        found = _run(unit, tuners, samples, steps, config, ranks, on_step)
+        found = _run(unit, tuners, samples, facts, steps, config, ranks, on_step)
     for tuner in tuners:
         tuner.write()
     return found
@@ -77,6 +113,7 @@ def _run(
     unit: Unit,
     tuners: list[Tuner],
     samples: list[ShardSamples],
+    facts: ShardFacts,
     steps: int,
     config: ReconstructionConfig,
     ranks: Ranks,
@@ -86,11 +123,7 @@ def _run(
     variables = list({id(pair[0]): pair for tuner in tuners for pair in tuner.variables.values()}.values())
     if not variables:
         return Optimized([])
-    kind = LOSSES[config.loss]
-    facts = {own.shard.index: (own.empty, own.data.separable, kind.magnitudes(own.targets())) for own in samples}
-    shards = over_shards(ranks, facts)
-    used = [index for index, (empty, *_) in enumerate(shards) if not empty]
-    separable, loss = all(shards[index][1] for index in used), kind([shards[index][2] for index in used])
+    used, loss = facts.used, facts.loss
     drops = {own.shard.index: ActivationDrop(own.generator) for own in samples}
     recorder = recorder_for(variables[0][0].device) if config.cuda_graphs else None
     runner = Steps(recorder, _reason_against(samples, config))
@@ -100,7 +133,7 @@ def _run(
         for own in samples:
             # Where rows are not separable, a step takes one whole call, of one shard after the other.
             index = own.shard.index
-            weight = own.shard.weight if separable else float(used[step % len(used)] == index)
+            weight = own.shard.weight if facts.separable else float(used[step % len(used)] == index)
             if not weight or own.empty:
                 continue
             drops[index].probability = config.drop * (1 - step / steps)
@@ -118,7 +151,7 @@ def _run(
                 runner.run(key, group.pick(rows), work, gradient.of_shard(index), own.generator)
 
     curve: list[tuple[int, float]] = []
-    for step, total in minimize(variables, steps, len(shards), ranks, differentiate, update):
+    for step, total in minimize(variables, steps, facts.shards, ranks, differentiate, update):
         if step % max(1, steps // 50) == 0:
             curve.append((step, float(total)))
         on_step(step + 1)

@@ -14,16 +14,14 @@ from typing import Any
 from lightning_ptq.activations.calls import unit_errors
 from lightning_ptq.activations.shards import Shard, ShardSamples, over_shards
 from lightning_ptq.activations.unit_data import UnitData
-from lightning_ptq.errors import UnitError
 from lightning_ptq.network.units import Unit, set_unit_states, unit_qconfigs, unit_states
 from lightning_ptq.runtime.journal import LayerStates
 from lightning_ptq.runtime.memory import trim_heap
 from lightning_ptq.runtime.ranks import Ranks
 from lightning_ptq.tuning.closed_form import solve_layers
 from lightning_ptq.tuning.config import ReconstructionConfig
-from lightning_ptq.tuning.losses import LOSSES
 from lightning_ptq.tuning.means import correct_means
-from lightning_ptq.tuning.optimize import optimize
+from lightning_ptq.tuning.optimize import ShardFacts, optimize
 from lightning_ptq.tuning.tuners import make_tuner
 
 Improve = Callable[[Unit, Sequence[ShardSamples], Callable[[dict[int, Any]], list[Any]]], None]
@@ -41,7 +39,7 @@ class UnitResult:
         name: Qualified name.
         bits: Bit widths of the layers, for example ``"w4a4"``; several where they differ.
         error_before: Held-out error of the initial quantization: the squared error of the unit's output over the
-            squared float output.
+            variance of the float output, or over its square if all samples give the same output.
         error_after: The same after tuning.
         accepted: True if the tuned state was kept. False if tuning did not lower the error, or was not needed, so that
             the unit keeps its initial quantization.
@@ -101,9 +99,8 @@ def reconstruct_unit(
     began, ranks = time.perf_counter(), ranks or Ranks()
     seeds = {shard.index: seed * config.parts + shard.index for shard, _ in data}
     samples = [ShardSamples(shard, of_shard, config.held_out, seeds[shard.index]) for shard, of_shard in data]
-    if all(over_shards(ranks, {own.shard.index: own.empty for own in samples})):
-        raise UnitError("no calibration sample reaches it")
-    before, widths = _held_out_error(unit, samples, config, ranks), unit_qconfigs(unit)
+    facts = ShardFacts.of(samples, config, ranks)
+    before, widths = _held_out_error(unit, samples, facts, ranks), unit_qconfigs(unit)
     bits = "/".join(sorted(set(map(str, widths))))
     if before < config.tolerance_for(widths):
         return UnitResult(unit.name, bits, before, before, False, 0, time.perf_counter() - began)
@@ -113,18 +110,18 @@ def reconstruct_unit(
         error = before
         if restart is not None:
             restart()
-            error = _held_out_error(unit, samples, config, ranks)
+            error = _held_out_error(unit, samples, facts, ranks)
         for improve in _starts(config):
-            error, states = _improved(improve, error, unit, samples, config, ranks)
+            error, states = _improved(improve, error, unit, samples, facts, config, ranks)
             best = min(best, (error, states), key=_error)
         start = unit_states(unit)
         for rate in _RATES:
             set_unit_states(unit, start)
-            found = optimize(unit, samples, _slower(config, rate), steps, ranks, on_step)
+            found = optimize(unit, samples, facts, _slower(config, rate), steps, ranks, on_step)
             _agree(unit, ranks)
             curve, eager = curve + found.curve, eager or found.eager
             on_step = _silent  # the progress counts one attempt
-            after = _held_out_error(unit, samples, config, ranks)
+            after = _held_out_error(unit, samples, facts, ranks)
             if after < best[0]:
                 best = after, unit_states(unit)
                 break
@@ -160,9 +157,9 @@ def _error(candidate: tuple[float, Any]) -> float:
 
 def _starts(config: ReconstructionConfig) -> Iterator[Improve]:
     """Yield what improves the state that tuning starts from."""
-    if config.closed_form and {"weight", "bias", "weight_scale"} <= set(config.learn):
+    if config.closed_form and {"weight", "bias"} <= set(config.learn):
         yield solve_layers
-    if config.correct_means and "bias" in config.learn:
+    if config.closed_form and "bias" in config.learn:
         yield correct_means
 
 
@@ -171,6 +168,7 @@ def _improved(
     error: float,
     unit: Unit,
     samples: list[ShardSamples],
+    facts: ShardFacts,
     config: ReconstructionConfig,
     ranks: Ranks,
 ) -> tuple[float, LayerStates]:
@@ -179,7 +177,7 @@ def _improved(
     with unit_errors():
         improve(unit, samples, lambda own: over_shards(ranks, own))
     _agree(unit, ranks)
-    corrected = _held_out_error(unit, samples, config, ranks)
+    corrected = _held_out_error(unit, samples, facts, ranks)
     if corrected < error:
         shifted = unit_states(unit)
         for name, layer in unit.layers.items():  # a state that may be kept has its weights on their grids
@@ -191,11 +189,11 @@ def _improved(
     return error, states
 
 
-def _held_out_error(unit: Unit, samples: list[ShardSamples], config: ReconstructionConfig, ranks: Ranks) -> float:
-    """Return the distance of the unit's held-out outputs from the float ones, relative to the magnitude of these."""
+def _held_out_error(unit: Unit, samples: list[ShardSamples], facts: ShardFacts, ranks: Ranks) -> float:
+    """Return the distance of the unit's held-out outputs from the float ones, relative to the spread of these."""
     trim_heap()  # these forwards have other sizes than the steps; neither fits into the heap that the other leaves
     with unit_errors():
-        own = {own.shard.index: LOSSES[config.loss].held_out(own.held_out(unit.module)) for own in samples}
+        own = {own.shard.index: facts.loss.held_out(own.held_out(unit.module)) for own in samples}
     sums = over_shards(ranks, own)
     trim_heap()
     return sum(error for error, _ in sums) / max(sum(magnitude for _, magnitude in sums), 1e-30)

@@ -135,7 +135,7 @@ def test_precision_loggers_and_progress_bars_do_not_matter(pl, tmp_path, bar, op
 
 
 def test_units_that_are_rolled_back_are_named(pl, tmp_path):
-    tuner = AdaQuantLayerwise(steps=2, weight_lr=1e4, bias_lr=1e4, tolerance=0.0, correct_means=False)
+    tuner = AdaQuantLayerwise(steps=2, weight_lr=1e4, bias_lr=1e4, tolerance=0.0, closed_form=False)
     run = trainer(pl, tmp_path, CalibrationCapture("w3a4"), tuner)
     with pytest.warns(RolledBackWarning, match=r"net\.0-6 \(w3a4/w8a8\), net\.7-9 \(w3a4/w8a8\)"):
         run.fit(classifier(pl), loader())
