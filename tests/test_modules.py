@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import seeded
 from models import SamePadConv2d, randomize_norms
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,6 +19,7 @@ from lightning_ptq.network.op import ops_in_mode
 from lightning_ptq.network.swapping import swapped_class
 from lightning_ptq.numerics.fake_quantize import FakeQuantize
 from lightning_ptq.numerics.qconfig import LayerQConfig
+from lightning_ptq.numerics.quantize import fake_quantize
 from lightning_ptq.numerics.spec import QuantSpec
 from lightning_ptq.tuning.drop import ActivationDrop
 
@@ -304,6 +306,24 @@ def test_dropped_elements_keep_their_float_value() -> None:
     dropped = mixed == x
     assert torch.equal(mixed[~dropped], rounded[~dropped])
     assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.015)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_dropping_has_the_gradients_of_a_mixture(symmetric: bool, dtype: torch.dtype) -> None:
+    spec, x = QuantSpec(4, symmetric=symmetric), seeded(0, 2000).to(dtype)
+    keep = (seeded(1, 2000) > 0).float()
+    found = []
+    for fused in (True, False):
+        values = x.clone().requires_grad_()
+        scale, zero_point = torch.tensor(0.2, requires_grad=True), torch.tensor(-2.0, requires_grad=True)
+        given = (values, scale, zero_point, spec.quant_min, spec.quant_max)
+        y = fake_quantize(*given, keep) if fused else torch.where(keep > 0, fake_quantize(*given), values)
+        grads = torch.autograd.grad((y.float() * seeded(2, 2000)).sum(), (values, scale, zero_point))
+        found.append([y.detach(), *grads])
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one.float(), other.float(), rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_reach_weight_bias_and_input() -> None:

@@ -22,7 +22,8 @@ class FakeQuantize(nn.Module):
         layout: How the scales broadcast against the tensor; one scale for the whole tensor by default.
 
     Attributes:
-        drop: Function of the float and the quantized tensor that mixes them while a unit is tuned; None otherwise.
+        drop: Function of a tensor that says where it is quantized while a unit is tuned: 1, and 0 where it keeps its
+            float values, as floats of its shape; None otherwise.
         enabled: False to pass tensors through unchanged.
         shared_by: Inputs of operations, (operation, input), that are to keep this scale and zero point together.
         greatest_scale: Scale beyond which tuning is not to widen the grid of an activation.
@@ -37,7 +38,7 @@ class FakeQuantize(nn.Module):
         self.layout = layout
         self.register_buffer("scale", torch.ones(layout.shape, dtype=torch.float32))
         self.register_buffer("zero_point", torch.zeros(layout.shape, dtype=torch.int32))
-        self.drop: Callable[[Tensor, Tensor], Tensor] | None = None
+        self.drop: Callable[[Tensor], Tensor] | None = None
         self.enabled = True
         self.shared_by: frozenset[tuple[str, str]] = frozenset()
         self.greatest_scale = math.inf
@@ -47,9 +48,12 @@ class FakeQuantize(nn.Module):
         """Fake-quantize ``x``; same shape and dtype."""
         if not self.enabled:
             return x
-        y = fake_quantize(self.layout.split(x), self.scale, self.zero_point, self.spec.quant_min, self.spec.quant_max)
-        y = self.layout.merge(y)
-        return y if self.drop is None else self.drop(x, y)
+        split = self.layout.split(x)
+        keep = None if self.drop is None else self.drop(split)
+        spec = self.spec
+        return self.layout.merge(
+            fake_quantize(split, self.scale, self.zero_point, spec.quant_min, spec.quant_max, keep)
+        )
 
     def constant(self, x: Tensor) -> Tensor:
         """Fake-quantize a weight, and keep the result until the weight or its grid changes.

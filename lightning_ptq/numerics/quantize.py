@@ -70,7 +70,9 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return (q.to(scale.dtype) - zero_point.round()).mul_(scale)
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, keep: Tensor | None = None
+) -> Tensor:
     """Quantize and dequantize ``x``, with gradients for ``x``, ``scale`` and ``zero_point``.
 
     The gradient for ``x`` is straight-through inside the clamp and 0 outside it. For the scale it is that of LSQ (Esser
@@ -82,6 +84,8 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, 
         zero_point: Zero point, broadcastable to ``x``; integers, or floats that are rounded and may carry a gradient.
         quant_min: Least integer of the grid.
         quant_max: Greatest integer of the grid.
+        keep: Where ``x`` is to be quantized: 1, and 0 where it passes as it is; floats, broadcastable to ``x``. None
+            for all values.
 
     Example:
         >>> scale = torch.tensor(0.5, requires_grad=True)
@@ -91,11 +95,13 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, 
     """
     dtype = x.dtype
     x, scale = _single(x), _single(scale)
+    keep = None if keep is None else keep.to(x.dtype)
     if torch.is_grad_enabled() and not torch._C._is_tracing():  # a trace could neither check nor save the function
-        result: Tensor = _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max)
+        result: Tensor = _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max, keep)
     else:
         zero_point = zero_point.to(x.dtype)
         result = quantize(x, scale, zero_point, quant_min, quant_max).sub_(zero_point.round()).mul_(scale)
+        result = result if keep is None else torch.lerp(x, result, keep)
     return result.to(dtype)
 
 
@@ -103,10 +109,17 @@ class _FakeQuantize(torch.autograd.Function):
     """Forward and LSQ+ backward in few in-place passes, because a tuning step spends most of its time here."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, keep: Tensor | None
+    ) -> Tensor:
         zero_point = zero_point.to(x.dtype).round()
         q = (x * scale.reciprocal()).round_().add_(zero_point)
         result = q.clamp(quant_min, quant_max).sub_(zero_point).mul_(scale)
+        if keep is not None:
+            # Values that pass count as inside the clamp, where the gradient of x passes. They add nothing to that of
+            # the scale, which is the difference between a product with the result and one with x.
+            result = torch.lerp(x, result, keep)
+            q = q.mul_(keep)
         ctx.save_for_backward(x, scale, zero_point, q, result)
         ctx.bounds = (quant_min - 0.5, quant_max + 0.5)
         return result
@@ -124,7 +137,7 @@ class _FakeQuantize(torch.autograd.Function):
                 total = torch.dot(grad.flatten(), result.flatten()) - torch.dot(grad_x.flatten(), x.flatten())
                 grad_scale = (total / scale).reshape(scale.shape)
             else:
-                grad_scale = (grad * result).sub_(grad_x * x).div_(scale).sum_to_size(scale.shape)
+                grad_scale = (grad * result).addcmul_(grad_x, x, value=-1).sum_to_size(scale.shape) / scale
         if ctx.needs_input_grad[2]:  # d x̂ / d z is 0 inside the clamp and -s outside
             grad_zero_point = (grad_x - grad).mul_(scale).sum_to_size(zero_point.shape)
-        return grad_x, grad_scale, grad_zero_point, None, None
+        return grad_x, grad_scale, grad_zero_point, None, None, None

@@ -28,11 +28,10 @@ class ActivationDrop:
     def probability(self, value: float) -> None:
         self._threshold.fill_(min(255, round(value * 256)))
 
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return ``y`` with some of its values replaced by those of ``x``."""
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return 1 where ``x`` is quantized, and 0 where it keeps its float value, as floats of its shape."""
         # Random bytes cost an eighth of random floats, and every tuning step draws them.
         words = torch.randint(
             -(2**63), 2**63 - 1, (x.numel() // 8 + 1,), generator=self.generator, dtype=torch.int64, device=x.device
         )
-        dropped = words.view(torch.uint8)[: x.numel()].view(x.shape) < self._threshold
-        return torch.lerp(y, x, dropped.to(x.dtype))  # several times faster than torch.where, backwards too
+        return (words.view(torch.uint8)[: x.numel()].view(x.shape) >= self._threshold).to(torch.float32)
