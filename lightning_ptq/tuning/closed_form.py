@@ -221,7 +221,9 @@ def _solve(layer: Any, folds: Sequence[Moments]) -> None:
     whole = _centered(sum(folds[1:], folds[0]), bias is not None)
     weight = layer.weight.to(whole.cross).reshape(whole.cross.shape)
     parts = [_centered(fold, bias is not None) for fold in folds]
-    solution, damped = whole.solved(weight, _best_damping(weight, parts)), whole.damped(_DAMPINGS[0])
+    damping = _best_damping(weight, parts)
+    # Where the samples say little, the float weights say the rest: they damp what rounding may move, too.
+    solution, damped = whole.solved(weight, damping), whole.damped(damping)
     scale = quantizer.scale.to(damped).flatten().expand(weight.shape[0] * weight.shape[1]).reshape(weight.shape[:2])
     rounded = _rounded(solution, damped, scale, quantizer)
     if bias is not None:
