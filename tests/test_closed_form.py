@@ -18,6 +18,7 @@ from lightning_ptq.activations.unit_data import UnitData
 from lightning_ptq.network.units import find_units
 from lightning_ptq.tuning import closed_form
 from lightning_ptq.tuning.closed_form import solve_layers
+from lightning_ptq.tuning.moments import moments_of
 
 
 class SameConv(nn.Conv2d):
@@ -91,7 +92,7 @@ def test_moments_are_those_of_what_the_layer_multiplies(name: str) -> None:
     case = Case(*LAYERS[name])
     weight = case.layer.reference["weight"].double()
     for own in case.samples:
-        moments = closed_form._moments(case.unit, "0", case.layer, own)
+        moments = moments_of(case.unit, "0", case.layer, own)
         assert moments is not None
         rows = weight.reshape(len(moments.inputs), -1, moments.inputs.shape[-1] - 1)
         bias = case.layer.reference.get("bias")

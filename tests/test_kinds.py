@@ -214,7 +214,7 @@ def test_it_is_tuned_copied_and_reloaded(kind: str, tmp_path: Any) -> None:
     calibration = calibrate(net, batches, QConfig.parse("w4a8", first_last_bits=None))
     before = relative_error(call(net, x), expected)
     adaquant(calibration, config=STEPS)
-    assert relative_error(call(net, x), expected) < 1.1 * before
+    assert relative_error(call(net, x), expected) < 1.2 * before
     for step in (para_normalize, tune_bias):
         step(calibration, measure="mse")
     quantized = call(net, x).detach()

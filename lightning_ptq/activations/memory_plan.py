@@ -26,6 +26,7 @@ Place = Literal["memory", "disk", "recomputed"]
 # gradients of the shards, tensors of the fake quantization), and copies of each layer's input and output.
 _COPIES = 20
 _TEMPORARY = 3
+_SOLVING = 10  # copies of the second moments of a layer's inputs in the closed form that tuning starts from
 _LEAST = 2**28  # bytes that "auto" allows in any case; Python and torch take more
 _STEP = 6.0  # forwards of the float unit that take as long as a tuning step on the same samples, measured on ResNet-20
 
@@ -165,9 +166,16 @@ def _step(calibration: Calibration, units: Sequence[Unit], sizes: Mapping[str, t
 
     def of(unit: Unit) -> float:
         passing = sum(sum(sizes[name]) for name in unit.layers) * min(batch, calibration.samples) / first
-        return _COPIES * sum(map(_parameter_bytes, unit.layers.values())) + _TEMPORARY * passing
+        solving = _SOLVING * max((_moment_bytes(layer) for layer in unit.layers.values()), default=0)
+        return _COPIES * sum(map(_parameter_bytes, unit.layers.values())) + _TEMPORARY * passing + solving
 
     return round(max(map(of, units)))
+
+
+def _moment_bytes(layer: Any) -> int:
+    """Return the bytes of the products of all pairs of inputs of an output, for all groups of channels."""
+    inputs = max((weight[0].numel() for weight in layer.weights.values() if weight.dim() > 1), default=0)
+    return int(getattr(layer, "groups", 1) * inputs**2 * 4)
 
 
 def _parameter_bytes(layer: nn.Module) -> int:

@@ -84,8 +84,7 @@ def measure_sensitivity(
     """
     check_calibration(calibration, batches=True)
     one_of("measure", measure, MEASURES)
-    seed = arguments.seed(seed)
-    start = time.perf_counter()
+    seed, start = arguments.seed(seed), time.perf_counter()
     choices = Candidates(calibration, candidates, states)
     at_base = base_choice(choices, base)
     with no_inference_mode(), eval_mode(calibration.module), choices.restored(), ExitStack() as stack:
@@ -98,8 +97,8 @@ def measure_sensitivity(
         else:
             rises = _Sweep(calibration, choices, at_base, meter, before, store, progress, journal).rises()
     means, errors = (_over_batches(statistic, rises, meter.samples) for statistic in (_mean, _standard_error))
-    value, seconds = _mean(before, meter.samples), time.perf_counter() - start
-    return SensitivityTable(measure, at_base, value, means, errors, calibration.samples, seconds)
+    seconds = time.perf_counter() - start
+    return SensitivityTable(measure, at_base, _mean(before, meter.samples), means, errors, calibration.samples, seconds)
 
 
 def measure_choice(

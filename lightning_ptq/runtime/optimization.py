@@ -48,8 +48,7 @@ def minimize(
         by_rate.setdefault(rate, []).append(variable)
     if not by_rate:
         return
-    # One call steps all tensors of a rate. Stepping them one by one would cost a tenth of a step's time. The bytes are
-    # the same.
+    # One call steps all tensors of a rate; one by one would cost a tenth of a step's time, for the same bytes.
     groups = [{"params": tensors, "lr": rate} for rate, tensors in by_rate.items()]
     optimizer = torch.optim.Adam(groups, foreach=True)
     if recorder is not None:  # a graph reads rates and counts of steps from tensors

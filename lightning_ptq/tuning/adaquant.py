@@ -85,13 +85,12 @@ def adaquant(
     kind = SequentialRun if mode == "sequential" else ParallelRun
     widths, config = list(map(LayerQConfig.parse, candidates or ())), config or ReconstructionConfig()
     with eval_mode(calibration.module), plainly(), ExitStack() as stack:
-        limit = limit_of(memory_limit, calibration, config.batch_size)
-        store = stack.enter_context(ActivationStore(limit))
-        with units_for(calibration, granularity, blocks) as (of_units, units):
-            units = tunable_units(of_units, units, store, config)
-            run = kind(of_units, units, store, config, seed, progress, journal, widths, on_unit)
-            announce(run.plan)
-            result = replace(run.all(), peak_activation_bytes=store.peak)
+        store = stack.enter_context(ActivationStore(limit_of(memory_limit, calibration, config.batch_size)))
+        of_units, units = stack.enter_context(units_for(calibration, granularity, blocks))
+        units = tunable_units(of_units, units, store, config)
+        run = kind(of_units, units, store, config, seed, progress, journal, widths, on_unit)
+        announce(run.plan)
+        result = replace(run.all(), peak_activation_bytes=store.peak)
     return _finished(calibration, result, run.refused)
 
 

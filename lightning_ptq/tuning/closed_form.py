@@ -9,85 +9,25 @@ in order, so that each sees the outputs of solved ones.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
-from lightning_ptq.activations.groups import Group
 from lightning_ptq.activations.shards import ShardSamples
-from lightning_ptq.calibration.padding import where_real
-from lightning_ptq.network.op import Mode, QuantizedOp
+from lightning_ptq.network.op import QuantizedOp
 from lightning_ptq.network.units import Unit
 from lightning_ptq.numerics.quantize import quantize
-from lightning_ptq.runtime.patching import hooked
+from lightning_ptq.tuning.moments import Moments, calls_of, moments_of
 
-_SAMPLES = 128
-"""Samples of a shard that moments are taken over."""
 _DAMPINGS = (0.01, 0.1, 1.0, 10.0)
 """Weights of the float solution against the data that are tried, relative to the mean square of an input."""
-_SMALL = 64
-"""Greatest number of inputs that float64 is used for; it is slow for more, and damping makes float32 exact enough."""
 _LARGEST = 8192
 """Greatest number of inputs of an output; more are not solved, as that takes cubic time."""
 _MARGIN = 0.45
 """How far inside the interval of its integer, in grid steps, a weight lies."""
-_POSITIONS = (2**13, 2**16)
-"""Least and greatest number of positions that moments are taken over, if there are as many."""
-
-_DIMS = {F.linear: 0, F.conv1d: 1, F.conv2d: 2}
-
-
-class _Reached(BaseException):
-    """Ends a forward at the layer whose inputs are wanted; not an Exception, so that no forward catches it."""
-
-
-@dataclass
-class Moments:
-    """Second moments of a layer's inputs x and float outputs y, by groups of channels, with 1 as the last input.
-
-    Attributes:
-        inputs: Sum of x xᵀ, (groups, inputs + 1, inputs + 1).
-        outputs: Sum of y xᵀ, (groups, outputs of a group, inputs + 1).
-    """
-
-    inputs: Tensor
-    outputs: Tensor
-
-    def __add__(self, other: Moments) -> Moments:
-        return Moments(self.inputs + other.inputs, self.outputs + other.outputs)
-
-
-@dataclass
-class _Product:
-    """A product of a layer's forward: what is called, with which arguments."""
-
-    func: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def option(self, index: int, name: str, default: Any) -> Any:
-        return self.args[index] if index < len(self.args) else self.kwargs.get(name, default)
-
-
-class _Products(TorchFunctionMode):
-    """Records products while ``active``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.active = False
-        self.found: list[_Product] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.active and func in _DIMS:
-            self.found.append(_Product(func, args, dict(kwargs or {})))
-        return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
@@ -101,27 +41,14 @@ def solve_layers(
         samples: Its samples in the shards of this rank.
         over_shards: Function that returns the values of all shards, in order, from those of this rank.
     """
-    counts = over_shards({own.shard.index: _calls(unit, own) for own in samples})
+    counts = over_shards({own.shard.index: calls_of(unit, own) for own in samples})
     for name, layer in unit.layers.items():
         if not _solvable(layer) or any(count.get(name, 0) > 1 for count in counts):
             continue
-        found = over_shards({own.shard.index: _moments(unit, name, layer, own) for own in samples})
+        found = over_shards({own.shard.index: moments_of(unit, name, layer, own) for own in samples})
         moments = [each for each in found if each is not None]
         if moments:
             _solve(cast(Any, layer), moments)
-
-
-def _calls(unit: Unit, samples: ShardSamples) -> dict[str, int]:
-    """Return the number of calls of each layer in a forward of the unit."""
-    counts: dict[str, int] = {}
-
-    def count(name: str, *_: Any) -> None:
-        counts[name] = counts.get(name, 0) + 1
-
-    for group, rows in samples.some(1)[:1]:
-        with hooked(dict(unit.layers), count):
-            samples.data.run(unit.module, group, rows, "float")
-    return counts
 
 
 def _solvable(layer: QuantizedOp) -> bool:
@@ -132,86 +59,6 @@ def _solvable(layer: QuantizedOp) -> bool:
     if quantizer is None or weight.dim() < 2 or weight[0].numel() > _LARGEST:
         return False
     return layer.channels("weight").dim == 0 and quantizer.scale.numel() in (1, len(weight))
-
-
-def _moments(unit: Unit, name: str, layer: Any, samples: ShardSamples) -> Moments | None:
-    """Return the moments of a layer on some samples of a shard; None if they cannot be found."""
-    total: Moments | None = None
-    least, most = _POSITIONS
-    of_sample = min(max(16 * layer.weight[0].numel(), least), most) // (2 * _SAMPLES)
-    for group, rows in samples.some(_SAMPLES):
-        wanted, given = (_run(unit, name, layer, samples, group, rows, mode) for mode in ("float", "quantized"))
-        if wanted is None or given is None or len(given[1]) != 1:
-            return None
-        y, x = wanted[0], _unfolded(given[1][0], layer.weight)
-        real = where_real(y, samples.data.padding_of(group, rows))
-        dim = layer.channel_dim(y)
-        outputs = y.movedim(dim, 0).flatten(1)  # (outputs, positions)
-        if x is None or x.shape[-1] != outputs.shape[1]:
-            return None
-        picked = torch.arange(x.shape[-1], device=x.device)
-        if real is not None:
-            picked = picked[real.expand_as(y).movedim(dim, 0).flatten(1)[0]]
-        if len(picked) > (most := of_sample * max(1, _count(rows))):
-            order = torch.randperm(len(picked), generator=samples.generator, device=samples.generator.device)
-            picked = picked[order[:most].to(picked.device)]
-        x, outputs = x[..., picked].double(), outputs[:, picked].double()
-        x = torch.cat([x, x.new_ones(len(x), 1, x.shape[-1])], 1)
-        own = Moments((x @ x.mT).cpu(), (outputs.unflatten(0, (len(x), -1)) @ x.mT).cpu())  # ranks exchange them
-        total = own if total is None else total + own
-    return total
-
-
-def _count(rows: Tensor | slice) -> int:
-    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
-
-
-def _run(
-    unit: Unit, name: str, layer: Any, samples: ShardSamples, group: Group, rows: Tensor | slice, mode: Mode
-) -> tuple[Tensor, list[_Product]] | None:
-    """Return output and products of the layer's call; None if it is not called."""
-    outputs: list[Tensor] = []
-    products = _Products()
-
-    def before(*_: Any) -> None:
-        products.active = True
-
-    def after(name: str, module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        products.active = False
-        outputs.append(layer.output_tensor(output).detach())
-        raise _Reached
-
-    with suppress(_Reached), products, hooked({name: layer}, before, after):
-        samples.data.run(unit.module, group, rows, mode)
-    return (outputs[0], products.found) if outputs else None
-
-
-def _unfolded(product: _Product, weight: Tensor) -> Tensor | None:
-    """Return what each position multiplies the weights of a group by, (groups, inputs, positions)."""
-    x, dims = product.option(0, "input", None), _DIMS[product.func]
-    if dims == 0:
-        return cast(Tensor, x.flatten(0, -2).mT[None])
-    stride, padding, dilation, groups = (
-        product.option(index, key, default)
-        for index, key, default in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1), (6, "groups", 1))
-    )
-    if isinstance(padding, str) or x.dim() != dims + 2:
-        return None
-    kernel = tuple(weight.shape[2:])
-
-    def pair(value: Any, filler: int) -> tuple[int, ...]:
-        values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * dims
-        values = values * dims if len(values) < dims else values
-        return (filler, *values) if dims == 1 else values
-
-    if dims == 1:
-        x, kernel = x[:, :, None], (1, *kernel)
-    if math.prod(kernel) == 1 and set(pair(padding, 0)) == {0}:
-        first, second = pair(stride, 1)
-        x = x[:, :, ::first, ::second].flatten(2)
-    else:
-        x = F.unfold(x, kernel, pair(dilation, 1), pair(padding, 0), pair(stride, 1))
-    return cast(Tensor, x.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(2))
 
 
 def _solve(layer: Any, folds: Sequence[Moments]) -> None:
@@ -273,8 +120,6 @@ def _centered(moments: Moments, bias: bool) -> _Centered:
     if bias:
         second = second - mean_inputs[:, :, None] * mean_inputs[:, None]
         cross = cross - mean_outputs[:, :, None] * mean_inputs[:, None]
-    if second.shape[-1] > _SMALL:
-        second, cross, mean_inputs, mean_outputs = (each.float() for each in (second, cross, mean_inputs, mean_outputs))
     return _Centered(second, cross, mean_inputs, mean_outputs)
 
 

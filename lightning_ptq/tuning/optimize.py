@@ -147,7 +147,7 @@ def _run(
                         penalty = scale * torch.stack([tuner.penalty(step / steps) for tuner in tuners]).sum()
                         gradient.add(own.shard.index, error + penalty, error)
 
-                key = (index, own.data.groups.index(group), _count(rows))
+                key = (index, id(group), _count(rows))
                 runner.run(key, group.pick(rows), work, gradient.of_shard(index), own.generator)
 
     curve: list[tuple[int, float]] = []

@@ -6,6 +6,7 @@ the unit is a layer or a block.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -97,8 +98,8 @@ def reconstruct_unit(
         UnitError: If no sample reaches the unit, or its forward or backward pass fails; it is left as it was.
     """
     began, ranks = time.perf_counter(), ranks or Ranks()
-    seeds = {shard.index: seed * config.parts + shard.index for shard, _ in data}
-    samples = [ShardSamples(shard, of_shard, config.held_out, seeds[shard.index]) for shard, of_shard in data]
+    first = seed * config.parts
+    samples = [ShardSamples(shard, of_shard, config.held_out, first + shard.index) for shard, of_shard in data]
     facts = ShardFacts.of(samples, config, ranks)
     before, widths = _held_out_error(unit, samples, facts, ranks), unit_qconfigs(unit)
     bits = "/".join(sorted(set(map(str, widths))))
@@ -107,13 +108,9 @@ def reconstruct_unit(
     saved = unit_states(unit)
     best, curve, eager = (before, saved), list[tuple[int, float]](), ""
     try:
-        error = before
         if restart is not None:
             restart()
-            error = _held_out_error(unit, samples, facts, ranks)
-        for improve in _starts(config):
-            error, states = _improved(improve, error, unit, samples, facts, config, ranks)
-            best = min(best, (error, states), key=_error)
+        best = min(best, _solved(unit, samples, facts, config, ranks), key=_error)
         start = unit_states(unit)
         for rate in _RATES:
             set_unit_states(unit, start)
@@ -155,6 +152,21 @@ def _error(candidate: tuple[float, Any]) -> float:
     return candidate[0]
 
 
+def _solved(
+    unit: Unit, samples: list[ShardSamples], facts: ShardFacts, config: ReconstructionConfig, ranks: Ranks
+) -> tuple[float, LayerStates]:
+    """Put a unit into the best state that is known in closed form; return its error and the state on its grids.
+
+    Without a better state than that of the unit, the error is infinite.
+    """
+    error, found = _held_out_error(unit, samples, facts, ranks), (math.inf, unit_states(unit))
+    for improve in _starts(config):
+        better = _improved(improve, error, unit, samples, facts, config, ranks)
+        if better is not None:
+            error, found = better[0], better
+    return found
+
+
 def _starts(config: ReconstructionConfig) -> Iterator[Improve]:
     """Yield what improves the state that tuning starts from."""
     if config.closed_form and {"weight", "bias"} <= set(config.learn):
@@ -171,8 +183,8 @@ def _improved(
     facts: ShardFacts,
     config: ReconstructionConfig,
     ranks: Ranks,
-) -> tuple[float, LayerStates]:
-    """Improve the layers, unless that raises the held-out error; return the error and the states."""
+) -> tuple[float, LayerStates] | None:
+    """Improve the layers; return the held-out error and the states on the grids, or None if the error did not fall."""
     states = unit_states(unit)
     with unit_errors():
         improve(unit, samples, lambda own: over_shards(ranks, own))
@@ -186,7 +198,7 @@ def _improved(
         set_unit_states(unit, shifted)
         return corrected, rounded
     set_unit_states(unit, states)
-    return error, states
+    return None
 
 
 def _held_out_error(unit: Unit, samples: list[ShardSamples], facts: ShardFacts, ranks: Ranks) -> float:

@@ -54,7 +54,7 @@ def test_the_settings_are_those_of_the_callbacks(pl, tmp_path):
 
 def test_without_a_trainer_the_defaults_hold(pl):
     found = lightning_ptq.inspect(classifier(pl), BATCH)
-    assert (found.samples, found.hazards, found.plan.limit) == (1024, [], 2**32)
+    assert (found.samples, found.hazards, found.plan.limit) == (1024, [], 2**28)
     assert [layer.widths for layer in found.layers] == ["w8a8", "w4a4", "w4a4", "w8a8"]
     assert [layer.name for layer in found.layers] == ["net.0", "net.3", "net.7", "net.9"]
 
