@@ -36,8 +36,7 @@ class StaticConv(nn.Conv2d):
 
 
 LAYERS: dict[str, Any] = {
-    "linear": (lambda: nn.Linear(24, 6), (24,)),
-    "linear, three dimensions": (lambda: nn.Linear(12, 6), (5, 12)),
+    "one position": (lambda: nn.Conv1d(24, 6, 1), (24, 1)),
     "conv1d": (lambda: nn.Conv1d(6, 8, 3, stride=2, padding=1), (6, 12)),
     "conv2d": (lambda: nn.Conv2d(6, 8, 3, padding=1), (6, 8, 8)),
     "pointwise": (lambda: nn.Conv2d(12, 8, 1, stride=2), (12, 8, 8)),
@@ -102,16 +101,16 @@ def test_moments_are_those_of_what_the_layer_multiplies(name: str) -> None:
 
 
 def test_without_rounding_it_is_least_squares() -> None:
-    case = Case(*LAYERS["linear"], bits="w8a3", samples=4096)
+    case = Case(*LAYERS["one position"], bits="w8a3", samples=4096)
     group_data = [own.data.groups[0] for own in case.samples]
-    x = torch.cat([case.layer.input_fake_quant(group.inputs[0]) for group in group_data]).double()
-    y = torch.cat([group.targets[0].whole for group in group_data if group.targets]).double()
+    x = torch.cat([case.layer.input_fake_quant(group.inputs[0]) for group in group_data]).double()[..., 0]
+    y = torch.cat([group.targets[0].whole for group in group_data if group.targets]).double()[..., 0]
     ones = torch.cat([x, torch.ones(len(x), 1)], 1)
     best = torch.linalg.lstsq(ones, y).solution
     least = (ones @ best - y).square().mean().item()
-    before = (x @ case.layer.weight.double().T + case.layer.bias.double() - y).square().mean().item()
+    before = (x @ case.layer.weight[..., 0].double().T + case.layer.bias.double() - y).square().mean().item()
     case.solve()
-    found = (x @ case.layer.weight.double().T + case.layer.bias.double() - y).square().mean().item()
+    found = (x @ case.layer.weight[..., 0].double().T + case.layer.bias.double() - y).square().mean().item()
     assert found - least < 0.6 * (before - least)
 
 
@@ -132,7 +131,8 @@ def test_rounding_makes_up_for_itself_where_inputs_are_alike() -> None:
 
 
 @pytest.mark.parametrize("make", [
-    lambda: nn.Conv3d(4, 6, 2), lambda: nn.ConvTranspose2d(4, 6, 2), lambda: nn.Conv2d(4, 6, 3, padding="same"),
+    lambda: nn.Linear(5, 6), lambda: nn.Conv3d(4, 6, 2), lambda: nn.ConvTranspose2d(4, 6, 2),
+    lambda: nn.Conv2d(4, 6, 3, padding="same"),
 ])  # fmt: skip
 def test_other_layers_stay_as_they_are(make: Any) -> None:
     dims = 3 if isinstance(make(), nn.Conv3d) else 2
@@ -147,14 +147,14 @@ class Twice(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer = nn.Linear(8, 8)
+        self.layer = nn.Conv1d(8, 8, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(F.relu(self.layer(x)))
 
 
 def test_a_layer_that_runs_twice_stays_as_it_is() -> None:
-    case = Case(Twice, (8,))
+    case = Case(Twice, (8, 3))
     before = state(case.calibration.module)
     case.solve()
     assert same_state(state(case.calibration.module), before)
@@ -163,7 +163,7 @@ def test_a_layer_that_runs_twice_stays_as_it_is() -> None:
 @pytest.mark.parametrize("net", [
     lambda: nn.Sequential(nn.Conv2d(1, 1, 1), nn.Flatten()),  # one channel
     lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.ReLU(), nn.Linear(4, 4)),
-    lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Sequential(Twice(), nn.Linear(8, 2))),
+    lambda: nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(2), nn.Sequential(Twice(), nn.Conv1d(8, 2, 1)), nn.Flatten()),
 ])  # fmt: skip
 @pytest.mark.parametrize("samples", [1, 3, 40])
 @pytest.mark.parametrize("factor", [0.0, 1.0])
@@ -177,5 +177,5 @@ def test_few_constant_and_small_units(net: Any, samples: int, factor: float) -> 
 
 def test_the_option_leaves_it_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(closed_form, "_solve", lambda *_: pytest.fail("it was called"))
-    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-    adaquant(calibrate(net, [seeded(0, 32, 8)], "w3a3"), config=ReconstructionConfig(steps=2, closed_form=False))
+    net = nn.Sequential(nn.Conv1d(8, 8, 1), nn.ReLU(), nn.Conv1d(8, 2, 1))
+    adaquant(calibrate(net, [seeded(0, 32, 8, 1)], "w3a3"), config=ReconstructionConfig(steps=2, closed_form=False))
