@@ -173,8 +173,8 @@ def _step(calibration: Calibration, units: Sequence[Unit], sizes: Mapping[str, t
 
 
 def _moment_bytes(layer: Any) -> int:
-    """Return the bytes of the products of all pairs of inputs of an output, for all groups of channels."""
-    inputs = max((weight[0].numel() for weight in layer.weights.values() if weight.dim() > 1), default=0)
+    """Return the bytes of the products of all pairs of inputs of a convolution's output, for all groups of channels."""
+    inputs = max((weight[0].numel() for weight in layer.weights.values() if weight.dim() > 2), default=0)
     return int(getattr(layer, "groups", 1) * inputs**2 * 4)
 
 

@@ -46,8 +46,9 @@ class ReconstructionConfig:
             most this many share a step.
         tolerance: A unit whose initial held-out error is below this is not tuned; None for 2e-3 where all bit widths
             are 8, where there is mostly nothing to gain, and 0 below.
-        closed_form: Whether tuning starts from weights and biases that are solved for the inputs and outputs of each
-            layer (:mod:`~lightning_ptq.tuning.closed_form`, :mod:`~lightning_ptq.tuning.means`).
+        closed_form: Whether tuning starts from weights and biases of convolutions that are solved for their inputs and
+            outputs (:mod:`~lightning_ptq.tuning.closed_form`), and from biases of other layers with corrected means
+            (:mod:`~lightning_ptq.tuning.means`).
         cuda_graphs: Whether steps on a GPU are repeated as CUDA graphs, where the unit allows it.
         loss: Name of a :class:`~lightning_ptq.tuning.losses.ReconstructionLoss`.
 
