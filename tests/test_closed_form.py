@@ -175,6 +175,17 @@ def test_few_constant_and_small_units(net: Any, samples: int, factor: float) -> 
     assert all(tensor.isfinite().all() for tensor in calibration.module.state_dict().values())
 
 
+def test_singular_moments_leave_a_layer_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> Tensor:
+        raise torch.linalg.LinAlgError("the leading minor of order 3 is not positive-definite")
+
+    case = Case(*LAYERS["conv2d"])
+    before = state(case.calibration.module)
+    monkeypatch.setattr(torch.linalg, "cholesky", fails)
+    case.solve()
+    assert same_state(state(case.calibration.module), before)
+
+
 def test_the_option_leaves_it_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(closed_form, "_solve", lambda *_: pytest.fail("it was called"))
     net = nn.Sequential(nn.Conv1d(8, 8, 1), nn.ReLU(), nn.Conv1d(8, 2, 1))

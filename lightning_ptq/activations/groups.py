@@ -166,6 +166,11 @@ def masked(outputs: Sequence[Tensor], real: Sequence[Tensor | None]) -> list[Ten
     return [output if mask is None else output * mask.to(output) for output, mask in zip(outputs, real, strict=True)]
 
 
+def count_of(rows: Tensor | slice) -> int:
+    """Return the number of rows that an index or a slice picks."""
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+
+
 def rows_of(call: Call) -> int:
     """Return the rows of the first floating-point tensor; samples may share integer inputs, such as an order."""
     leaves = [leaf for leaf in call.leaves if is_dense(leaf) and leaf.dim()]

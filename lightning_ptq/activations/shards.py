@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_ptq.activations.groups import Group
+from lightning_ptq.activations.groups import Group, count_of
 from lightning_ptq.activations.unit_data import Minibatch, UnitData
 from lightning_ptq.runtime.ranks import Ranks
 from lightning_ptq.runtime.structure import float_tensors_in
@@ -113,7 +113,7 @@ class ShardSamples:
         for group, all_rows in self.data.batches(self._tuned, min(count, 64)):
             for rows, _ in self.data.chunks(all_rows):
                 found.append((group, rows))
-                count -= rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+                count -= count_of(rows)
                 if count <= 0:
                     return found
         return found

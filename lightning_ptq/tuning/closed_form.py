@@ -10,6 +10,7 @@ in order, so that each sees the outputs of solved ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -50,21 +51,23 @@ def solve_layers(
         found = over_shards({own.shard.index: moments_of(unit, name, layer, own) for own in samples})
         moments = [each for each in found if each is not None]
         if moments:
-            _solve(cast(Any, layer), moments)
+            with suppress(torch._C._LinAlgError):  # singular up to rounding: the layer stays as it is
+                _solve(cast(Any, layer), moments)
 
 
 def _solvable(layer: QuantizedOp) -> bool:
-    """Return True for a convolution with one weight that has a scale for each output or for all."""
+    """Return True for a convolution with one weight on a symmetric grid, with a scale for each output or for all."""
     if not layer.is_linear or layer.is_lookup or layer.tied or list(layer.weights) != ["weight"]:
         return False
     quantizer, weight = layer.weight_quantizers.get("weight"), layer.weights["weight"]
     if quantizer is None or weight.dim() < 3 or weight[0].numel() > _LARGEST:
         return False
-    return layer.channels("weight").dim == 0 and quantizer.scale.numel() in (1, len(weight))
+    plain = layer.channels("weight").dim == 0 and quantizer.spec.symmetric
+    return plain and quantizer.scale.numel() in (1, len(weight))
 
 
 def _solve(layer: Any, folds: Sequence[Moments]) -> None:
-    """Set the weight, its scales and the bias of a layer from the moments of several shards."""
+    """Set the weight and the bias of a layer from the moments of several shards."""
     bias, quantizer = layer._parameters.get("bias"), layer.weight_quantizers["weight"]
     folds = [Moments(fold.inputs.to(layer.weight.device), fold.outputs.to(layer.weight.device)) for fold in folds]
     whole = _centered(sum(folds[1:], folds[0]), bias is not None)
@@ -145,8 +148,7 @@ def _rounded(weight: Tensor, second: Tensor, scale: Tensor, quantizer: Any) -> T
         scale: Scale of each row, (groups, rows).
         quantizer: The weight's quantizer.
     """
-    spec = quantizer.spec
-    zero_point = quantizer.zero_point.flatten()[0]
+    spec, zero_point = quantizer.spec, quantizer.zero_point.flatten()[0]  # 0, as the grid is symmetric
     order = second.diagonal(dim1=1, dim2=2).argsort(1, descending=True)
     groups, inputs = order.shape
     at = torch.arange(groups, device=order.device)[:, None]

@@ -1,7 +1,7 @@
-"""Second moments of the inputs and float outputs of a layer inside a unit, from forwards that end at the layer.
+"""Second moments of the inputs and float outputs of a convolution inside a unit, from forwards that end at the layer.
 
-What the layer multiplies its weight by is read from the call of torch's function in its forward, so that layers with a
-forward of their own are seen as they compute.
+What it multiplies its weight by is read from the call of torch's function in its forward, so that layers with a forward
+of their own are seen as they compute.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lightning_ptq.activations.groups import Group
+from lightning_ptq.activations.groups import Group, count_of
 from lightning_ptq.activations.shards import ShardSamples
 from lightning_ptq.calibration.padding import where_real
 from lightning_ptq.network.op import Mode
@@ -30,7 +30,7 @@ SMALL = 64
 _POSITIONS = (2**13, 2**16)
 """Least and greatest number of positions that moments are taken over, if there are as many."""
 
-_DIMS = {F.linear: 0, F.conv1d: 1, F.conv2d: 2}
+_DIMS = {F.conv1d: 1, F.conv2d: 2}
 
 
 class _Reached(BaseException):
@@ -111,7 +111,7 @@ def moments_of(unit: Unit, name: str, layer: Any, samples: ShardSamples) -> Mome
         picked = torch.arange(x.shape[-1], device=x.device)
         if real is not None:
             picked = picked[real.expand_as(y).movedim(dim, 0).flatten(1)[0]]
-        if len(picked) > (most := of_sample * max(1, _count(rows))):
+        if len(picked) > (most := of_sample * max(1, count_of(rows))):
             order = torch.randperm(len(picked), generator=samples.generator, device=samples.generator.device)
             picked = picked[order[:most].to(picked.device)]
         x, outputs = x[..., picked].to(dtype), outputs[:, picked].to(dtype)
@@ -119,10 +119,6 @@ def moments_of(unit: Unit, name: str, layer: Any, samples: ShardSamples) -> Mome
         own = Moments((x @ x.mT).cpu(), (outputs.unflatten(0, (len(x), -1)) @ x.mT).cpu())  # ranks exchange them
         total = own if total is None else total + own
     return total
-
-
-def _count(rows: Tensor | slice) -> int:
-    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
 
 
 def _run(
@@ -148,8 +144,6 @@ def _run(
 def _unfolded(product: _Product, weight: Tensor) -> Tensor | None:
     """Return what each position multiplies the weights of a group by, (groups, inputs, positions)."""
     x, dims = product.option(0, "input", None), _DIMS[product.func]
-    if dims == 0:
-        return cast(Tensor, x.flatten(0, -2).mT[None])
     stride, padding, dilation, groups = (
         product.option(index, key, default)
         for index, key, default in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1), (6, "groups", 1))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from lightning_ptq.activations.calls import unit_errors
-from lightning_ptq.activations.groups import Picked
+from lightning_ptq.activations.groups import Picked, count_of
 from lightning_ptq.activations.shards import ShardSamples, over_shards
 from lightning_ptq.activations.unit_data import UnitData
 from lightning_ptq.errors import UnitError
@@ -143,11 +143,11 @@ def _run(
                 def work(picked: Picked, own: ShardSamples = own, scale: float = weight * share) -> None:
                     set_drop(unit, drops[own.shard.index] if config.drop else None)
                     with unit_errors():
-                        error = scale * unit_loss(unit, tuners, loss, own.data, picked, random)  # noqa: B023
+                        error = scale * unit_loss(unit, tuners, loss, own.data, picked, random)  # noqa: B023  it runs before the next draw
                         penalty = scale * torch.stack([tuner.penalty(step / steps) for tuner in tuners]).sum()
                         gradient.add(own.shard.index, error + penalty, error)
 
-                key = (index, id(group), _count(rows))
+                key = (index, id(group), count_of(rows))
                 runner.run(key, group.pick(rows), work, gradient.of_shard(index), own.generator)
 
     curve: list[tuple[int, float]] = []
@@ -156,10 +156,6 @@ def _run(
             curve.append((step, float(total)))
         on_step(step + 1)
     return Optimized(curve, runner.reason if recorder else "")
-
-
-def _count(rows: Tensor | slice) -> int:
-    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
 
 
 def _reason_against(samples: list[ShardSamples], config: ReconstructionConfig) -> str:
