@@ -16,7 +16,7 @@ from lightning_ptq.activations.shards import ShardSamples, make_shards
 from lightning_ptq.activations.store import ActivationStore
 from lightning_ptq.activations.unit_data import UnitData
 from lightning_ptq.network.units import find_units
-from lightning_ptq.tuning import closed_form
+from lightning_ptq.tuning import closed_form, means
 from lightning_ptq.tuning.closed_form import solve_layers
 from lightning_ptq.tuning.moments import moments_of
 
@@ -173,6 +173,24 @@ def test_few_constant_and_small_units(net: Any, samples: int, factor: float) -> 
     result = adaquant(calibration, config=ReconstructionConfig(steps=3))
     assert all(row.error_after <= row.error_before or not row.accepted for row in result.units)
     assert all(tensor.isfinite().all() for tensor in calibration.module.state_dict().values())
+
+
+@pytest.mark.parametrize(("signs", "damping"), [((1, 1), 0.01), ((1, -1), 10.0)])
+def test_the_damping_is_small_where_the_shards_agree(signs: tuple[int, int], damping: float) -> None:
+    second, change = torch.eye(6)[None] + 0.2, seeded(0, 1, 4, 6)
+    weight, none = seeded(1, 1, 4, 6), torch.zeros(1, 6)
+    folds = [
+        closed_form._Centered(second, (weight + sign * change) @ second, none, torch.zeros(1, 4)) for sign in signs
+    ]
+    assert closed_form._best_damping(weight, folds) == damping
+
+
+def test_means_are_those_of_positions_with_data() -> None:
+    difference = torch.full((2, 5, 3), 50.0)
+    real = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 0, 0]]).bool()[..., None]
+    difference[real.expand_as(difference)] = 2.0
+    assert means._shift(difference, 2, real).tolist() == pytest.approx([2.0] * 3)
+    assert means._shift(difference, 2, torch.zeros_like(real)).tolist() == [0.0] * 3
 
 
 def test_singular_moments_leave_a_layer_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,8 @@ def solve_layers(
         found = over_shards({own.shard.index: moments_of(unit, name, layer, own) for own in samples})
         moments = [each for each in found if each is not None]
         if moments:
-            with suppress(torch._C._LinAlgError):  # singular up to rounding: the layer stays as it is
+            # Singular up to rounding: the layer stays as it is.
+            with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # torch exports it without listing it
                 _solve(cast(Any, layer), moments)
 
 
