@@ -67,7 +67,8 @@ def test_what_fits_nowhere_is_told_before_the_work(monkeypatch):
     assert not torch.is_inference_mode_enabled()
 
 
-# Run in a process of its own, whose heap holds nothing that the run could use again.
+# Run in a process of its own, whose heap holds nothing that the run could use again. Large blocks go back to the system
+# at once there: what glibc keeps of them for later differs from run to run.
 MEASURED = """
 import ctypes, torch
 from helpers import ResNet, build, seeded
@@ -95,12 +96,13 @@ for width, pixels in ((160, 4), (32, 24)):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak from Linux's /proc")
 def test_the_plan_states_the_whole_peak():
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
     command = [sys.executable, "-W", "ignore", "-c", MEASURED]
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     runs = [tuple(map(int, line.split())) for line in output.splitlines()]
     for measured, peak, most, rest in runs:
         assert peak == most + rest
-        assert peak / 2 < measured < 2 * peak
+        assert peak / 1.5 < measured < 1.5 * peak
     (*_, most, rest), _ = runs
     assert rest > 10 * most  # a lower memory_limit would buy nothing
 
