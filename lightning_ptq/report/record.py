@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_ptq.allocation.frontier import Frontier
 from lightning_ptq.allocation.search import AllocationResult
+from lightning_ptq.allocation.trial import Trial
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.layer_costs import layer_work, packed_size
 from lightning_ptq.errors import PTQWarning
@@ -92,6 +93,21 @@ class LayerRecord:
     inputs: Histogram | None = None
 
 
+@dataclass(frozen=True)
+class MetricChange:
+    """A metric of the user's validation, before and after the run.
+
+    Attributes:
+        name: Name under which the module logs it.
+        before: Value of the float module.
+        after: Value of the quantized module.
+    """
+
+    name: str
+    before: float
+    after: float
+
+
 @dataclass
 class RunRecord:
     """The record of a run.
@@ -108,6 +124,8 @@ class RunRecord:
         allocation: The bit allocation; None if there was none.
         frontier: Predictions over a sweep of budgets; None if there was no allocation.
         statistics: The steps of statistics tuning.
+        metrics: Metrics of the user's validation before and after the run; empty if fit got no validation loader.
+        trials: Choices that a search for an accepted drop of a metric has tried, in order; empty without such a search.
         export: The ONNX file that was written; None if there was none.
         warnings: All warnings of the library, in order.
         float_bytes: Bytes of the float module's tensors.
@@ -126,6 +144,8 @@ class RunRecord:
     allocation: AllocationResult | None = None
     frontier: Frontier | None = None
     statistics: list[StatisticsResult] = field(default_factory=list)
+    metrics: list[MetricChange] = field(default_factory=list)
+    trials: list[Trial] = field(default_factory=list)
     export: OnnxExport | None = None
     warnings: list[PTQWarning] = field(default_factory=list)
     float_bytes: int = 0
