@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.checks import check_calibration
+from lightning_ptq.calibration.saved_state import SavedState
 from lightning_ptq.numerics.qconfig import LayerQConfig, parse_candidates
 from lightning_ptq.runtime.journal import LayerStates
 
@@ -74,15 +75,11 @@ class Candidates:
     @contextmanager
     def restored(self) -> Iterator[None]:
         """After the ``with`` block, all layers have the specs and states that they had before."""
-        layers = self.calibration.layers
-        before = {name: (layer.qconfig, layer.state()) for name, layer in layers.items()}
+        before = SavedState(self.calibration)
         try:
             yield
         finally:
-            for name, (qconfig, state) in before.items():
-                if qconfig is not None:  # attach the quantizers of the former specs before loading their scales
-                    self.calibration.round_to_nearest(name, qconfig)
-                    layers[name].load_state(state)
+            before.restore_layers()
 
     @property
     def of(self) -> dict[str, dict[str, LayerQConfig]]:

@@ -57,6 +57,7 @@ class AdaQuantLayerwise(StepCallback):
     """
 
     role = "AdaQuantLayerwise"
+    tunes = True
     result: AdaQuantResult | None
 
     def __init__(

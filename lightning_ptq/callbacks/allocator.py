@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning_ptq.allocation.costs import Cost, Table, bops_cost, check_table, size_cost, table_cost
 from lightning_ptq.allocation.frontier import Frontier, frontier_around
 from lightning_ptq.allocation.search import AllocationResult, apply_allocation, search_allocation
-from lightning_ptq.allocation.sensitivity import check_measure
+from lightning_ptq.allocation.sensitivity import check_measure, measure_choice, measure_sensitivity
 from lightning_ptq.allocation.sensitivity_table import MEASURES, Measure
 from lightning_ptq.allocation.solver import check_solving
+from lightning_ptq.allocation.target import as_frontier, fine_frontier
 from lightning_ptq.arguments import is_number, one_of, whole
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.candidates import Candidates, TunedStates
 from lightning_ptq.calibration.outputs import ChooseOutput
+from lightning_ptq.callbacks.accuracy import AccuracySearch, AccuracyTarget, Direction, target_of
 from lightning_ptq.callbacks.adaquant import AdaQuantLayerwise
 from lightning_ptq.callbacks.base import StepCallback, ptq_callbacks
 from lightning_ptq.callbacks.trainer.loggers import log_scalars
@@ -26,14 +28,21 @@ from lightning_ptq.report import PTQReport
 from lightning_ptq.runtime.journal import NO_JOURNAL, Journal
 
 if TYPE_CHECKING:
-    from pytorch_lightning import Trainer
+    from pytorch_lightning import LightningModule, Trainer
 
 DEFAULT_CANDIDATES = ("w8a8", "w4a8", "w4a4", "w2a4")
 """Bit widths to choose from if neither the user nor a parallel AdaQuantLayerwise names any."""
 
+SMALL_CANDIDATES = ("w8a8", "w4a8", "w3a8", "w2a8")
+"""The same where an accepted drop of a metric limits the size alone, to which bits of activations do not count."""
+
 
 class BitAllocator(StepCallback):
     """Chooses each layer's bit widths: least degradation within a budget, or least cost within a limit of degradation.
+
+    The limit is a drop of your own metric (``monitor``, ``max_drop``) or a rise of a measure (``max_degradation``). For
+    the metric, choices of the frontier are tuned by the callbacks after this one and validated by the module's own
+    ``validation_step`` on the validation data of fit; the cheapest one within the drop is the result.
 
     Runs :func:`~lightning_ptq.allocation.search.search_allocation` after
     :class:`~lightning_ptq.callbacks.capture.CalibrationCapture`, or after a parallel
@@ -47,9 +56,14 @@ class BitAllocator(StepCallback):
             w8a8, ...
         limit: Budget for the cost of the table.
         max_degradation: Accepted rise of the measure over its value at the widest candidates, instead of budgets.
-        minimise: Cost to minimize under ``max_degradation``: ``"size"``, ``"bops"`` or ``"table"``.
+        monitor: Name of a metric that ``validation_step`` logs.
+        max_drop: How much worse than that of the float module the metric may be, in the metric's unit.
+        mode: ``"max"`` if a higher metric is better, ``"min"`` if a lower one is; by default ``"max"``, but an error
+            for names such as ``"val_loss"``.
+        tries: Greatest number of networks that are tuned in search of ``max_drop``; one more if none of them is within.
+        minimise: Cost to minimize under ``max_drop`` or ``max_degradation``: ``"size"``, ``"bops"`` or ``"table"``.
         candidates: Bit widths to choose from; by default those of the parallel AdaQuantLayerwise, or
-            w8a8, w4a8, w4a4 and w2a4.
+            w8a8, w4a8, w4a4 and w2a4; w8a8, w4a8, w3a8 and w2a8 where ``max_drop`` alone limits the size.
         measure: ``"kl"``, ``"mse"``, ``"loss"`` or ``"fisher"``; see
             :func:`~lightning_ptq.allocation.sensitivity.measure_sensitivity`.
         output: Tensor of the network's output that ``"kl"`` and ``"mse"`` compare: a key, an index or a function.
@@ -83,6 +97,10 @@ class BitAllocator(StepCallback):
         table: Table | str | None = None,
         limit: float | None = None,
         max_degradation: float | None = None,
+        monitor: str | None = None,
+        max_drop: float | None = None,
+        mode: Direction | None = None,
+        tries: int = 3,
         minimise: Literal["size", "bops", "table"] = "size",
         candidates: list[str] | None = None,
         measure: Measure = "fisher",
@@ -93,11 +111,18 @@ class BitAllocator(StepCallback):
         time_limit: float = 60.0,
     ) -> None:
         super().__init__()
-        if (table is None) != (limit is None) and max_degradation is None:
+        self.target = target_of(monitor, max_drop, mode, tries)
+        limited = max_degradation is not None or self.target is not None
+        if max_degradation is not None and self.target is not None:
+            raise AllocationError("max_degradation and max_drop are two limits of the same thing. Give one of them.")
+        if (table is None) != (limit is None) and not limited:
             raise AllocationError("table and limit go together: give a cost table and the limit of its total cost.")
         self.budgets = {k: v for k, v in {"size": size, "bops": bops, "table": limit}.items() if v is not None}
-        if not self.budgets and max_degradation is None:
-            raise AllocationError("BitAllocator needs a budget. Write for example BitAllocator(size=0.15).")
+        if not self.budgets and not limited:
+            raise AllocationError(
+                "BitAllocator needs a budget or an accepted drop. Write for example BitAllocator(size=0.15), or"
+                " BitAllocator(monitor='val_acc', max_drop=0.01)."
+            )
         for name, budget in {**self.budgets, "max_degradation": max_degradation}.items():
             if budget is not None and not (is_number(budget) and math.isfinite(budget)):
                 raise AllocationError(f"{name} must be a finite number, got {budget!r}. Write for example 0.15.")
@@ -122,10 +147,17 @@ class BitAllocator(StepCallback):
         """Check that the network's output can be measured with all layers at their widest candidates."""
         check_measure(calibration, self._candidates(trainer), **self.measuring)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that the validation of the float module, which was just before, has logged the metric."""
+        if self.target is not None:
+            self.target.check(trainer)
+
     def work(self, trainer: Trainer, calibration: Calibration, journal: Journal = NO_JOURNAL) -> AllocationResult:
         """Choose the widths, and give them to the layers."""
         states = self._states(trainer)
         candidates = self._candidates(trainer) or list(states)
+        if self.target is not None:
+            return self._by_metric(trainer, calibration, self.target, journal)
         with self._progress(trainer) as progress:
             result = search_allocation(
                 calibration,
@@ -148,6 +180,32 @@ class BitAllocator(StepCallback):
         log_scalars(trainer, {f"ptq/allocated/{name}": value for name, value in scalars.items()})
         return result
 
+    def _by_metric(
+        self, trainer: Trainer, calibration: Calibration, target: AccuracyTarget, journal: Journal
+    ) -> AllocationResult:
+        """Choose the widths by the user's metric, and leave the module tuned at them."""
+        states = self._states(trainer)
+        candidates = self._candidates(trainer) or list(states)
+        with self._progress(trainer) as progress:
+            table = measure_sensitivity(
+                calibration, candidates, states=states, progress=progress, journal=journal, **self.measuring
+            )
+        costs = self.costs(calibration, table.candidates)
+        others = {name: budget for name, budget in self.budgets.items() if name != self.minimise}
+        # Solvers with a time limit need not agree on all ranks.
+        points = calibration.ranks.on_rank_zero(
+            lambda: fine_frontier(
+                table, costs, self.minimise, self.budgets.get(self.minimise), others=others, **self._solving
+            )
+        )
+        search = AccuracySearch(trainer, self, calibration, target, states)
+        _, allocation = search.run(points, self.minimise)
+        self._frontier = as_frontier(points, table, costs, self.minimise)
+        same = {key: self.measuring[key] for key in ("measure", "output")}
+        return AllocationResult(
+            allocation, table, measure_choice(calibration, allocation.choice, states=states, **same)
+        )
+
     def record(self, report: PTQReport) -> None:
         """Put the allocation and the frontier into the report."""
         report.allocation, report.frontier = self.result, self._frontier
@@ -169,7 +227,9 @@ class BitAllocator(StepCallback):
         An empty list stands for the calibrated widths, for which a tuning without candidates is done.
         """
         tunings = self._tunings(trainer)
-        return self.candidates or (tunings[-1].candidates or [] if tunings else list(DEFAULT_CANDIDATES))
+        small = self.target is not None and self.minimise == "size" and not self.budgets
+        default = list(SMALL_CANDIDATES if small else DEFAULT_CANDIDATES)
+        return self.candidates or (tunings[-1].candidates or [] if tunings else default)
 
     def _states(self, trainer: Trainer) -> TunedStates:
         """Return the tuned states of the tuning before this callback."""

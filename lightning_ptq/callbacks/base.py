@@ -70,18 +70,22 @@ class StepCallback(PTQCallback, ABC):
     """A callback that works once on the calibrated module, after the calibration pass.
 
     Attributes:
+        tunes: Whether the work only tunes the module, so that a search for bit widths may try and repeat it.
         result: What :meth:`work` returned in the last run; None before.
     """
+
+    tunes = False
 
     def __init__(self) -> None:
         super().__init__()
         self.result: Any = None
+        self._taken: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the order of the callbacks."""
         if stage == "fit":
             check_order(trainer)
-            self.result = None
+            self.result = self._taken = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do the work, in the first epoch only."""
@@ -90,15 +94,21 @@ class StepCallback(PTQCallback, ABC):
             return
         report = capture.report
         with report.stage(self.title):
-            self.result = self._work(trainer, capture.calibration, capture.journal_for(self))
+            taken, self._taken = self._taken, None
+            self.result = self.tried(trainer, capture.calibration, capture) if taken is None else taken
         capture.stage_is_over(trainer, pl_module, self)
         logged = {table.key for table in report.tables()}
         self.record(report)
         log_tables(trainer, [table for table in report.tables() if table.key not in logged])
 
-    def _work(self, trainer: Trainer, calibration: Calibration, journal: Journal) -> Any:
+    def take(self, result: Any) -> None:
+        """Take the result of a trial whose state the module is in, instead of doing the work again."""
+        self._taken = result
+
+    def tried(self, trainer: Trainer, calibration: Calibration, capture: CalibrationCapture) -> Any:
+        """Do the work, and return its result."""
         try:
-            return self.work(trainer, calibration, journal)
+            return self.work(trainer, calibration, capture.journal_for(self))
         except StopIteration:  # the training loop would take it for the end of the loader, and the run for finished
             pass
         raise CallbackError(

@@ -16,14 +16,14 @@ from lightning_ptq.calibration.calibrator import Calibrator
 from lightning_ptq.calibration.forward import Forward, default_forward
 from lightning_ptq.calibration.padding import Mask, check_mask
 from lightning_ptq.callbacks.base import PTQCallback, check_callbacks, check_order, check_trainer, ptq_callbacks
-from lightning_ptq.callbacks.trainer import dataloading, resuming
+from lightning_ptq.callbacks.trainer import dataloading, reporting, resuming
 from lightning_ptq.callbacks.trainer.checkpoints import no_optimizer_states, write_checkpoint
 from lightning_ptq.callbacks.trainer.lightning import isolate_rng
 from lightning_ptq.callbacks.trainer.loggers import log_ranges, log_settings
 from lightning_ptq.callbacks.trainer.muting import Step, calibration_forward, training_disabled
-from lightning_ptq.callbacks.trainer.reporting import check_report_dir, finish, publish, warn_if_changed
 from lightning_ptq.callbacks.trainer.resuming import Journals
 from lightning_ptq.callbacks.trainer.signals import StopRequest
+from lightning_ptq.callbacks.trainer.validation import Scores, no_validation_of_fit
 from lightning_ptq.errors import CalibrationError, noted_warnings
 from lightning_ptq.export.targets import TargetName, configured
 from lightning_ptq.network.prepare import Prepared, prepare
@@ -80,6 +80,7 @@ class CalibrationCapture(PTQCallback):
 
     Attributes:
         report: The :class:`~lightning_ptq.report.PTQReport` of the last run.
+        scores: What the validation of the float module logged; None if fit was given no validation data.
         calibration: The :class:`~lightning_ptq.calibration.calibration.Calibration`, after the pass and until fit ends.
 
     Raises:
@@ -118,9 +119,8 @@ class CalibrationCapture(PTQCallback):
             operations=operations, symmetric_activations=symmetric_activations, weight_observer=weight_observer,
             percentile=percentile, activation_observer=activation_observer, signed_scales=signed_scales,
         )  # fmt: skip
-        if num_samples is not None:
-            num_samples = arguments.whole("num_samples", num_samples, error=CalibrationError)
-        self.num_samples = num_samples
+        whole = None if num_samples is None else arguments.whole("num_samples", num_samples, error=CalibrationError)
+        self.num_samples = whole
         self.step = step
         self.mask = check_mask(mask)
         self.save_checkpoint = arguments.flag("save_checkpoint", save_checkpoint)
@@ -129,6 +129,7 @@ class CalibrationCapture(PTQCallback):
         self.report_dir = arguments.folder("report_dir", report_dir)
         self.timeout = arguments.number("timeout", timeout, "be a positive number of seconds", (1e-3, math.inf), "1800")
         self.report: PTQReport | None = None
+        self.scores: Scores | None = None
         self.calibration: Calibration | None = None
         self._prepared: Prepared | None = None
         self._forward: Forward = default_forward
@@ -149,13 +150,13 @@ class CalibrationCapture(PTQCallback):
         check_order(trainer)
         check_trainer(trainer)
         check_callbacks(trainer)
-        check_report_dir(self.report_dir)
+        reporting.check_report_dir(self.report_dir)
         self._progress_folder = resuming.check_resume_dir(trainer, self.resume_dir) if self.resume else None
         remove_abandoned()
         self._stop, self._error, self._journals, self._checksums = StopRequest(), None, None, {}
         self._ranks = current_ranks(self.timeout, partial(self._stop.check, trainer))
         pl_module.configure_model()
-        self.calibration = self._calibrator = None
+        self.calibration = self._calibrator = self.scores = None
         settings = plain({callback.title: resuming.settings_of(callback) for callback in ptq_callbacks(trainer)})
         self.report = PTQReport(type(pl_module).__name__, settings)
         # An error inside this block undoes everything. Afterwards, teardown and on_exception do.
@@ -167,6 +168,7 @@ class CalibrationCapture(PTQCallback):
             stack.callback(self._undo_unless_finished)
             stack.enter_context(isolate_rng())
             stack.enter_context(dataloading.unshuffled(trainer))
+            stack.enter_context(no_validation_of_fit(trainer))
             stack.enter_context(no_optimizer_states(pl_module))
             stack.enter_context(training_disabled(pl_module, self._observe, self._done))
             self._restore = stack.pop_all()
@@ -175,6 +177,7 @@ class CalibrationCapture(PTQCallback):
         """Create the calibrator, now that the module is on its device."""
         if self._prepared is not None and self.report is not None and not self._restored():
             log_settings(trainer, self.report)
+            self.scores = reporting.validate_before(trainer, pl_module, self._ranks, self.report)
             self._pass.enter_context(self.report.stage(self.title))
             self._restore.callback(self._watch.close)
             self._watch.enter_context(self._stop.watching(self._ranks.world))
@@ -202,8 +205,7 @@ class CalibrationCapture(PTQCallback):
         for stage in ptq_callbacks(trainer):
             stage.check(trainer, self.calibration)
         trainer.should_stop = True
-        counts = len(self.calibration.layers), self.calibration.samples, len(self.calibration.folded)
-        log.info("calibrated %d layers on %d samples, folded %d batch norms", *counts)
+        log.info("calibrated %d layers on %d samples", len(self.calibration.layers), self.calibration.samples)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the checkpoint, keep the quantized layers, and report the run.
@@ -213,18 +215,19 @@ class CalibrationCapture(PTQCallback):
         """
         if self.calibration is None:
             return
-        warn_if_changed(pl_module, self._checksums, saved=False)
+        reporting.warn_if_changed(pl_module, self._checksums, saved=False)
         self._ranks.check_same(dict(pl_module.state_dict()))
         if self.save_checkpoint:
             write_checkpoint(trainer, self._ranks, self._progress_folder)
         self._prepared = None  # the run is complete: nothing is undone any more
         if self._journals is not None:
             self._journals.remove()
-        if self.report is not None:
-            self._checksums = finish(self.report, self.calibration)
-            publish(trainer, self.report, self.report_dir)
-        self.calibration.release()
         self._watch.close()  # before Lightning restores the handlers of signals, which is before teardown
+        if self.report is not None:
+            self._checksums = reporting.finish(self.report, self.calibration)
+            reporting.validate_after(trainer, pl_module, self._ranks, self.report, self.scores)
+            reporting.publish(trainer, self.report, self.report_dir)
+        self.calibration.release()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that a calibration pass took place.
@@ -248,7 +251,7 @@ class CalibrationCapture(PTQCallback):
         self._ranks.close()
         self._ranks = Ranks()
         if self._prepared is None and stage == "fit":
-            warn_if_changed(pl_module, self._checksums)
+            reporting.warn_if_changed(pl_module, self._checksums)
             self._checksums = {}
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

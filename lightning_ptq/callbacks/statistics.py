@@ -74,6 +74,7 @@ class StatsTuning(StepCallback):
 
     role = "StatsTuning"
     title = "Statistics tuning"
+    tunes = True
     result: list[StatisticsResult] | None
 
     def __init__(

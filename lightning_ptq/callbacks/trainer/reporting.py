@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING
 
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.callbacks.trainer.lightning import rank_zero_info
-from lightning_ptq.callbacks.trainer.loggers import log_end, shows_pictures
+from lightning_ptq.callbacks.trainer.loggers import log_end, log_scalars, shows_pictures
 from lightning_ptq.callbacks.trainer.resuming import checksums
+from lightning_ptq.callbacks.trainer.validation import Scores, validate, validates
 from lightning_ptq.errors import CallbackError, ChangedAfterwardsWarning, ReportWarning, warn
 from lightning_ptq.report import PTQReport
+from lightning_ptq.report.record import MetricChange
 from lightning_ptq.runtime.memory import format_bytes
+from lightning_ptq.runtime.ranks import Ranks
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -71,6 +74,35 @@ def warn_if_changed(module: LightningModule, finished: Mapping[str, bytes], save
             ChangedAfterwardsWarning,
             stacklevel=2,
         )
+
+
+def validate_before(trainer: Trainer, module: LightningModule, ranks: Ranks, report: PTQReport) -> Scores | None:
+    """Validate the float module, if fit was given validation data."""
+    if not validates(trainer):
+        return None
+    with report.stage("Validation of the float module"):
+        return validate(trainer, module, ranks)
+
+
+def validate_after(
+    trainer: Trainer, module: LightningModule, ranks: Ranks, report: PTQReport, before: Scores | None
+) -> None:
+    """Validate the quantized module, and put each metric beside that of the float module into report and logs.
+
+    Warns:
+        ReportWarning: If the validation fails; the run is complete all the same.
+    """
+    if before is None:
+        return
+    with _failure_is_a_warning("the quantized module could not be validated"):
+        with report.stage("Validation of the quantized module"):
+            after = validate(trainer, module, ranks).values
+        report.metrics = [
+            MetricChange(name, value, after[name]) for name, value in before.values.items() if name in after
+        ]
+        for change in report.metrics:
+            path = f"ptq/validation/{change.name}"
+            log_scalars(trainer, {f"{path}_float": change.before, f"{path}_quantized": change.after})
 
 
 def publish(trainer: Trainer, report: PTQReport, report_dir: str | None) -> None:

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 FOLDER = "ptq_progress"
 _PROBE = 2**16  # bytes; a few would find room in a block that the disk has reserved already
-_NO_SETTING = ("calibration", "report", "result", "log", "log_dict")  # the Trainer adds the last two
+_NO_SETTING = ("calibration", "report", "result", "scores", "log", "log_dict")  # the Trainer adds the last two
 
 
 class Journals:
