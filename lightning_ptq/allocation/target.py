@@ -1,7 +1,7 @@
 """Search for the cheapest network whose metric drops by at most a given value, over the choices of one frontier.
 
-A trial is expensive, as it tunes the network, and its drop is noisy. So the search interpolates between the drops that it has
-measured, tries few points, and ends where the standard error says that more trials would choose by chance.
+A trial is expensive, as it tunes the network, and its drop is noisy. So the search interpolates between the drops that
+it has measured, tries few points, and ends where the standard error says that more would choose by chance.
 """
 
 from __future__ import annotations
