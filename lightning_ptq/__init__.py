@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         ExportONNX,
         StatsTuning,
         inspect,
+        quantize,
     )
 
 Choices = Candidates  # its former name
@@ -92,6 +93,7 @@ __all__ = [
     "measure_sensitivity",
     "para_normalize",
     "prepare",
+    "quantize",
     "reestimate_batch_norm",
     "register_layer",
     "save_packed",
@@ -102,10 +104,20 @@ __all__ = [
     "verify_export",
 ]
 
+_OF_CALLBACKS = (
+    "AdaQuantLayerwise",
+    "BitAllocator",
+    "CalibrationCapture",
+    "ExportONNX",
+    "StatsTuning",
+    "inspect",
+    "quantize",
+)
+
 
 def __getattr__(name: str) -> Any:
     # The callbacks import Lightning, which the functions do without.
-    if name in ("AdaQuantLayerwise", "BitAllocator", "CalibrationCapture", "ExportONNX", "StatsTuning", "inspect"):
+    if name in _OF_CALLBACKS:
         from lightning_ptq import callbacks
 
         return getattr(callbacks, name)

@@ -145,13 +145,8 @@ class _Search:
         )
 
     def chosen(self) -> int | None:
-        """Return the cheapest point within; None if there is none.
-
-        A cheaper network that measures better than a dearer one was lucky. So it must also be within if their drops are
-        averaged, which is the isotonic regression of the drops over the cost.
-        """
-        fitted = _decreasing([(index, self.trials[index].drop) for index in sorted(self.trials)])
-        return next((i for i, drop in fitted if drop <= self.max_drop and self.trials[i].within), None)
+        """Return the cheapest point within; None if there is none."""
+        return min((index for index, trial in self.trials.items() if trial.within), default=None)
 
     def next(self) -> int | None:
         """Return the point to try next; None if another trial would not be worth it."""
@@ -178,9 +173,9 @@ class _Search:
             aim = self._between(self.trials[outside], self.trials[inside])
         else:
             trial = self.trials[outside if inside is None else inside]
-            # A drop within the noise says little: then the rise may be four times as much, or a quarter.
-            ratio = self.max_drop / max(trial.drop, (trial.error or 0.0) / 2, self.max_drop / 8)
-            aim = trial.rise * min(max(0.9 * ratio, 0.25), 4.0)
+            # A drop near 0 says little of how far to go, so no step is longer than this.
+            ratio = self.max_drop / max(trial.drop, self.max_drop / 8, 1e-30)
+            aim = trial.rise * (min(max(0.9 * ratio, 1.25), 4.0) if inside is not None else max(0.9 * ratio, 0.25))
         return next((i for i, point in enumerate(self.points) if point.rise <= aim), len(self.points) - 1)
 
     def _between(self, outside: Trial, inside: Trial) -> float:
@@ -189,23 +184,3 @@ class _Search:
         span = outside.drop - inside.drop
         share = (self.max_drop - inside.drop) / span if span > 0 else 0.5
         return math.exp(low + (high - low) * min(max(share, 0.25), 0.75))
-
-
-def _decreasing(drops: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Return the nearest sequence that does not increase (pool adjacent violators).
-
-    Example:
-        >>> _decreasing([(0, 0.2), (1, 0.6), (2, 0.1)])
-        [(0, 0.4), (1, 0.4), (2, 0.1)]
-    """
-    pools: list[list[tuple[int, float]]] = []
-    for item in drops:
-        pools.append([item])
-        while len(pools) > 1 and _mean(pools[-2]) < _mean(pools[-1]):
-            last = pools.pop()
-            pools[-1] += last
-    return [(index, _mean(pool)) for pool in pools for index, _ in pool]
-
-
-def _mean(pool: list[tuple[int, float]]) -> float:
-    return math.fsum(drop for _, drop in pool) / len(pool)

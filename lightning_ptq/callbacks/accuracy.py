@@ -155,10 +155,11 @@ class AccuracySearch:
         self._apply(allocation)
         noted = [] if self.capture.report is None else self.capture.report.warnings
         before = len(noted)
-        results = {each: each.tried(self.trainer, self.calibration, self.capture) for each in self.later}
+        name = str(allocation.choice)
+        results = {each: each.tried(self.trainer, self.calibration, self.capture, name) for each in self.later}
         found = self._measured(self._validate())
         if found.drop <= self.target.max_drop:
-            self._kept[str(allocation.choice)] = SavedState(self.calibration), results, noted[before:]
+            self._kept[name] = SavedState(self.calibration), results, noted[before:]
         del noted[before:]  # those of the trial that is chosen come back
         self._tell(allocation, found)
         return found

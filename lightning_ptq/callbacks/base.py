@@ -105,10 +105,11 @@ class StepCallback(PTQCallback, ABC):
         """Take the result of a trial whose state the module is in, instead of doing the work again."""
         self._taken = result
 
-    def tried(self, trainer: Trainer, calibration: Calibration, capture: CalibrationCapture) -> Any:
-        """Do the work, and return its result."""
+    def tried(self, trainer: Trainer, calibration: Calibration, capture: CalibrationCapture, trial: str = "") -> Any:
+        """Do the work, in a trial of a search if it has a name, and return its result."""
+        journal = capture.journal_for(self)
         try:
-            return self.work(trainer, calibration, capture.journal_for(self))
+            return self.work(trainer, calibration, journal.inner(trial) if trial else journal)
         except StopIteration:  # the training loop would take it for the end of the loader, and the run for finished
             pass
         raise CallbackError(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from lightning_ptq.errors import SurgeryError
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback as LightningCallback
@@ -18,4 +20,19 @@ else:
     rank_zero_info = importlib.import_module(f"{_modules[0].__name__}.utilities.rank_zero").rank_zero_info
     LightningCallback = type("LightningCallback", tuple(m.Callback for m in _modules), {"__module__": __name__})
 
-__all__ = ["LightningCallback", "isolate_rng", "rank_zero_info"]
+__all__ = ["LightningCallback", "isolate_rng", "rank_zero_info", "trainer_class_of"]
+
+
+def trainer_class_of(module: Any) -> Any:
+    """Return the Trainer class of the package that a LightningModule belongs to.
+
+    Raises:
+        SurgeryError: If the module is no LightningModule.
+    """
+    base = next((base for base in type(module).__mro__ if base.__name__ == "LightningModule"), None)
+    if base is None:
+        raise SurgeryError(
+            f"{type(module).__name__} is no LightningModule. Wrap it in one, or use the functions that need no Trainer:"
+            " calibrate(module, batches, 'w4a4'), then adaquant(calibration)."
+        )
+    return importlib.import_module(base.__module__.partition(".core")[0]).Trainer

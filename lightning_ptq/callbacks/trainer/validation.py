@@ -77,6 +77,7 @@ def validate(
         return log(name, value, *args, **kwargs)
 
     loggers, first = trainer.loggers, connector._first_loop_iter
+    modes = [(child, child.training) for child in module.modules()]
     with isolate_rng(), attributes(module, {"log": recording}), attributes(trainer, {"callbacks": []}):
         trainer.loggers = cast(Any, [MutedLogger(logger) for logger in loggers])
         trainer.validating = True
@@ -88,6 +89,8 @@ def validate(
                 add_note(error, _NOTE)
             raise
         finally:
+            for child, mode in modes:  # a validation that fails leaves them in eval mode
+                child.training = mode
             trainer.training = True
             trainer.loggers = loggers
             connector._first_loop_iter = first

@@ -1,0 +1,97 @@
+"""The search for the cheapest network within an accepted drop, on drops that a formula gives."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from lightning_ptq.allocation.costs import Cost
+from lightning_ptq.allocation.sensitivity_table import SensitivityTable
+from lightning_ptq.allocation.target import Measurement, as_frontier, fine_frontier, search_drop
+from lightning_ptq.errors import AllocationError
+
+NAMES = [f"layer{i}" for i in range(12)]
+RISES = {name: {"w8a8": 0.0, "w4a8": 0.01 * (i + 1), "w2a8": 0.3 * (i + 1)} for i, name in enumerate(NAMES)}
+SIZE = Cost("size", {name: {"w8a8": 800.0, "w4a8": 400.0, "w2a8": 200.0} for name in NAMES}, 100.0, 40000.0, "bytes")
+TABLE = SensitivityTable("kl", dict.fromkeys(NAMES, "w8a8"), 0.0, RISES)
+POINTS = fine_frontier(TABLE, [SIZE], "size")
+
+
+class Network:
+    """Measures a drop that is a function of the predicted rise, and counts how often it was asked."""
+
+    def __init__(self, drop, error=0.0):
+        self.drop, self.error, self.asked = drop, error, []
+
+    def __call__(self, allocation):
+        self.asked.append(allocation)
+        return Measurement(0.9 - self.drop(allocation.rise), self.drop(allocation.rise), self.error)
+
+
+def search(drop, max_drop, tries=8, error=0.0, rounded=None):
+    network = Network(drop, error)
+    trials = search_drop(POINTS, max_drop, "size", network, rounded, tries)
+    (chosen,) = [trial for trial in trials if trial.chosen]
+    return chosen, trials, network
+
+
+def test_the_frontier_ascends_in_cost_and_descends_in_rise():
+    assert [point.costs["size"] for point in POINTS] == sorted({point.costs["size"] for point in POINTS})
+    assert [point.rise for point in POINTS] == sorted({point.rise for point in POINTS}, reverse=True)
+    assert POINTS[0].costs["size"] == 2500
+    assert POINTS[-1].costs["size"] == 9700
+    assert len(POINTS) > 15
+    assert max(point.costs["size"] for point in fine_frontier(TABLE, [SIZE], "size", 0.2)) <= 8000
+    assert [p.predicted for p in as_frontier(POINTS, TABLE, [SIZE], "size").points] == [p.rise for p in POINTS]
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("max_drop", [0.001, 0.01, 0.1])
+def test_enough_trials_find_the_cheapest_choice_within(power, max_drop):
+    def drop(rise):
+        return 0.1 * (rise / 5) ** power
+
+    chosen, trials, _ = search(drop, max_drop, tries=30)
+    best = next(point for point in POINTS if drop(point.rise) <= max_drop)
+    assert chosen.costs["size"] <= 1.02 * best.costs["size"]
+    assert chosen.within
+    assert chosen.drop <= max_drop
+    assert len(trials) < 12
+
+
+@pytest.mark.parametrize("tries", [1, 2, 3])
+def test_few_trials_suffice_where_the_rounded_network_shows_where_to_start(tries):
+    rounded = Network(lambda rise: 0.8 * rise / 5)
+    chosen, _, network = search(lambda rise: 0.1 * rise / 5, 0.02, tries, rounded=rounded)
+    best = next(point for point in POINTS if 0.1 * point.rise / 5 <= 0.02)
+    assert len(network.asked) <= tries + 1
+    assert len(rounded.asked) <= 6
+    assert chosen.costs["size"] <= (2.0 if tries == 1 else 1.1) * best.costs["size"]
+
+
+def test_if_everything_is_within_the_cheapest_choice_is_the_result():
+    chosen, _, _ = search(lambda rise: -0.001, 0.01)
+    assert chosen.costs["size"] == POINTS[0].costs["size"]
+
+
+def test_the_widest_candidates_are_tried_before_the_search_gives_up():
+    chosen, trials, _ = search(lambda rise: 0.0 if rise == 0 else 1.0, 0.01, tries=2)
+    assert len(trials) == 3
+    assert chosen.costs["size"] == POINTS[-1].costs["size"]
+    with pytest.raises(AllocationError, match=r"max_drop=0\.01: the best one drops by 0\.5, to 0\.4"):
+        search(lambda rise: 0.5 + rise, 0.01, tries=2)
+
+
+def test_the_search_ends_where_two_trials_differ_by_less_than_the_noise():
+    _, exact, _ = search(lambda rise: 0.1 * (rise / 5) ** 2, 0.001)
+    _, noisy, _ = search(lambda rise: 0.1 * (rise / 5) ** 2, 0.001, error=0.5)
+    assert len(noisy) < len(exact)
+
+
+def test_trials_hold_what_was_tried():
+    chosen, trials, network = search(lambda rise: 0.1 * rise / 5, 0.02, error=0.003)
+    assert [trial.rise for trial in trials] == [allocation.rise for allocation in network.asked]
+    assert chosen.choice.keys() == set(NAMES)
+    assert chosen.error == 0.003
+    assert math.isclose(chosen.value, 0.9 - chosen.drop)
