@@ -240,3 +240,35 @@ def test_a_metric_that_validation_does_not_give_is_refused_before_the_work(pl, t
     with pytest.raises(AllocationError, match=message):
         run.fit(module, loader(), val if data else None)
     before.assert_unchanged()
+
+
+@pytest.mark.parametrize("resumed", [True, False])
+def test_an_interrupted_search_resumes_and_ends_with_the_same_bytes(pl, tmp_path, monkeypatch, resumed):
+    work = AdaQuantLayerwise.work
+
+    def fit(root, stop_after=None):
+        module, data = teacher(pl)
+        # All bits matter to this loss, so that the search tunes several networks.
+        allocator = BitAllocator(monitor="val_loss", max_drop=1e-4, mode="min", measure="kl")
+        done = []
+
+        def interrupted(*args, **kwargs):
+            if len(done) == stop_after:
+                raise RuntimeError("out of time")
+            done.append(work(*args, **kwargs))
+            return done[-1]
+
+        capture = CalibrationCapture("w8a8", resume=resumed)
+        with monkeypatch.context() as patch:  # of the class: what an object has is part of its settings
+            patch.setattr(AdaQuantLayerwise, "work", interrupted)
+            trainer(pl, root, capture, allocator, AdaQuantLayerwise(**SHORT)).fit(module, loader(), data)
+        return state(module), done
+
+    whole, tuned = fit(tmp_path / "whole")
+    assert len(tuned) > 1
+    with pytest.raises(RuntimeError, match="out of time"):
+        fit(tmp_path / "cut", stop_after=1)
+    assert (tmp_path / "cut" / "ptq_progress").exists() == resumed
+    again, _ = fit(tmp_path / "cut")
+    assert same_state(whole, again)
+    assert not (tmp_path / "cut" / "ptq_progress").exists()
