@@ -26,6 +26,8 @@ Place = Literal["memory", "disk", "recomputed"]
 # gradients of the shards, tensors of the fake quantization), and copies of each layer's input and output.
 _COPIES = 20
 _TEMPORARY = 3
+MOST_INPUTS = 3 * 3 * 512
+"""Greatest number of inputs of an output for which the closed form is solved: its time is cubic, its memory square."""
 _SOLVING = 10  # copies of the second moments of a layer's inputs in the closed form that tuning starts from
 _LEAST = 2**28  # bytes that "auto" allows in any case; Python and torch take more
 _STEP = 6.0  # forwards of the float unit that take as long as a tuning step on the same samples, measured on ResNet-20
@@ -175,7 +177,7 @@ def _step(calibration: Calibration, units: Sequence[Unit], sizes: Mapping[str, t
 def _moment_bytes(layer: Any) -> int:
     """Return the bytes of the products of all pairs of inputs of a convolution's output, for all groups of channels."""
     inputs = max((weight[0].numel() for weight in layer.weights.values() if weight.dim() > 2), default=0)
-    return int(getattr(layer, "groups", 1) * inputs**2 * 4)
+    return int(getattr(layer, "groups", 1) * inputs**2 * 4) if inputs <= MOST_INPUTS else 0
 
 
 def _parameter_bytes(layer: nn.Module) -> int:

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lightning_ptq.activations.memory_plan import MOST_INPUTS
 from lightning_ptq.activations.shards import ShardSamples
 from lightning_ptq.network.op import QuantizedOp
 from lightning_ptq.network.units import Unit
@@ -25,8 +26,6 @@ from lightning_ptq.tuning.moments import Moments, calls_of, moments_of
 
 _DAMPINGS = (0.01, 0.1, 1.0, 10.0)
 """Weights of the float solution against the data that are tried, relative to the mean square of an input."""
-_LARGEST = 8192
-"""Greatest number of inputs of an output; more are not solved, as that takes cubic time."""
 _MARGIN = 0.45
 """How far inside the interval of its integer, in grid steps, a weight lies."""
 
@@ -61,7 +60,7 @@ def _solvable(layer: QuantizedOp) -> bool:
     if not layer.is_linear or layer.is_lookup or layer.tied or list(layer.weights) != ["weight"]:
         return False
     quantizer, weight = layer.weight_quantizers.get("weight"), layer.weights["weight"]
-    if quantizer is None or weight.dim() < 3 or weight[0].numel() > _LARGEST:
+    if quantizer is None or weight.dim() < 3 or weight[0].numel() > MOST_INPUTS:
         return False
     plain = layer.channels("weight").dim == 0 and quantizer.spec.symmetric
     return plain and quantizer.scale.numel() in (1, len(weight))
