@@ -1,125 +1,114 @@
-"""The trade-off between size and accuracy: python recipes/pareto.py --data FILE.npz --weights FILE.th --out FOLDER"""
+"""Accuracy against size: python recipes/pareto.py --data FILE.npz --weights FILE.th --out FOLDER"""
 
 from __future__ import annotations
 
 import copy
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from cifar10 import load
 from jsonargparse import auto_cli
-from measuring import budget_for, console, quiet, top1
-from rich.table import Table
-from torch import nn
+from measuring import console, quiet, top1, trainer
 from torch.utils.data import DataLoader
 
-from lightning_ptq import (
-    Calibration,
-    Candidates,
-    Frontier,
-    adaquant,
-    allocate_bits,
-    apply_allocation,
-    calibrate,
-    frontier,
-    measure_choice,
-    measure_sensitivity,
-    size_cost,
-)
-from lightning_ptq.allocation.sensitivity_table import Measure
+from lightning_ptq import AdaQuantLayerwise, BitAllocator, CalibrationCapture
+from lightning_ptq.callbacks.base import PTQCallback
+
+WIDTHS = ["w8a8", "w6a8", "w5a8", "w4a8", "w3a8", "w2a8"]
+CANDIDATES = ["w8a8", "w4a8", "w3a8", "w2a8"]
 
 
-def calibrated(module: nn.Module, loader: DataLoader, qconfig: str, measure: Measure) -> Calibration:
-    """Calibrate a copy of the module, with its training step as the forward where the loss is measured."""
-    if measure != "loss":
-        return calibrate(copy.deepcopy(module), loader, qconfig)
-    batches = [tuple(batch) for batch in loader]
-    return calibrate(copy.deepcopy(module), batches, qconfig, forward=lambda m, batch: m.training_step(batch, 0))
+@dataclass
+class Point:
+    """A network of the figure: how it was made, its size as a share of the float one's, and its top-1 in percent."""
+
+    way: str
+    setting: str
+    share: float
+    top1: float
 
 
-def show(sweep: Frontier) -> None:
-    """Print the points of a sweep."""
-    table = Table("budget", "bytes", f"{sweep.measure} predicted", "measured", title="Rounded to nearest")
-    for point in sweep.points:
-        cells = (point.budget, point.allocation.costs["size"], point.predicted, point.measured)
-        table.add_row(*[f"{cell:.6g}" for cell in cells])
-    console.print(table)
+def measured(way: str, setting: str, module: Any, data: DataLoader, test: DataLoader, *later: PTQCallback) -> Point:
+    """Quantize a copy of the module, and measure it."""
+    pl.seed_everything(0, verbose=False)
+    module = copy.deepcopy(module)
+    capture = CalibrationCapture(setting if setting.startswith("w") else "w8a8")
+    trainer([capture, *later]).fit(module, data)
+    if capture.report is None:
+        raise SystemExit("the run left no report")
+    share = capture.report.packed_bytes / capture.report.float_bytes
+    point = Point(way, setting, share, top1(module, test))
+    console.print(f"{way} {setting}: {share:.3f} of the size, top-1 {point.top1:.2f}")
+    return point
 
 
-def tuned_top1(calibration: Calibration, choice: dict[str, str], test: DataLoader, seed: int) -> float:
-    """Return the top-1 accuracy in percent of the network at these bit widths, tuned block by block."""
-    apply_allocation(calibration, choice)
-    adaquant(calibration, seed=seed)
-    return top1(calibration.module, test)
+def draw(points: list[Point], top1_float: float, file: Path) -> None:
+    """Draw accuracy against size."""
+    from matplotlib.figure import Figure
 
-
-def show_scores(rows: list[dict[str, Any]], top1_float: float) -> None:
-    """Print the accuracy of the tuned networks."""
-    table = Table("size", "bit widths", "top-1 %", title=f"Tuned block by block; float {top1_float:.2f}")
-    for row in rows:
-        table.add_row(row["size"], row["widths"], f"{row['top1']:.2f}")
-    console.print(table)
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    styles = {"nearest": ("#9aa0a6", "o--"), "AdaQuant": ("#1f77b4", "o-"), "allocated": ("#d62728", "s-")}
+    labels = {
+        "nearest": "rounded to the nearest", "AdaQuant": "AdaQuant, equal widths",
+        "allocated": "BitAllocator, then AdaQuant",
+    }  # fmt: skip
+    for way, (color, style) in styles.items():
+        line = sorted((point.share, point.top1) for point in points if point.way == way)
+        axes.plot(*zip(*line, strict=True), style, color=color, label=labels[way], markersize=5)
+    for point in points:
+        if point.way == "AdaQuant":
+            axes.annotate(
+                point.setting,
+                (point.share, point.top1),
+                xytext=(0, 7),
+                textcoords="offset points",
+                fontsize=8,
+                ha="center",
+            )
+    axes.axhline(top1_float, color="black", linewidth=0.8, linestyle=":", label=f"float, {top1_float:.2f}")
+    axes.set_ylim(min(point.top1 for point in points if point.way != "nearest") - 2, top1_float + 1)
+    axes.set_xlabel("size of the packed model, share of the float model")
+    axes.set_ylabel("top-1 accuracy, %")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, loc="lower right")
+    figure.savefig(file)
 
 
 def main(
     data: Path,
     weights: Path,
     out: Path,
-    candidates: list[str] = ["w8a8", "w4a4", "w3a3", "w2a4"],  # noqa: B006  # jsonargparse copies it
-    measure: Measure = "kl",
-    first: float = 0.10,
-    last: float = 0.25,
-    step: float = 0.01,
-    tuned: list[str] = ["w4a4", "w3a3"],  # noqa: B006  # jsonargparse copies it
+    sizes: list[float] = [0.2, 0.16, 0.13, 0.11, 0.095],  # noqa: B006  # jsonargparse copies it
     calibration: int = 1024,
     seed: int = 0,
 ) -> None:
-    """Measure a sensitivity table, solve the allocation for a sweep of budgets, and tune the network at some of them.
+    """Measure ResNet-20 at equal bit widths, with and without tuning, and at allocated ones, and draw the figure.
 
     Args:
         data: An .npz file with calib_images, calib_labels, test_images, test_labels (uint8, n x 3 x 32 x 32).
         weights: A ResNet-20 checkpoint.
-        out: Folder for sensitivity.json, frontier.csv, frontier.json, frontier.png and tuned.json.
-        candidates: Bit widths to choose from.
-        measure: Measure of the degradation.
-        first: Least size, as a fraction of the float model's size.
-        last: Greatest size, as a fraction.
-        step: Distance between the sizes, as a fraction.
-        tuned: Sizes at which the network is tuned and evaluated: fractions, bytes, or uniform bit widths, which are
-            then tuned too for comparison.
+        out: Folder for pareto.svg and pareto.json.
+        sizes: Budgets of the allocation, as shares of the float model's size.
         calibration: Number of calibration images.
         seed: Seed of all random choices.
     """
     quiet()
-    pl.seed_everything(seed, verbose=False)
     out.mkdir(parents=True, exist_ok=True)
     module, calib, test = load(data, weights, calibration, seed)
-
-    plain = calibrated(module, calib, candidates[0], measure)
-    size = size_cost(plain, choices := Candidates(plain, candidates))
-    console.print(f"measuring the sensitivities of {len(choices.by_layer)} layers ...")
-    table = measure_sensitivity(plain, candidates, measure=measure)
-    table.save(out / "sensitivity.json")
-    budgets = [round(first + i * step, 6) for i in range(round((last - first) / step) + 1)]
-    console.print(f"solving and measuring {len(budgets)} budgets ...")
-    sweep = frontier(table, size, budgets, measure=lambda choice: measure_choice(plain, choice))
-    for ending in ("csv", "json", "png"):
-        sweep.save(out / f"frontier.{ending}")
-    show(sweep)
-
-    rows = []
-    for name in tuned:
-        settings = {"allocated": allocate_bits(table, size, {"size": budget_for(module, calib, name)}).choice}
-        if name.startswith("w"):
-            settings["uniform"] = Candidates(plain, [name]).uniform(name)
-        for kind, choice in settings.items():
-            console.print(f"tuning at {name}, {kind} ...")
-            score = tuned_top1(calibrated(module, calib, candidates[0], measure), choice, test, seed)
-            rows.append({"size": name, "widths": kind, "top1": score, "choice": choice})
-    (out / "tuned.json").write_text(json.dumps(rows, indent=1))
-    show_scores(rows, top1(module, test))
+    points = []
+    for widths in WIDTHS:
+        points.append(measured("nearest", widths, module, calib, test))
+        points.append(measured("AdaQuant", widths, module, calib, test, AdaQuantLayerwise(seed=seed)))
+    for size in sizes:
+        allocator = BitAllocator(size, candidates=CANDIDATES)
+        points.append(measured("allocated", str(size), module, calib, test, allocator, AdaQuantLayerwise(seed=seed)))
+    top1_float = top1(module, test)
+    (out / "pareto.json").write_text(json.dumps([asdict(point) for point in points], indent=1))
+    draw(points, top1_float, out / "pareto.svg")
 
 
 if __name__ == "__main__":
