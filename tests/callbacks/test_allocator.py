@@ -109,7 +109,7 @@ def test_other_budgets_ties_and_pins(pl, tmp_path):
 
 
 @pytest.mark.parametrize(("options", "error", "message"), [
-    ({}, AllocationError, "needs a budget. Write for example"),
+    ({}, AllocationError, "needs a budget or an accepted drop. Write for example"),
     ({"table": {}}, AllocationError, "table and limit go together"),
     ({"size": 0.2, "measure": "top1"}, QConfigError, "measure must be one of.*got 'top1'"),
     ({"size": 0.2, "candidates": ["w44"]}, QConfigError, "from 2 to 8, got 44"),
