@@ -57,7 +57,7 @@ def no_validation_of_fit(trainer: Trainer) -> Iterator[None]:
 def validate(
     trainer: Trainer, module: LightningModule, ranks: Ranks, check_stop: Callable[[], None] = lambda: None
 ) -> Scores:
-    """Run Lightning's validation loop now, without other callbacks and loggers, and return what the module logs.
+    """Run Lightning's validation loop now, without loggers and callbacks but the progress bar; return what is logged.
 
     The random states are those from before afterwards, so a run with validation data computes the same as one without.
 
@@ -77,8 +77,9 @@ def validate(
         return log(name, value, *args, **kwargs)
 
     loggers, first = trainer.loggers, connector._first_loop_iter
+    bar = trainer.progress_bar_callback  # its thread reads the Trainer's list of callbacks
     modes = [(child, child.training) for child in module.modules()]
-    with isolate_rng(), attributes(module, {"log": recording}), attributes(trainer, {"callbacks": []}):
+    with isolate_rng(), attributes(module, {"log": recording}), attributes(trainer, {"callbacks": [bar] if bar else []}):
         trainer.loggers = cast(Any, [MutedLogger(logger) for logger in loggers])
         trainer.validating = True
         try:
