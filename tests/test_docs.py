@@ -27,7 +27,7 @@ from lightning_ptq.tuning import config
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))]
 CARDS, METHOD = ROOT / "docs/callbacks.md", ROOT / "docs/method.md"
-COMING = ("max_drop", "load_quantized", "import quantize")  # documented here, and not in the library yet
+COMING = ("load_quantized",)  # documented here, and not in the library yet
 STEPS = dict.fromkeys(range(2, 9), 5)  # fewer than a reader's run takes
 WIDTH = 84  # characters that a code block of the site shows without scrolling
 TRAINER = pytorch_lightning.Trainer
