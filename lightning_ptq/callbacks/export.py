@@ -36,7 +36,7 @@ class ExportONNX(StepCallback):
 
     The network is the module that the calibration forward calls: the ``LightningModule`` where its step calls
     ``self(...)``, otherwise the child that it calls. Its inputs are those of the calibration forward. The engine is the
-    ``target`` of the CalibrationCapture. A logger of W&B gets the file as an artifact.
+    ``target`` of the CalibrationCapture. Loggers of W&B and MLflow get the file as an artifact.
 
     A file that cannot be written or is not verified is an error at the end of fit. The module stays quantized then, and
     ``quantized.ckpt`` is written.
