@@ -228,7 +228,7 @@ def test_mlflow_gets_everything_by_its_client(pl, tmp_path, monkeypatch, pandas)
     for table in callbacks[0].report.tables():
         if table.key in TABLES:
             logged = tables[f"ptq/{table.key}.json"]
-            columns, rows = (list(logged), list(zip(*logged.values()))) if pandas else logged.values()
+            columns, rows = (list(logged), list(zip(*logged.values(), strict=True))) if pandas else logged.values()
             assert (columns, len(rows)) == (list(table.columns), len(table.rows))
     pictures = client.given("log_image")
     assert pictures.keys() == {f"ptq/{key}_plot.png" for key in PICTURES}
