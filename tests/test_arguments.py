@@ -129,6 +129,9 @@ FUNCTIONS = {
     "save_packed": (lambda **k: ptq.save_packed(**{"module": calibrated().module, "path": "/nowhere/x", **k}), (
         "module",
     )),
+    "load_quantized": (lambda **k: ptq.load_quantized(**{"module": mlp(), "path": __file__, **k}), (
+        "module", "weights_only",
+    )),
     "load_packed": (lambda **k: ptq.load_packed(**{"module": mlp(), "path": __file__, **k}), ("module",)),
 }  # fmt: skip
 

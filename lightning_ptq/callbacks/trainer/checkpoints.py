@@ -1,7 +1,7 @@
 """Quantized checkpoints, written at the end of fit.
 
-They are loaded as any checkpoint is: by ``MyModule.load_from_checkpoint``, and by ``ckpt_path`` of a Trainer, with or
-without the callbacks. Only the library has to be imported (:mod:`lightning_ptq.export.state_dicts`).
+They are loaded by :func:`lightning_ptq.load_quantized`, and where the library is imported as any checkpoint is: by
+``MyModule.load_from_checkpoint``, and by ``ckpt_path`` of a Trainer, with or without the callbacks.
 """
 
 from __future__ import annotations
