@@ -15,7 +15,8 @@ from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.calibrator import Calibrator
 from lightning_ptq.calibration.forward import Forward, default_forward
 from lightning_ptq.calibration.padding import Mask, check_mask
-from lightning_ptq.callbacks.base import PTQCallback, check_callbacks, check_order, check_trainer, ptq_callbacks
+from lightning_ptq.callbacks.base import PTQCallback, ptq_callbacks
+from lightning_ptq.callbacks.refusals import check_run
 from lightning_ptq.callbacks.trainer import dataloading, resuming
 from lightning_ptq.callbacks.trainer.checkpoints import no_optimizer_states, write_checkpoint
 from lightning_ptq.callbacks.trainer.lightning import isolate_rng
@@ -146,11 +147,9 @@ class CalibrationCapture(PTQCallback):
         """Check the Trainer, swap the layers and disable training; do nothing in other stages than fit."""
         if stage != "fit":
             return
-        check_order(trainer)
-        check_trainer(trainer)
-        check_callbacks(trainer)
+        check_run(trainer, pl_module)
         check_report_dir(self.report_dir)
-        self._progress_folder = resuming.check_resume_dir(trainer, self.resume_dir) if self.resume else None
+        self._progress_folder = resuming.progress_folder(trainer, self.resume_dir) if self.resume else None
         remove_abandoned()
         self._stop, self._error, self._journals, self._checksums = StopRequest(), None, None, {}
         self._ranks = current_ranks(self.timeout, partial(self._stop.check, trainer))
@@ -174,6 +173,7 @@ class CalibrationCapture(PTQCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Create the calibrator, now that the module is on its device."""
         if self._prepared is not None and self.report is not None and not self._restored():
+            check_run(trainer, pl_module)  # again, now that all callbacks are set up
             log_settings(trainer, self.report)
             self._pass.enter_context(self.report.stage(self.title))
             self._restore.callback(self._watch.close)

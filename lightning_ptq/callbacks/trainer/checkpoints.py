@@ -23,7 +23,7 @@ def save_quantized(trainer: Trainer) -> None:
     """Write ``quantized.ckpt`` into the folder of each ``ModelCheckpoint``, which writes nothing without training."""
     checkpoint: Any  # attributes of ModelCheckpoint, which Lightning's base class Checkpoint does not declare
     for checkpoint in trainer.checkpoint_callbacks:
-        if getattr(checkpoint, "dirpath", None):
+        if getattr(checkpoint, "dirpath", None) and hasattr(checkpoint, "best_model_path"):
             # Set before saving, because the paths are part of the saved state. With save_last, ModelCheckpoint writes
             # its own last.ckpt after this callback; if it took this file for the previous one, it would delete it.
             checkpoint.best_model_path = path = str(Path(checkpoint.dirpath) / "quantized.ckpt")
