@@ -21,7 +21,8 @@ from lightning_ptq.callbacks.trainer import dataloading, resuming
 from lightning_ptq.callbacks.trainer.checkpoints import no_optimizer_states, write_checkpoint
 from lightning_ptq.callbacks.trainer.lightning import isolate_rng
 from lightning_ptq.callbacks.trainer.loggers import log_ranges, log_settings
-from lightning_ptq.callbacks.trainer.muting import Step, calibration_forward, training_disabled
+from lightning_ptq.callbacks.trainer.muting import Step, calibration_forward, check_step, training_disabled
+from lightning_ptq.callbacks.trainer.quiet import suited_to_ptq
 from lightning_ptq.callbacks.trainer.reporting import check_report_dir, finish, publish, warn_if_changed
 from lightning_ptq.callbacks.trainer.resuming import Journals
 from lightning_ptq.callbacks.trainer.signals import StopRequest
@@ -122,7 +123,7 @@ class CalibrationCapture(PTQCallback):
         if num_samples is not None:
             num_samples = arguments.whole("num_samples", num_samples, error=CalibrationError)
         self.num_samples = num_samples
-        self.step = step
+        self.step = check_step(step)
         self.mask = check_mask(mask)
         self.save_checkpoint = arguments.flag("save_checkpoint", save_checkpoint)
         self.resume = arguments.flag("resume", resume)
@@ -164,9 +165,9 @@ class CalibrationCapture(PTQCallback):
             self._forward = calibration_forward(pl_module, self.step)
             self._prepared = prepare(pl_module, self.qconfig)
             stack.callback(self._undo_unless_finished)
-            stack.enter_context(isolate_rng())
-            stack.enter_context(dataloading.unshuffled(trainer))
-            stack.enter_context(no_optimizer_states(pl_module))
+            for context in (isolate_rng(), dataloading.unshuffled(trainer), no_optimizer_states(pl_module)):
+                stack.enter_context(context)
+            stack.enter_context(suited_to_ptq(trainer, self.num_samples))
             stack.enter_context(training_disabled(pl_module, self._observe, self._done))
             self._restore = stack.pop_all()
 
@@ -189,8 +190,7 @@ class CalibrationCapture(PTQCallback):
             return
         if self._error is not None:
             raise self._error
-        self.calibration = self._calibrator.finish()
-        self._calibrator = None
+        self.calibration, self._calibrator = self._calibrator.finish(), None
         if self.report is not None:
             self._pass.close()
             self.report.calibrated(self.calibration)

@@ -84,6 +84,10 @@ class ExportONNX(StepCallback):
         super().__init__()
         self.verify = flag("verify", verify)
         require(*EXPORTERS, *([RUNTIME] if verify else []))
+        if network is not None and not isinstance(network, str):
+            raise ExportError(
+                f"network must be the name of a module, or None, got {network!r}. Write for example 'net'."
+            )
         self.path, self.network, self.dynamic_axes = str(path_argument(path)), network, axes_argument(dynamic_axes)
         self.opset = whole("opset", opset, LEAST_OPSET, error=ExportError)
         self.output_names = names_argument(output_names)

@@ -28,6 +28,11 @@ def load_quantized(module: nn.Module, path: str | os.PathLike[str], weights_only
     ``MyModule.load_from_checkpoint`` and ``ckpt_path`` of a Trainer load such a file too, but only in a process that
     has imported ``lightning_ptq``; without it, they end in an error of torch about unexpected keys.
 
+    The module can be fine-tuned afterwards; gradients pass the rounding unchanged, and scales stay as they are. Adam
+    with a rate of 1e-5 is safe: a step moves each weight by about its rate at most, and a tuned weight, which lies on
+    its grid, keeps its integer until it has moved by half a scale. Let rate times steps stay below half the least
+    weight scale at first; greater rates change many integers at once, by the gradients of a few batches.
+
     Args:
         module: A float module of the architecture that was quantized. Its layers are swapped in place.
         path: The checkpoint, ``quantized.ckpt`` in the folder of ``ModelCheckpoint``, or a file to which ``torch.save``

@@ -29,7 +29,7 @@ def save_quantized(trainer: Trainer) -> None:
             checkpoint.best_model_path = path = str(Path(checkpoint.dirpath) / "quantized.ckpt")
             if not checkpoint.save_last:
                 checkpoint.last_model_path = path
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
 
 
 def write_checkpoint(trainer: Trainer, ranks: Ranks, progress: Path | None) -> None:
