@@ -15,6 +15,7 @@ from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.calibrator import Calibrator
 from lightning_ptq.calibration.candidates import Candidates
 from lightning_ptq.export.agreement import Parity
+from lightning_ptq.export.checkpoint import load_quantized
 from lightning_ptq.export.onnx import OnnxExport, export_onnx
 from lightning_ptq.export.packed import load_packed, save_packed
 from lightning_ptq.export.parity import verify_export
@@ -89,6 +90,7 @@ __all__ = [
     "frontier",
     "inspect",
     "load_packed",
+    "load_quantized",
     "measure_choice",
     "measure_sensitivity",
     "para_normalize",

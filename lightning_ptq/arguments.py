@@ -43,9 +43,32 @@ def whole(
         found = int(value)
         if least <= found and (most is None or found <= most):
             return found
+    example = _read(value)
+    if not is_number(value) and not isinstance(value, bool):
+        fits = example.is_integer() and least <= example and (most is None or example <= most)
+        shown = int(example) if fits else max(least, 1)
+        optional = " or None" if none else ""
+        raise error(f"{name} must be a whole number{optional}, got {value!r}. Write for example {shown}.")
     domain = f"{least} or more" if most is None else f"a whole number from {least} to {most}"
     domain += ", or None" if none else ""
     raise error(f"{name} must be {domain}, got {value!r}. Write a whole number, such as {max(least, 1)}.")
+
+
+def _read(value: Any) -> float:
+    """Return the number that a text such as ``"1024"`` or ``"20%"`` stands for; NaN if there is none."""
+    if not isinstance(value, str):
+        return math.nan
+    try:
+        percent = value.strip().endswith("%")
+        return float(value.strip().removesuffix("%")) / (100 if percent else 1)
+    except ValueError:
+        return math.nan
+
+
+def example_for(value: Any, allowed: tuple[float, float], default: str) -> str:
+    """Return the number that a text stands for, if it is allowed, as an example of what to write instead."""
+    meant = _read(value)
+    return f"{meant:g}" if allowed[0] <= meant < allowed[1] else default
 
 
 def seed(value: Any) -> int:
@@ -73,7 +96,7 @@ def number(
     """
     if is_number(value) and allowed[0] <= value < allowed[1]:
         return value if type(value) in (int, float) else float(value)
-    raise error(f"{name} must {domain}, got {value!r}. Write for example {example}.")
+    raise error(f"{name} must {domain}, got {value!r}. Write for example {example_for(value, allowed, example)}.")
 
 
 def check_is_module(value: Any) -> None:
@@ -94,7 +117,7 @@ def flag(name: str, value: Any) -> bool:
     """Return a truth value, also NumPy's, as a ``bool``."""
     if isinstance(value, bool) or type(value).__name__ in ("bool_", "bool"):
         return bool(value)
-    raise QConfigError(f"{name} must be True or False, got {value!r}.")
+    raise QConfigError(f"{name} must be True or False, got {value!r}. Write for example {name}=True.")
 
 
 def folder(name: str, value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -57,7 +58,11 @@ def images(count: int, seed: int, noise: float = 2.0) -> TensorDataset:
     return TensorDataset((drawn + noise * torch.randn(drawn.shape, generator=generator))[:, None], labels)
 
 
-def trained_classifier(epochs: int = 4, seed: int = 0) -> tuple[Stripes, DataLoader[list[Tensor]], DataLoader[list[Tensor]]]:
+Loader = DataLoader[tuple[Tensor, ...]]
+"""A loader of images and classes."""
+
+
+def trained_classifier(epochs: int = 4, seed: int = 0) -> tuple[Stripes, Loader, Loader]:
     """Train a classifier.
 
     Args:
@@ -69,8 +74,7 @@ def trained_classifier(epochs: int = 4, seed: int = 0) -> tuple[Stripes, DataLoa
     """
     pl.seed_everything(seed, verbose=False)
     module = Stripes()
-    loader = DataLoader(images(4096, 1), 64, shuffle=True)
-    pl.Trainer(
-        max_epochs=epochs, logger=False, enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False
-    ).fit(module, loader)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
+    trainer: Any = pl.Trainer
+    trainer(max_epochs=epochs, **quiet).fit(module, DataLoader(images(4096, 1), 64, shuffle=True))
     return module, DataLoader(images(512, 2), 64), DataLoader(images(2000, 3), 100)

@@ -53,6 +53,10 @@ class PackedFileError(PTQError, ValueError):
     """A packed file that is damaged, belongs to another model, or has a newer format."""
 
 
+class CheckpointError(PTQError, RuntimeError):
+    """A checkpoint that is damaged, of a float module, or of a module of another architecture."""
+
+
 class ExportError(PTQError, RuntimeError):
     """A module that cannot be exported: its forward cannot be traced, or an operator has no counterpart."""
 

@@ -129,6 +129,9 @@ FUNCTIONS = {
     "save_packed": (lambda **k: ptq.save_packed(**{"module": calibrated().module, "path": "/nowhere/x", **k}), (
         "module",
     )),
+    "load_quantized": (lambda **k: ptq.load_quantized(**{"module": mlp(), "path": __file__, **k}), (
+        "module", "weights_only",
+    )),
     "load_packed": (lambda **k: ptq.load_packed(**{"module": mlp(), "path": __file__, **k}), ("module",)),
 }  # fmt: skip
 
@@ -149,6 +152,20 @@ def test_functions_accept_an_argument_or_refuse_it(name):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: CalibrationCapture(num_samples="1024"), "a whole number, got '1024'. Write for example 1024."),
+        (lambda: CalibrationCapture(resume="yes"), "True or False, got 'yes'. Write for example resume=True."),
+        (lambda: CalibrationCapture(step="train"), "step must be 'training', 'predict' or a function"),
+        (lambda: CalibrationCapture(timeout="60"), "timeout must be a positive number .*, got '60'.*example 60"),
+        (lambda: AdaQuantLayerwise(seed="7"), "seed must be a whole number, got '7'. Write for example 7."),
+        (lambda: AdaQuantLayerwise(seed=None), "seed must be a whole number, got None. Write for example 1."),
+        (lambda: AdaQuantLayerwise(weight_lr="0.5"), "weight_lr must be 0 or more, got '0.5'. Write for example 0.5."),
+        (lambda: BitAllocator("20%"), "size must be a finite number, got '20%'. Write for example 0.2."),
+        (lambda: BitAllocator("small"), "size must be a finite number, got 'small'. Write for example 0.15."),
+        (lambda: BitAllocator(0.2, output=True), "output must be a key, an index or a function.*got True"),
+        (lambda: StatsTuning(output=1.5), "output must be a key, an index or a function.*got 1.5"),
+        (lambda: StatsTuning(steps="9"), "steps must be a whole number, got '9'. Write for example 9."),
+        (lambda: StatsTuning(lr="0.1"), "lr must be positive, got '0.1'. Write for example 0.1."),
+        (lambda: StatsTuning(parts="2"), "parts must be a whole number or None, got '2'. Write for example 2."),
         (lambda: CalibrationCapture(num_samples=2.5), "num_samples must be 1 or more, got 2.5"),
         (lambda: CalibrationCapture(num_samples=True), "num_samples must be 1 or more, got True"),
         (lambda: CalibrationCapture("w04a04"), "cannot read 'w04a04' as bit widths"),
@@ -156,7 +173,7 @@ def test_functions_accept_an_argument_or_refuse_it(name):
         (lambda: CalibrationCapture(percentile=None), r"percentile must lie in \(50, 100\], got None"),
         (lambda: CalibrationCapture(overrides=["w8a8"]), r"overrides must be a dictionary of texts, got \['w8a8'\]"),
         (lambda: CalibrationCapture(exclude=[5]), "exclude must hold texts only, got 5 in it"),
-        (lambda: AdaQuantLayerwise(seed="a"), "seed must be .* from 0 to .*, got 'a'"),
+        (lambda: AdaQuantLayerwise(seed="a"), "seed must be a whole number, got 'a'"),
         (lambda: AdaQuantLayerwise(seed=-1), "seed must be .* from 0 to .*, got -1"),
         (lambda: AdaQuantLayerwise(memory_limit=1.5), "cannot read 1.5 as a size"),
         (lambda: AdaQuantLayerwise(memory_limit="1.5"), "cannot read '1.5' as a size"),

@@ -116,7 +116,7 @@ class Calibration:
         batch = self.batches[index]
         batch = batch if rows is None else Batch(batch).rows(rows)
         with self.isolation.forward(self.module, seed=index):
-            return run_forward(self.module, self.forward, fresh_batch(batch, self.device), gradients)
+            return run_forward(self.module, self.forward, fresh_batch(batch, self.device), gradients, index)
 
     @cached_property
     def edges(self) -> tuple[str, ...]:

@@ -148,7 +148,7 @@ class Calibrator:
 
         def run() -> None:
             with explained(module, batch):
-                run_forward(module, self.forward, fresh_batch(batch, self.device))
+                run_forward(module, self.forward, fresh_batch(batch, self.device), index=len(self.batches))
 
         with self.isolation.forward(module, self._repeats.turn(len(self.batches)), learn=True):
             found = discover(module, run, elementwise=operations == "all")
@@ -177,7 +177,9 @@ class Calibrator:
                 for watch in watches:
                     stack.enter_context(hooked(observed, before=watch))
                 stack.enter_context(explained(module, batch))
-                result.append(run_forward(module, self.forward, fresh_batch(batch, self.device)))
+                result.append(
+                    run_forward(module, self.forward, fresh_batch(batch, self.device), index=len(self.batches))
+                )
             return result[0]
 
         with self.isolation.forward(module, seed, learn=True):  # around the trace, which records operators

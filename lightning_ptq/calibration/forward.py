@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from lightning_ptq.errors import CalibrationError, PTQError, add_note
 from lightning_ptq.runtime.eager import not_checkpointed
 
 Forward = Callable[[nn.Module, Any], Any]
+
+BATCH_INDEX: ContextVar[int] = ContextVar("BATCH_INDEX", default=0)
+"""Index of the calibration batch that the forward runs on, for steps that read their ``batch_idx``."""
 
 
 def default_forward(module: nn.Module, batch: Any) -> Any:
@@ -66,16 +70,27 @@ def fresh_batch(batch: Any, device: torch.device) -> Any:
     return Batch(Batch(batch).copy()).to(device)
 
 
-def run_forward(module: nn.Module, forward: Forward, batch: Any, gradients: bool = False) -> Any:
-    """Return ``forward(module, batch)``, run in eval mode and float32; training flags are restored."""
+def run_forward(module: nn.Module, forward: Forward, batch: Any, gradients: bool = False, index: int = 0) -> Any:
+    """Return ``forward(module, batch)``, run in eval mode and float32; training flags are restored.
+
+    Args:
+        module: The module.
+        forward: The calibration forward.
+        batch: The batch.
+        gradients: Whether autograd records the forward.
+        index: Index of the batch.
+    """
     device_type = next((parameter.device.type for parameter in module.parameters()), "cpu")
     # A backward pass that runs modules again would run them without the hooks, and in another state.
     direct = not_checkpointed() if gradients else nullcontext()
     with eval_mode(module), torch.set_grad_enabled(gradients), torch.autocast(device_type, enabled=False), direct:
+        token = BATCH_INDEX.set(index)
         try:
             return forward(module, batch)
         except StopIteration:  # the training loop would take it for the end of the loader
             pass
+        finally:
+            BATCH_INDEX.reset(token)
     raise CalibrationError(
         "the calibration forward ran out of an iterator (StopIteration). Calibration runs it several times on each"
         " batch, so it must not draw from an iterator or a generator that ends. Put what it draws into the batch, or"

@@ -21,6 +21,20 @@ Divergence = Literal["kl", "mse"]
 ChooseOutput = Callable[[Any], Any] | int | str  # jsonargparse tries to parse a value as these types in this order
 
 
+def check_choice(output: Any) -> ChooseOutput | None:
+    """Return how the output is selected; raise :class:`QConfigError` unless it is a key, an index, a function or None.
+
+    Args:
+        output: The value of an argument ``output``.
+    """
+    if output is None or callable(output) or (isinstance(output, (str, int)) and not isinstance(output, bool)):
+        return cast("ChooseOutput | None", output)
+    raise QConfigError(
+        f"output must be a key, an index or a function of the network's output, got {output!r}. Write for example"
+        " 'logits', or leave it out."
+    )
+
+
 class OutputReader:
     """Reads the output of the network in a calibration forward, independently of what that forward returns.
 

@@ -14,10 +14,10 @@ from lightning_ptq.allocation.sensitivity import check_measure, measure_choice, 
 from lightning_ptq.allocation.sensitivity_table import MEASURES, Measure
 from lightning_ptq.allocation.solver import check_solving
 from lightning_ptq.allocation.target import as_frontier, fine_frontier
-from lightning_ptq.arguments import is_number, one_of, whole
+from lightning_ptq.arguments import example_for, is_number, one_of, whole
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.candidates import Candidates, TunedStates
-from lightning_ptq.calibration.outputs import ChooseOutput
+from lightning_ptq.calibration.outputs import ChooseOutput, check_choice
 from lightning_ptq.callbacks.accuracy import AccuracySearch, AccuracyTarget, Direction, target_of
 from lightning_ptq.callbacks.adaquant import AdaQuantLayerwise
 from lightning_ptq.callbacks.base import StepCallback, ptq_callbacks
@@ -125,7 +125,8 @@ class BitAllocator(StepCallback):
             )
         for name, budget in {**self.budgets, "max_degradation": max_degradation}.items():
             if budget is not None and not (is_number(budget) and math.isfinite(budget)):
-                raise AllocationError(f"{name} must be a finite number, got {budget!r}. Write for example 0.15.")
+                example = example_for(budget, (0, math.inf), "0.15")
+                raise AllocationError(f"{name} must be a finite number, got {budget!r}. Write for example {example}.")
         for name, budget in self.budgets.items():
             Cost(name, {}).limit(budget)
         one_of("measure", measure, MEASURES)
@@ -137,7 +138,7 @@ class BitAllocator(StepCallback):
         self.max_degradation = max_degradation
         self.minimise = one_of("minimise", minimise, ("size", "bops", "table"), AllocationError)
         self.candidates = candidates
-        self.measuring: dict[str, Any] = {"measure": measure, "output": output}
+        self.measuring: dict[str, Any] = {"measure": measure, "output": check_choice(output)}
         self.rounds = whole("rounds", rounds, error=AllocationError)
         self.ties, self.pins = check_solving(ties, pins, time_limit)
         self.time_limit = time_limit

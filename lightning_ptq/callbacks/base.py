@@ -31,9 +31,6 @@ ORDER = (
 )
 """Roles of the callbacks in their order, each with the modes that it may have at that place."""
 
-AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
-"""Lightning callbacks that keep a float copy of the weights; ``EMAWeightAveraging`` derives from the first."""
-
 _SUPPORTED = ("SingleDeviceStrategy", "DDPStrategy")
 _REMEDY = "Use strategy='ddp', or strategy='auto' on one device."
 
@@ -194,21 +191,3 @@ def check_trainer(trainer: Trainer) -> None:
             f"PTQ needs float32 weights, but the Trainer has precision={trainer.precision!r}."
             " Use precision='32-true', or a mixed precision such as 'bf16-mixed'."
         )
-
-
-def check_callbacks(trainer: Trainer) -> None:
-    """Check that no callback would undo the run, or take the place of all others in it.
-
-    Raises:
-        CallbackError: If one holds a float copy of the weights, which would overwrite the tuned ones at the end, or
-            trains in order to find a learning rate; the message names it.
-    """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector of the Trainer
-        bases, name = {cls.__name__ for cls in type(callback).__mro__}, type(callback).__name__
-        if "LearningRateFinder" in bases:  # it removes all callbacks meanwhile, which then cannot restore the module
-            raise CallbackError(f"{name} needs optimizer steps, but a PTQ run takes none. Leave out {name}.")
-        if bases.intersection(AVERAGING):
-            raise CallbackError(
-                f"{name} keeps a float copy of the weights, with which it would overwrite the tuned weights at the end"
-                f" of fit. Leave {name} out of the PTQ run: load the averaged weights before, and fit without it."
-            )

@@ -15,12 +15,14 @@ from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.calibrator import Calibrator
 from lightning_ptq.calibration.forward import Forward, default_forward
 from lightning_ptq.calibration.padding import Mask, check_mask
-from lightning_ptq.callbacks.base import PTQCallback, check_callbacks, check_order, check_trainer, ptq_callbacks
+from lightning_ptq.callbacks.base import PTQCallback, ptq_callbacks
+from lightning_ptq.callbacks.refusals import check_run
 from lightning_ptq.callbacks.trainer import dataloading, reporting, resuming
 from lightning_ptq.callbacks.trainer.checkpoints import no_optimizer_states, write_checkpoint
 from lightning_ptq.callbacks.trainer.lightning import isolate_rng
 from lightning_ptq.callbacks.trainer.loggers import log_ranges, log_settings
-from lightning_ptq.callbacks.trainer.muting import Step, calibration_forward, training_disabled
+from lightning_ptq.callbacks.trainer.muting import Step, calibration_forward, check_step, training_disabled
+from lightning_ptq.callbacks.trainer.quiet import suited_to_ptq
 from lightning_ptq.callbacks.trainer.resuming import Journals
 from lightning_ptq.callbacks.trainer.signals import StopRequest
 from lightning_ptq.callbacks.trainer.validation import Scores, no_validation_of_fit
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
 log = logging.getLogger(__name__)
+_whole = partial(arguments.whole, error=CalibrationError)
 
 
 class CalibrationCapture(PTQCallback):
@@ -65,8 +68,8 @@ class CalibrationCapture(PTQCallback):
         percentile: Share of values that the percentile observers keep, in percent.
         signed_scales: True if weight scales below 8 bits may be negative where that suits a channel better; by default
             what the target takes, or else True.
-        save_checkpoint: True to write ``quantized.ckpt`` into the folder of the Trainer's ``ModelCheckpoint``. Where
-            ``lightning_ptq`` is imported, it loads like any other.
+        save_checkpoint: True to write ``quantized.ckpt`` into the folder of the Trainer's ``ModelCheckpoint``, for
+            :func:`~lightning_ptq.load_quantized`.
         resume: True to save the progress of the run until it is finished, and to resume an interrupted run.
         resume_dir: Folder of the progress; by default ``ptq_progress`` in the Trainer's ``default_root_dir``.
         report_dir: Folder for the files of the report; by default no files are written.
@@ -119,9 +122,8 @@ class CalibrationCapture(PTQCallback):
             operations=operations, symmetric_activations=symmetric_activations, weight_observer=weight_observer,
             percentile=percentile, activation_observer=activation_observer, signed_scales=signed_scales,
         )  # fmt: skip
-        whole = None if num_samples is None else arguments.whole("num_samples", num_samples, error=CalibrationError)
-        self.num_samples = whole
-        self.step = step
+        self.num_samples = None if num_samples is None else _whole("num_samples", num_samples)
+        self.step = check_step(step)
         self.mask = check_mask(mask)
         self.save_checkpoint = arguments.flag("save_checkpoint", save_checkpoint)
         self.resume = arguments.flag("resume", resume)
@@ -147,11 +149,9 @@ class CalibrationCapture(PTQCallback):
         """Check the Trainer, swap the layers and disable training; do nothing in other stages than fit."""
         if stage != "fit":
             return
-        check_order(trainer)
-        check_trainer(trainer)
-        check_callbacks(trainer)
+        check_run(trainer, pl_module)
         reporting.check_report_dir(self.report_dir)
-        self._progress_folder = resuming.check_resume_dir(trainer, self.resume_dir) if self.resume else None
+        self._progress_folder = resuming.progress_folder(trainer, self.resume_dir) if self.resume else None
         remove_abandoned()
         self._stop, self._error, self._journals, self._checksums = StopRequest(), None, None, {}
         self._ranks = current_ranks(self.timeout, partial(self._stop.check, trainer))
@@ -166,16 +166,16 @@ class CalibrationCapture(PTQCallback):
             self._forward = calibration_forward(pl_module, self.step)
             self._prepared = prepare(pl_module, self.qconfig)
             stack.callback(self._undo_unless_finished)
-            stack.enter_context(isolate_rng())
-            stack.enter_context(dataloading.unshuffled(trainer))
-            stack.enter_context(no_validation_of_fit(trainer))
-            stack.enter_context(no_optimizer_states(pl_module))
+            contexts = isolate_rng(), dataloading.unshuffled(trainer), no_optimizer_states(pl_module)
+            for context in (*contexts, no_validation_of_fit(trainer), suited_to_ptq(trainer, self.num_samples)):
+                stack.enter_context(context)
             stack.enter_context(training_disabled(pl_module, self._observe, self._done))
             self._restore = stack.pop_all()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Create the calibrator, now that the module is on its device."""
         if self._prepared is not None and self.report is not None and not self._restored():
+            check_run(trainer, pl_module)  # again, now that all callbacks are set up
             log_settings(trainer, self.report)
             self.scores = reporting.validate_before(trainer, pl_module, self._ranks, self.report)
             self._pass.enter_context(self.report.stage(self.title))
@@ -192,8 +192,7 @@ class CalibrationCapture(PTQCallback):
             return
         if self._error is not None:
             raise self._error
-        self.calibration = self._calibrator.finish()
-        self._calibrator = None
+        self.calibration, self._calibrator = self._calibrator.finish(), None
         if self.report is not None:
             self._pass.close()
             self.report.calibrated(self.calibration)
@@ -205,7 +204,6 @@ class CalibrationCapture(PTQCallback):
         for stage in ptq_callbacks(trainer):
             stage.check(trainer, self.calibration)
         trainer.should_stop = True
-        log.info("calibrated %d layers on %d samples", len(self.calibration.layers), self.calibration.samples)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the checkpoint, keep the quantized layers, and report the run.

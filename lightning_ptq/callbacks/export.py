@@ -36,7 +36,7 @@ class ExportONNX(StepCallback):
 
     The network is the module that the calibration forward calls: the ``LightningModule`` where its step calls
     ``self(...)``, otherwise the child that it calls. Its inputs are those of the calibration forward. The engine is the
-    ``target`` of the CalibrationCapture. A logger of W&B gets the file as an artifact.
+    ``target`` of the CalibrationCapture. Loggers of W&B and MLflow get the file as an artifact.
 
     A file that cannot be written or is not verified is an error at the end of fit. The module stays quantized then, and
     ``quantized.ckpt`` is written.
@@ -84,6 +84,10 @@ class ExportONNX(StepCallback):
         super().__init__()
         self.verify = flag("verify", verify)
         require(*EXPORTERS, *([RUNTIME] if verify else []))
+        if network is not None and not isinstance(network, str):
+            raise ExportError(
+                f"network must be the name of a module, or None, got {network!r}. Write for example 'net'."
+            )
         self.path, self.network, self.dynamic_axes = str(path_argument(path)), network, axes_argument(dynamic_axes)
         self.opset = whole("opset", opset, LEAST_OPSET, error=ExportError)
         self.output_names = names_argument(output_names)

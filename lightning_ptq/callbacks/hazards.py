@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.callbacks.adaquant import AdaQuantLayerwise
-from lightning_ptq.callbacks.base import capture_of, check_callbacks, check_order, check_trainer, ptq_callbacks
+from lightning_ptq.callbacks.base import capture_of, ptq_callbacks
+from lightning_ptq.callbacks.refusals import find_refusals, limit_of
 from lightning_ptq.callbacks.statistics import StatsTuning
 from lightning_ptq.callbacks.trainer.muting import lightning_base
 from lightning_ptq.callbacks.trainer.resuming import progress_folder
-from lightning_ptq.errors import CallbackError, PTQError
+from lightning_ptq.errors import PTQError
 from lightning_ptq.report.facts import Finding
 from lightning_ptq.report.preflight import Preflight
 from lightning_ptq.runtime.memory import format_bytes
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
-
-_NEED_TRAINING = ("GradientAccumulationScheduler", "SpikeDetection")
-"""Lightning callbacks that fail when no optimizer step is taken."""
 
 
 def find_hazards(trainer: Trainer, module: LightningModule, preflight: Preflight) -> list[Finding]:
@@ -58,11 +55,8 @@ def _refusals(trainer: Trainer, module: LightningModule, preflight: Preflight) -
             "Write Trainer(callbacks=[CalibrationCapture(...), ...]).",
         )
         return
-    for check in (check_order, check_trainer):
-        try:
-            check(trainer)
-        except CallbackError as error:
-            yield Finding("refused", str(error))
+    for message in find_refusals(trainer, module):
+        yield Finding("refused", message)
 
 
 def _missing_methods(trainer: Trainer, module: LightningModule, preflight: Preflight) -> Iterator[Finding]:
@@ -70,20 +64,14 @@ def _missing_methods(trainer: Trainer, module: LightningModule, preflight: Prefl
     for name in ("training_step", "configure_optimizers"):
         if getattr(type(module), name) is getattr(base, name) and name not in vars(module):
             yield Finding(
-                "module",
+                "refused",
                 f"{type(module).__name__} has no {name}; Lightning does not fit without it.",
                 f"Define a {name}; one that returns None is enough, with step='predict'.",
             )
 
 
 def _few_batches(trainer: Trainer, module: LightningModule, preflight: Preflight) -> Iterator[Finding]:
-    limit = trainer.limit_train_batches
-    # fast_dev_run and overfit_batches both set limit_train_batches, so the option that the user wrote is named.
-    sources = ("fast_dev_run", "overfit_batches")
-    name = next((source for source in sources if getattr(trainer, source)), "limit_train_batches")
-    for option, value in (("max_epochs", trainer.max_epochs), ("max_steps", trainer.max_steps), (name, limit)):
-        if value == 0:
-            yield Finding("samples", f"{option}=0: no calibration batch is seen.", f"Leave {option} out.")
+    name, limit = limit_of(trainer)
     seen = limit * preflight.batch_size * trainer.world_size
     if isinstance(limit, float) and 0 < limit < 1:
         yield Finding("samples", f"{name}={limit}: only that share of the loader is seen.", f"Leave {name} out.")
@@ -97,29 +85,19 @@ def _few_batches(trainer: Trainer, module: LightningModule, preflight: Preflight
 
 
 def _other_callbacks(trainer: Trainer, module: LightningModule, preflight: Preflight) -> Iterator[Finding]:
-    try:
-        check_callbacks(trainer)
-    except CallbackError as error:
-        yield Finding("callbacks", str(error))
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector of the Trainer
-        bases = {cls.__name__ for cls in type(callback).__mro__}
         name = type(callback).__name__
-        if bases.intersection(_NEED_TRAINING):
-            yield Finding("callbacks", f"{name} needs optimizer steps, but a PTQ run takes none.", f"Leave out {name}.")
-        if "EarlyStopping" in bases:
+        if "SpikeDetection" in {cls.__name__ for cls in type(callback).__mro__}:
             yield Finding(
                 "callbacks",
-                f"{name} monitors {callback.monitor!r}, but training_step logs nothing: fit ends with an error unless"
-                " validation logs it.",
-                f"Leave out {name}: a PTQ run ends by itself.",
+                f"{name} watches the training loss, which a step may lack in a PTQ run.",
+                f"Leave {name} out.",
             )
 
 
 def _devices(trainer: Trainer, module: LightningModule, preflight: Preflight) -> Iterator[Finding]:
     device = trainer.strategy.root_device.type
-    if device == "mps":
-        yield Finding("accelerator", "PTQ sums in float64, which MPS does not support.", "Use accelerator='cpu'.")
-    elif device != preflight.device.split(":")[0]:
+    if device not in ("mps", preflight.device.split(":")[0]):  # fit refuses the former
         yield Finding(
             "accelerator",
             f"the Trainer runs on {device}, but the time was estimated on {preflight.device}.",
@@ -177,12 +155,6 @@ def _progress(trainer: Trainer, module: LightningModule, preflight: Preflight) -
         return
     folder = progress_folder(trainer, capture.resume_dir)
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not os.access(existing, os.W_OK):
-        yield Finding(
-            "progress",
-            f"{existing} is not writable, but the progress of the run is saved in {folder}.",
-            "Write CalibrationCapture(resume_dir=...), or resume=False.",
-        )
     tunings = [callback for callback in ptq_callbacks(trainer) if isinstance(callback, AdaQuantLayerwise)]
     needed = preflight.float_bytes * sum(len(callback.candidates or [None]) for callback in tunings)
     free = shutil.disk_usage(existing).free

@@ -11,7 +11,7 @@ from lightning_ptq import arguments
 from lightning_ptq.activations.shards import DEFAULT_SHARDS
 from lightning_ptq.arguments import flag, number, one_of, whole
 from lightning_ptq.calibration.calibration import Calibration
-from lightning_ptq.calibration.outputs import ChooseOutput, Divergence, check_output
+from lightning_ptq.calibration.outputs import ChooseOutput, Divergence, check_choice, check_output
 from lightning_ptq.callbacks.adaquant import AdaQuantLayerwise
 from lightning_ptq.callbacks.base import StepCallback, ptq_callbacks
 from lightning_ptq.callbacks.trainer.loggers import log_scalars
@@ -94,7 +94,12 @@ class StatsTuning(StepCallback):
         super().__init__()
         one_of("measure", measure, ("kl", "mse"))
         seed, held_out = arguments.seed(seed), number("held_out", held_out, "lie in [0, 1)", (0, 1), "0.25")
-        self.common: dict[str, Any] = {"held_out": held_out, "measure": measure, "output": output, "seed": seed}
+        self.common: dict[str, Any] = {
+            "held_out": held_out,
+            "measure": measure,
+            "output": check_choice(output),
+            "seed": seed,
+        }
         if target not in ("auto", "batch_norm", "float", None):
             raise QConfigError(f"target must be 'auto', 'batch_norm', 'float' or None, got {target!r}.")
         if parts is not None:

@@ -199,31 +199,35 @@ class RunRecord:
         return sum(stage.seconds for stage in self.stages)
 
     def summary(self) -> dict[str, float | int | str]:
-        """Return the key figures of the run by name; the names are also keys in logs."""
+        """Return the key figures of the run by name; loggers get them as ``ptq/run/NAME``.
+
+        Sizes end in ``_bytes``. ``bit_operations_share`` is relative to the float layers, ``bits_per_weight`` counts
+        quantized weights with their scales, and ``allocated_MEASURE`` is the measure of the bit allocation.
+        """
         weights = sum(row.parameters for row in self.layers)
         units = [row for result in self.tuning.values() for row in result.units]
         summary: dict[str, float | int | str] = {
             "model": self.model,
-            "calibration samples": self.samples,
+            "calibration_samples": self.samples,
             "processes": self.processes,
-            "quantized layers": len(self.layers),
-            "batch norms folded": len(self.folded),
-            "float size, bytes": self.float_bytes,
-            "packed size, bytes": self.packed_bytes,
-            "times smaller": self.float_bytes / max(1, self.packed_bytes),
-            "bits per quantized weight": sum(8 * row.size for row in self.layers) / max(1, weights),
-            "bit operations, share of float": sum(row.bops for row in self.layers) / max(1.0, self.float_bops),
-            "units tuned": sum(row.steps > 0 for row in units),
-            "units kept": sum(row.accepted for row in units),
+            "quantized_layers": len(self.layers),
+            "batch_norms_folded": len(self.folded),
+            "float_bytes": self.float_bytes,
+            "packed_bytes": self.packed_bytes,
+            "times_smaller": self.float_bytes / max(1, self.packed_bytes),
+            "bits_per_weight": sum(8 * row.size for row in self.layers) / max(1, weights),
+            "bit_operations_share": sum(row.bops for row in self.layers) / max(1.0, self.float_bops),
+            "units_tuned": sum(row.steps > 0 for row in units),
+            "units_kept": sum(row.accepted for row in units),
             "warnings": len(self.warnings),
             "seconds": self.seconds,
         }
         if self.stages and self.stages[-1].peak_memory is not None:
-            summary["peak memory, bytes"] = max(stage.peak_memory or 0 for stage in self.stages)
+            summary["peak_memory_bytes"] = max(stage.peak_memory or 0 for stage in self.stages)
         if self.allocation is not None:
-            summary[f"{self.allocation.sensitivity.measure} at the allocation"] = self.allocation.measured
+            summary[f"allocated_{self.allocation.sensitivity.measure}"] = self.allocation.measured
         if self.export is not None:
-            summary["ONNX file, bytes"] = self.export.bytes
+            summary["onnx_bytes"] = self.export.bytes
         return summary
 
 

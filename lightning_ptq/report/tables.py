@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,18 +41,31 @@ def _tables(record: RunRecord) -> Iterator[ReportTable]:
 
 
 def key_of(stage: str) -> str:
-    """Return the name of a stage as part of a file name.
+    """Return the name of a stage as an identifier, for names of files and in logs.
 
     Example:
         >>> key_of("AdaQuant sequential")
         'adaquant_sequential'
     """
-    return stage.lower().replace(" ", "_")
+    return re.sub(r"\W+", "_", stage.lower())
+
+
+_IN_WORDS = {
+    "float_bytes": "float size, bytes",
+    "packed_bytes": "packed size, bytes",
+    "bits_per_weight": "bits per quantized weight",
+    "bit_operations_share": "bit operations, share of float",
+    "peak_memory_bytes": "peak memory, bytes",
+    "onnx_bytes": "ONNX file, bytes",
+}
+"""Names of the summary as people read them, where they are more than the words of the key."""
 
 
 def summary_table(record: RunRecord) -> ReportTable:
-    """Return the key figures of the run."""
-    rows: list[tuple[Any, ...]] = list(record.summary().items())
+    """Return the key figures of the run, with names in words."""
+    rows: list[tuple[Any, ...]] = [
+        (_IN_WORDS.get(name, name.replace("_", " ")), value) for name, value in record.summary().items()
+    ]
     return ReportTable("summary", "Summary", ("quantity", "value"), rows, named_rows=True)
 
 

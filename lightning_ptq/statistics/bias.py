@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_ptq.activations.shards import DEFAULT_SHARDS
-from lightning_ptq.arguments import flag, is_number, whole
+from lightning_ptq.arguments import flag, is_number, number, whole
 from lightning_ptq.calibration.batch import Batch
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.outputs import ChooseOutput, Divergence, OutputReader, divergence, float_outputs
@@ -89,6 +89,10 @@ def tune_bias(
 
 def check_tuning(steps: int, lr: float, parts: int, norm_affine: bool) -> tuple[int, float, int, bool]:
     """Return arguments of :func:`tune_bias` in Python's own types; raise :class:`QConfigError` where it would."""
+    if not is_number(steps) and not isinstance(steps, bool):
+        whole("steps", steps)  # which it is not
+    if not is_number(lr):
+        number("lr", lr, "be positive")
     if not (is_number(steps) and steps >= 1 and is_number(lr) and 0 < lr < float("inf")):
         raise QConfigError(f"steps must be 1 or more and lr positive, got steps={steps!r}, lr={lr!r}.")
     return whole("steps", steps), float(lr), whole("parts", parts), flag("norm_affine", norm_affine)

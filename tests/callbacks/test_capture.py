@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import CatMetric, MeanMetric, MetricCollection
 
 import lightning_ptq
-from lightning_ptq import CalibrationCapture, QConfig, calibrate
+from lightning_ptq import AdaQuantLayerwise, CalibrationCapture, QConfig, calibrate
 from lightning_ptq.callbacks.trainer.resuming import fingerprint
 from lightning_ptq.errors import CalibrationError, FewSamplesWarning, QConfigError, UnreachedLayerWarning
 
@@ -388,3 +388,48 @@ def test_a_derived_callback_is_one_too(pl, tmp_path):
     module = classifier(pl)
     trainer(pl, tmp_path, Mine("w4a4")).fit(module, loader())
     assert same_state(state(module), reference(pl))
+
+
+WITH_INDEX = {
+    "required": lambda base, seen: {"training_step": lambda m, batch, batch_idx: see(m, batch, seen, batch_idx)},
+    "with a default": lambda base, seen: {
+        "training_step": lambda m, batch, batch_idx=7: see(m, batch, seen, batch_idx)
+    },
+    "a wrapper": lambda base, seen: {"training_step": lambda m, batch, *args: see(m, batch, seen, *args)},
+    "another default": lambda base, seen: {"training_step": lambda m, batch, scale=7: see(m, batch, seen, scale - 7)},
+}
+
+
+def see(module, batch, seen, index):
+    seen.append((index, batch[0][0, 0, 0, 0].item()))
+    return module.loss(batch)
+
+
+@pytest.mark.parametrize("kind", WITH_INDEX)
+def test_a_step_gets_the_index_of_its_batch_in_every_run(pl, tmp_path, kind):
+    seen = []
+    module = classifier(pl, lambda base: type("Indexed", (base,), WITH_INDEX[kind](base, seen)))
+    tuner = AdaQuantLayerwise(steps=2, memory_limit=1)  # activations are computed again
+    trainer(pl, tmp_path, CalibrationCapture("w4a4", 24), tuner).fit(module, loader())
+    first = enumerate(IMAGES[::8, 0, 0, 0].tolist()[:3])
+    if kind == "another default":
+        assert {index for index, _ in seen} == {0}
+        return
+    assert set(seen) == set(first)
+    assert [index for index, _ in seen] != sorted(index for index, _ in seen)  # there were replays
+
+
+@pytest.mark.filterwarnings("ignore::lightning_ptq.errors.RolledBackWarning")
+def test_a_run_that_fails_before_anything_is_finished_leaves_no_progress(pl, tmp_path):
+    def failing(module, batch, calls=[0]):  # noqa: B006  (the count of all calls)
+        calls[0] += 1
+        if calls[0] == 16:
+            raise KeyError("mine")
+        return module(batch[0])
+
+    with pytest.raises(KeyError):
+        trainer(pl, tmp_path, CalibrationCapture("w4a4", step=failing), AdaQuantLayerwise(steps=2)).fit(
+            classifier(pl), loader()
+        )
+    assert not (tmp_path / "ptq_progress").exists()
+    trainer(pl, tmp_path, CalibrationCapture("w4a4"), AdaQuantLayerwise(steps=2)).fit(classifier(pl), loader())

@@ -42,7 +42,7 @@ def test_fit_writes_a_file_that_computes_what_the_module_computes(pl: Any, tmp_p
     assert "Exported file" in (tmp_path / "report" / "report.html").read_text()
     assert report["export"]["opset"] == 21
     assert report["export"]["parity"]["samples"] == 24
-    assert callbacks[0].report.summary()["ONNX file, bytes"] == result.bytes
+    assert callbacks[0].report.summary()["onnx_bytes"] == result.bytes
 
 
 def test_the_network_that_a_step_calls_is_exported_with_the_inputs_it_gets(pl: Any, tmp_path: Path) -> None:

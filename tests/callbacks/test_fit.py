@@ -113,6 +113,38 @@ def test_a_quantized_module_trains_as_modules_do(pl, tmp_path):
     assert torch.equal(module.net[3].weight_fake_quant.scale, quantized["net.3.weight_fake_quant.scale"])
 
 
+@pytest.mark.parametrize("qconfig", ["w8a8", "w4a4"])
+def test_fine_tuning_at_the_rate_of_the_docstring_loses_nothing(pl, tmp_path, qconfig):
+    def adam(base):
+        class Adam(base):
+            rate = 1e-2
+
+            def configure_optimizers(self) -> Any:
+                return torch.optim.Adam(self.parameters(), self.rate)
+
+        return Adam
+
+    images = torch.randn(128, 1, 5, 5, generator=torch.Generator().manual_seed(3))
+    labels = (images.mean((1, 2, 3)) * 5).clamp(-1, 1).round().long() + 1
+    data = DataLoader(TensorDataset(images, labels), 32)
+
+    def loss(module):
+        with torch.no_grad():
+            return F.cross_entropy(module.eval()(images), labels).item()
+
+    module = classifier(pl, adam)
+    trainer(pl, tmp_path, max_epochs=10).fit(module, data)
+    trainer(pl, tmp_path, CalibrationCapture(qconfig), AdaQuantLayerwise(steps=20)).fit(module, data)
+    before, integers = loss(module), module.net[3].weight.clone()
+    type(module).rate = 1e-5
+    trainer(pl, tmp_path, max_epochs=5).fit(module.train(), data)
+    assert loss(module) <= before * 1.002
+    assert not torch.equal(module.net[3].weight, integers)
+    type(module).rate = 1.0
+    trainer(pl, tmp_path, max_epochs=5).fit(module.train(), data)
+    assert loss(module) > before  # a rate can spoil it
+
+
 def raising(pl, hook, error):
     """A callback that ends the run in one of its hooks."""
 
@@ -384,8 +416,8 @@ REFUSED = {
         CalibrationError,
         "no calibration batch was seen: the loader is empty",
     ),
-    "no train batches": ({"limit_train_batches": 0}, loader, CalibrationError, "no calibration batch was seen"),
-    "no epoch": ({"max_epochs": 0}, loader, CalibrationError, "no calibration batch was seen"),
+    "no train batches": ({"limit_train_batches": 0}, loader, CallbackError, "limit_train_batches=0: no calibration b"),
+    "no epoch": ({"max_epochs": 0}, loader, CallbackError, "max_epochs=0: no calibration batch would be seen"),
     "NaN": ({}, spoiled_loader, CalibrationError, r"input of layer 'net\.0', calibration batch 2"),
     "half": ({"precision": "16-true"}, loader, CallbackError, "precision='16-true'.*Use precision='32-true'"),
     "bfloat16": ({"precision": "bf16-true"}, loader, CallbackError, "precision='bf16-true'.*such as 'bf16-mixed'"),

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
+import re
 import struct
 import time
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from helpers import Snapshot, classifier, loader, same_state, state, trainer
 
 from lightning_ptq import AdaQuantLayerwise, CalibrationCapture
 from lightning_ptq.callbacks import pipelines
+from lightning_ptq.callbacks.trainer.loggers import log_artifact
 from lightning_ptq.errors import CallbackError, ReportWarning
 from lightning_ptq.network.prepare import is_prepared
 from lightning_ptq.report import PTQReport
@@ -136,7 +139,7 @@ def test_an_offline_wandb_run_holds_every_table_picture_and_figure(wandb_run):
             (histogram,) = run.history[f"ptq/range/{name}/{kind}"]
             assert histogram["_type"] == "histogram"
             assert sum(histogram["values"]) > 0
-    assert run.history["ptq/run/times smaller"] == [pytest.approx(report.float_bytes / report.packed_bytes)]
+    assert run.history["ptq/run/times_smaller"] == [pytest.approx(report.float_bytes / report.packed_bytes)]
     assert run.config["ptq"]["Bit allocation"]["budgets"] == {"size": 0.2}
     assert run.config["ptq"]["AdaQuant sequential"]["config"]["steps"] == 4
 
@@ -161,8 +164,8 @@ def test_csv_gets_scalars_and_settings(pl, tmp_path):
     steps = [row for row in rows if row["ptq/statistics/after"]]
     after = [float(row["ptq/statistics/after"]) for row in steps]
     assert after == pytest.approx([row.after for row in callbacks[4].result])
-    (last,) = [row for row in rows if row["ptq/run/times smaller"]]
-    assert float(last["ptq/run/packed size, bytes"]) == callbacks[0].report.packed_bytes
+    (last,) = [row for row in rows if row["ptq/run/times_smaller"]]
+    assert float(last["ptq/run/packed_bytes"]) == callbacks[0].report.packed_bytes
     assert "first_last_bits" in Path(logger.log_dir, "hparams.yaml").read_text()
 
 
@@ -178,6 +181,80 @@ def test_tensorboard_gets_pictures_texts_and_histograms(pl, tmp_path):
     assert {f"ptq/{key}/text_summary" for key in TABLES} <= set(events.Tags()["tensors"])
     assert {f"ptq/range/{name}/inputs" for name in LAYERS} <= set(events.Tags()["histograms"])
     assert "ptq/adaquant_parallel/loss" in events.Tags()["scalars"]
+
+
+def mlflow_logger(pl, folder):
+    """A logger of the class that Lightning calls MLFlowLogger, and a client that keeps what it is given."""
+
+    class Client:
+        def __init__(self) -> None:
+            self.calls: list[tuple[str, str, Any, str]] = []
+
+        def __getattr__(self, name: str) -> Any:
+            if name not in ("log_table", "log_dict", "log_image", "log_artifact"):
+                raise AttributeError(name)
+            return lambda run_id, what, file: self.calls.append((name, run_id, what, file))
+
+        def given(self, kind: str) -> dict[str, Any]:
+            return {file: what for name, _, what, file in self.calls if name == kind}
+
+    class MLFlowLogger(pl.loggers.logger.Logger):
+        name, version, run_id, experiment = "ptq", "0", "run 7", Client()
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.metrics: dict[str, float] = {}
+
+        def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+            self.params = params
+
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            self.metrics |= metrics
+
+    return MLFlowLogger()
+
+
+@pytest.mark.parametrize("pandas", [True, False])
+def test_mlflow_gets_everything_by_its_client(pl, tmp_path, monkeypatch, pandas):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: (pandas or None) if n == "pandas" else found(n))
+    logger = mlflow_logger(pl, tmp_path)
+    _, callbacks = fit(pl, tmp_path, logger)
+    client = logger.experiment
+    assert {run_id for _, run_id, _, _ in client.calls} == {"run 7"}
+    tables = client.given("log_table" if pandas else "log_dict")
+    ranges = client.given("log_dict")["ptq/ranges.json"]
+    assert tables.keys() - {"ptq/ranges.json"} == {f"ptq/{key}.json" for key in TABLES}
+    for table in callbacks[0].report.tables():
+        if table.key in TABLES:
+            logged = tables[f"ptq/{table.key}.json"]
+            columns, rows = (list(logged), list(zip(*logged.values(), strict=True))) if pandas else logged.values()
+            assert (columns, len(rows)) == (list(table.columns), len(table.rows))
+    pictures = client.given("log_image")
+    assert pictures.keys() == {f"ptq/{key}_plot.png" for key in PICTURES}
+    assert all(picture.size > (1, 1) for picture in pictures.values())
+    assert ranges.keys() == {f"ptq/range/{name}/{kind}" for name in LAYERS for kind in ("weights", "inputs")}
+    assert len(ranges["ptq/range/net.0/weights"]["edges"]) == len(ranges["ptq/range/net.0/weights"]["counts"]) + 1
+    assert logger.metrics["ptq/run/packed_bytes"] == callbacks[0].report.packed_bytes
+
+
+def test_mlflow_gets_the_exported_file(pl, tmp_path):
+    for name in ("model.onnx", "model.onnx.data"):
+        (tmp_path / name).touch()
+    logger = mlflow_logger(pl, tmp_path)
+    log_artifact(trainer(pl, tmp_path, logger=logger), tmp_path / "model.onnx", "model")
+    assert logger.experiment.calls == [
+        ("log_artifact", "run 7", str(tmp_path / name), "ptq/model") for name in ("model.onnx", "model.onnx.data")
+    ]
+
+
+def test_names_are_identifiers(pl, tmp_path):
+    logger = recording_logger(pl, tmp_path)
+    _, callbacks = fit(pl, tmp_path, logger)
+    report = callbacks[0].report
+    names = {*logger.keys, *(f"ptq/{table.key}" for table in report.tables()), *report.summary()}
+    assert {"ptq/run/allocated_fisher", "ptq/adaquant_parallel/loss", "ptq/allocated/size"} <= names
+    assert not [name for name in names if not re.fullmatch(r"([a-z_]+/)*[a-z_]+", name)]
 
 
 @pytest.mark.both_packages

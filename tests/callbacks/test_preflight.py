@@ -10,7 +10,8 @@ from helpers import IMAGES, LABELS, SmallNet, Snapshot, build, classifier, loade
 
 import lightning_ptq
 from lightning_ptq import AdaQuantLayerwise, BitAllocator, CalibrationCapture, QConfig, StatsTuning
-from lightning_ptq.errors import CalibrationError, PTQError
+from lightning_ptq.errors import CalibrationError, CallbackError, PTQError
+from lightning_ptq.network.prepare import is_prepared
 from lightning_ptq.report.inspect_module import inspect_module
 
 pytestmark = [
@@ -138,6 +139,16 @@ def capture(pl):
     return CalibrationCapture("w4a4", num_samples=40)
 
 
+def holder(pl):
+    """A callback that keeps an averaged model of torch."""
+
+    class Holder(pl.Callback):
+        def __init__(self):
+            self.copy = torch.optim.swa_utils.AveragedModel(torch.nn.Linear(1, 1))
+
+    return Holder()
+
+
 # What is odd about the Trainer or the module, what the hazard is about, and a word of its text. Of each the test makes
 # sure that fit really ends with an error.
 ENDS = {
@@ -146,18 +157,25 @@ ENDS = {
         [capture, lambda pl: AdaQuantLayerwise(), lambda pl: BitAllocator(size=0.2)], {}, None, "refused", "order",
     ),
     "precision": ([capture], {"precision": "bf16-true"}, None, "refused", "float32"),
-    "max_epochs": ([capture], {"max_epochs": 0}, None, "samples", "max_epochs=0"),
-    "max_steps": ([capture], {"max_steps": 0}, None, "samples", "max_steps=0"),
-    "limit 0": ([capture], {"limit_train_batches": 0}, None, "samples", "limit_train_batches=0"),
-    "training_step": ([lambda pl: CalibrationCapture(step="predict")], {}, "training_step", "module", "training_step"),
-    "configure_optimizers": ([capture], {}, "configure_optimizers", "module", "configure_optimizers"),
-    "early stopping": ([capture, callback("EarlyStopping", "train_loss")], {}, None, "callbacks", "'train_loss'"),
+    "max_epochs": ([capture], {"max_epochs": 0}, None, "refused", "max_epochs=0"),
+    "max_steps": ([capture], {"max_steps": 0}, None, "refused", "max_steps=0"),
+    "limit 0": ([capture], {"limit_train_batches": 0}, None, "refused", "limit_train_batches=0"),
+    "training_step": ([lambda pl: CalibrationCapture(step="predict")], {}, "training_step", "refused", "training_step"),
+    "configure_optimizers": ([capture], {}, "configure_optimizers", "refused", "configure_optimizers"),
+    "early stopping": ([capture, callback("EarlyStopping", "train_loss")], {}, None, "refused", "'train_loss'"),
     "accumulation": (
-        [capture, callback("GradientAccumulationScheduler", {0: 2})], {}, None, "callbacks", "Accumulation",
+        [capture, callback("GradientAccumulationScheduler", {0: 2})], {}, None, "refused", "Accumulation",
     ),
-    "float copy": ([capture, callback("EMAWeightAveraging")], {}, None, "callbacks", "keeps a float copy"),
-    "weight averaging": ([capture, callback("WeightAveraging")], {}, None, "callbacks", "WeightAveraging"),
-    "learning rate": ([capture, callback("LearningRateFinder")], {}, None, "callbacks", "LearningRateFinder"),
+    "float copy": ([capture, callback("EMAWeightAveraging")], {}, None, "refused", "keeps a float copy"),
+    "weight averaging": ([capture, callback("WeightAveraging")], {}, None, "refused", "WeightAveraging"),
+    "learning rate": ([capture, callback("LearningRateFinder")], {}, None, "refused", "LearningRateFinder"),
+    "batch size": ([capture, callback("BatchSizeFinder")], {}, None, "refused", "BatchSizeFinder needs"),
+    "finetuning": ([capture, callback("BackboneFinetuning")], {}, None, "refused", "gives layers to an optimizer"),
+    "pruning": (
+        [capture, lambda pl: callback("ModelPruning", "l1_unstructured")(pl)], {}, None, "refused", "does not train",
+    ),
+    "averaged model": ([capture, lambda pl: holder(pl)], {}, None, "refused", "Holder keeps a float copy"),
+    "a name": ([capture, lambda pl: type("EMACallback", (pl.Callback,), {})()], {}, None, "refused", "EMACallback"),
 }  # fmt: skip
 
 
@@ -174,10 +192,91 @@ def test_a_hazard_that_ends_fit(pl, tmp_path, name):
     found = lightning_ptq.inspect(module, BATCH, samples=40, trainer=here)
     assert abouts(found) == [about]
     assert text in found.hazards[0].message
+    before = Snapshot(module)
     with pytest.raises(Exception) as raised:  # noqa: PT011  (Lightning's own errors are of many classes)
         here.fit(module, loader())
-    if about == "refused":
+    if lacks is None and name != "batch size":  # Lightning's own checks of these come before any callback
         assert (type(raised.value).__mro__[1], str(raised.value)) == (PTQError, found.hazards[0].message)
+    if "precision" not in options:
+        before.assert_unchanged()
+
+
+@pytest.mark.parametrize("option", ["max_epochs", "limit_train_batches"])
+def test_everything_that_stops_fit_is_listed(pl, tmp_path, option):
+    here = usual(pl, tmp_path, capture(pl), callback("LearningRateFinder")(pl), **{option: 0})
+    found = lightning_ptq.inspect(classifier(pl), BATCH, trainer=here)
+    assert abouts(found) == ["refused", "refused"]
+
+
+def with_metric(name):
+    """The classifier with a metric of another name in validation."""
+
+    def change(base):
+        class WithMetric(base):
+            def validation_step(self, batch: Any, batch_idx: int) -> None:
+                super().validation_step(batch, batch_idx)
+                self.log("accuracy", 1.0)
+                self.log(name, 1.0)
+
+        return WithMetric
+
+    return change
+
+
+STOPPING = {
+    "logged": ("accuracy", True, {}, False),
+    "logged by a name that is made up": ("made_up", True, {}, True),
+    "no validation loader": ("accuracy", False, {}, True),
+    "no validation": ("accuracy", True, {"limit_val_batches": 0}, True),
+    "logged in training only": ("train_loss", True, {}, True),
+}
+
+
+@pytest.mark.parametrize("name", STOPPING)
+@pytest.mark.parametrize("num_samples", [None, 16])
+def test_early_stopping_needs_a_metric_of_validation(pl, tmp_path, name, num_samples):
+    monitor, has_loader, options, refused = STOPPING[name]
+    module = classifier(pl, with_metric("made_up"))
+    callbacks = (CalibrationCapture("w8a8", num_samples), callback("EarlyStopping", monitor)(pl))
+    here = usual(pl, tmp_path, *callbacks, **options)
+    found = lightning_ptq.inspect(module, BATCH, samples=16, trainer=here)
+    if name != "no validation loader":  # which inspect does not see
+        assert abouts(found) == (["refused"] if refused else [])
+    before = Snapshot(module)
+    if refused:
+        with pytest.raises(
+            CallbackError, match=rf"monitors '{monitor}', which no validation .* Leave EarlyStopping out"
+        ):
+            here.fit(module, loader(), loader() if has_loader else None)
+        before.assert_unchanged()
+    else:
+        here.fit(module, loader(), loader())
+        assert is_prepared(module)
+
+
+def test_callbacks_that_a_run_can_do_with_are_not_refused(pl, tmp_path):
+    callbacks = [callback("EarlyStopping", "nothing")(pl), callback("ModelCheckpoint")(pl)]
+    callbacks[0].strict = False
+    callbacks[1].monitor = "nothing"  # it is not evaluated: quantized.ckpt is written without a training step
+    exceptions = callback("OnExceptionCheckpoint", tmp_path / "exceptions")(pl)
+    module, here = classifier(pl), usual(pl, tmp_path, capture(pl), *callbacks, exceptions)
+    assert lightning_ptq.inspect(module, BATCH, trainer=here).hazards == []
+    here.fit(module, loader())
+    assert len(list(tmp_path.rglob("quantized.ckpt"))) == 1
+
+
+def test_an_average_that_is_made_at_the_start_of_fit_is_refused_before_the_calibration(pl, tmp_path):
+    class Late(pl.Callback):
+        def on_fit_start(self, trainer, pl_module):
+            self.average = torch.optim.swa_utils.AveragedModel(torch.nn.Linear(1, 1))
+
+    module, seen = classifier(pl), []
+    before = Snapshot(module)
+    step = CalibrationCapture("w4a4", step=lambda module, batch: seen.append(1))
+    with pytest.raises(CallbackError, match="Late keeps a float copy"):
+        usual(pl, tmp_path, step, Late()).fit(module, loader())
+    before.assert_unchanged()
+    assert seen == []
 
 
 @pytest.mark.parametrize(
@@ -247,22 +346,33 @@ def test_mixed_precision_and_synchronised_norms(pl, tmp_path):
     assert abouts(found) == ["precision", "batch norms"]
 
 
-@pytest.mark.parametrize(("device", "text"), [("mps", "float64"), ("cuda", "estimated on cpu")])
-def test_another_accelerator(pl, tmp_path, monkeypatch, device, text):
+@pytest.mark.parametrize(
+    ("device", "about", "text"), [("mps", "refused", "float64"), ("cuda", "accelerator", "estimated on cpu")]
+)
+def test_another_accelerator(pl, tmp_path, monkeypatch, device, about, text):
     here = usual(pl, tmp_path)
     monkeypatch.setattr(type(here.strategy), "root_device", SimpleNamespace(type=device))
     (hazard,) = lightning_ptq.inspect(classifier(pl), BATCH, trainer=here).hazards
-    assert (hazard.category, text in hazard.message) == ("accelerator", True)
+    assert (hazard.category, text in hazard.message) == (about, True)
 
 
 def test_no_room_for_the_progress(pl, tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_ptq.callbacks.hazards.shutil.disk_usage", lambda path: SimpleNamespace(free=10))
-    monkeypatch.setattr("lightning_ptq.callbacks.hazards.os.access", lambda path, mode: False)
     found = lightning_ptq.inspect(classifier(pl), BATCH, trainer=usual(pl, tmp_path))
-    assert abouts(found) == ["progress", "progress"]
-    assert str(tmp_path / "ptq_progress") in found.hazards[1].message
+    assert abouts(found) == ["progress"]
+    assert str(tmp_path / "ptq_progress") in found.hazards[0].message
     unrecorded = usual(pl, tmp_path, CalibrationCapture(resume=False), AdaQuantLayerwise())
     assert lightning_ptq.inspect(classifier(pl), BATCH, trainer=unrecorded).hazards == []
+
+
+def test_a_folder_for_the_progress_that_cannot_be_written(pl, tmp_path):
+    (tmp_path / "file").touch()
+    here = usual(pl, tmp_path, CalibrationCapture(resume_dir=str(tmp_path / "file" / "deep")))
+    (hazard,) = lightning_ptq.inspect(classifier(pl), BATCH, trainer=here).hazards
+    with pytest.raises(CallbackError, match="resume_dir") as raised:
+        here.fit(classifier(pl), loader())
+    # The rest names the file that was tried.
+    assert (hazard.category, hazard.message.split("(")[0]) == ("refused", str(raised.value).split("(")[0])
 
 
 def test_a_trainer_that_would_train(pl, tmp_path):

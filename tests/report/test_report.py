@@ -43,18 +43,16 @@ def test_the_figures_of_the_summary_add_up(run):
     weights = [2 * 6 * 9, *[6 * 6 * 9] * 4, 6 * 4]
     scales = 4 * (6 + 4 * 6 + 4)
     expected = sum(-(-n * b // 8) for n, b in zip(weights, bits, strict=True)) + scales
-    assert summary["bits per quantized weight"] == pytest.approx(8 * expected / sum(weights))
+    assert summary["bits_per_weight"] == pytest.approx(8 * expected / sum(weights))
     macs = {"stem": 36 * 9 * 2 * 6, "head": 6 * 4}
     assert {row.name: row.macs for row in report.layers if row.name in macs} == macs
-    assert summary["float size, bytes"] == sum(
-        t.numel() * t.element_size() for t in build(ResNet).state_dict().values()
-    )
-    assert summary["times smaller"] == summary["float size, bytes"] / summary["packed size, bytes"]
+    assert summary["float_bytes"] == sum(t.numel() * t.element_size() for t in build(ResNet).state_dict().values())
+    assert summary["times_smaller"] == summary["float_bytes"] / summary["packed_bytes"]
     share = sum(row.macs * int(row.widths[1]) * int(row.widths[3]) for row in report.layers)
-    assert summary["bit operations, share of float"] == pytest.approx(share / 1024 / sum(r.macs for r in report.layers))
+    assert summary["bit_operations_share"] == pytest.approx(share / 1024 / sum(r.macs for r in report.layers))
     assert summary["seconds"] == sum(stage.seconds for stage in report.stages)
     assert [stage.name for stage in report.stages] == ["Calibration", "Bit allocation", "AdaQuant"]
-    assert summary["calibration samples"] == 64
+    assert summary["calibration_samples"] == 64
 
 
 def test_the_histograms_count_every_value(run):
@@ -91,7 +89,7 @@ def test_an_observer_without_a_histogram_has_none():
 def test_json_and_csv_hold_the_same_figures(run, saved):
     report, _ = run
     found = json.loads((saved / "report.json").read_text())
-    assert found["summary"]["packed size, bytes"] == report.packed_bytes
+    assert found["summary"]["packed_bytes"] == report.packed_bytes
     assert [row["name"] for row in found["layers"]] == [row.name for row in report.layers]
     units = found["tuning"]["AdaQuant"]["units"]
     with (saved / "units_adaquant.csv").open() as file:

@@ -1,7 +1,7 @@
 """Quantized checkpoints, written at the end of fit.
 
-They are loaded as any checkpoint is: by ``MyModule.load_from_checkpoint``, and by ``ckpt_path`` of a Trainer, with or
-without the callbacks. Only the library has to be imported (:mod:`lightning_ptq.export.state_dicts`).
+They are loaded by :func:`lightning_ptq.load_quantized`, and where the library is imported as any checkpoint is: by
+``MyModule.load_from_checkpoint``, and by ``ckpt_path`` of a Trainer, with or without the callbacks.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def save_quantized(trainer: Trainer) -> None:
     """Write ``quantized.ckpt`` into the folder of each ``ModelCheckpoint``, which writes nothing without training."""
     checkpoint: Any  # attributes of ModelCheckpoint, which Lightning's base class Checkpoint does not declare
     for checkpoint in trainer.checkpoint_callbacks:
-        if getattr(checkpoint, "dirpath", None):
+        if getattr(checkpoint, "dirpath", None) and hasattr(checkpoint, "best_model_path"):
             # Set before saving, because the paths are part of the saved state. With save_last, ModelCheckpoint writes
             # its own last.ckpt after this callback; if it took this file for the previous one, it would delete it.
             checkpoint.best_model_path = path = str(Path(checkpoint.dirpath) / "quantized.ckpt")
             if not checkpoint.save_last:
                 checkpoint.last_model_path = path
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
 
 
 def write_checkpoint(trainer: Trainer, ranks: Ranks, progress: Path | None) -> None:

@@ -1,7 +1,11 @@
-"""Logging to Lightning's loggers: scalars to all, tables and plots to those that can show them."""
+"""Logging to Lightning's loggers: scalars to all, tables and plots to W&B, TensorBoard and MLflow.
+
+Names are lower-case words joined by underscores, in paths such as ``ptq/run/packed_bytes``, as every logger takes them.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -76,16 +80,19 @@ def log_tables(trainer: Trainer, tables: Iterable[ReportTable]) -> None:
 
 
 def log_artifact(trainer: Trainer, path: Path, kind: str) -> None:
-    """Give a file, with the external data beside it, to the loggers of W&B as an artifact."""
+    """Give a file, with the external data beside it, to the loggers of W&B and MLflow as an artifact."""
+    files = [file for file in (path, path.with_name(f"{path.name}.data")) if file.is_file()]
     for logger in _rank_zero(trainer):
         if _is(logger, "WandbLogger"):
             import wandb
 
             artifact = wandb.Artifact(path.stem, type=kind)
-            for file in (path, path.with_name(f"{path.name}.data")):
-                if file.is_file():
-                    artifact.add_file(str(file))
+            for file in files:
+                artifact.add_file(str(file))
             _experiment(logger).log_artifact(artifact)
+        elif _is(logger, "MLFlowLogger"):
+            for file in files:
+                _experiment(logger).log_artifact(_run_id(logger), str(file), f"ptq/{kind}")
 
 
 def shows_pictures(trainer: Trainer) -> bool:
@@ -123,19 +130,39 @@ def _experiment(logger: Logger) -> Any:
 
 
 def _shows_pictures(logger: Logger) -> bool:
-    return hasattr(logger, "log_image") or _is(logger, "TensorBoardLogger")
+    return hasattr(logger, "log_image") or _is(logger, "TensorBoardLogger") or _is(logger, "MLFlowLogger")
+
+
+def _run_id(logger: Logger) -> str:
+    """Return the run of an ``MLFlowLogger``, which every call of its client names."""
+    return str(cast(Any, logger).run_id)
+
+
+def _rows(table: ReportTable) -> list[list[Any]]:
+    """Return the rows with numbers in columns of numbers, and text in all others."""
+    numeric = table.numeric()
+    return [[v if n else shown(v) for v, n in zip(row, numeric, strict=True)] for row in table.rows]
 
 
 def _log_table(logger: Logger, table: ReportTable) -> None:
     if hasattr(logger, "log_table"):
-        numeric = table.numeric()
-        rows = [[v if n else shown(v) for v, n in zip(row, numeric, strict=True)] for row in table.rows]
-        logger.log_table(f"ptq/{table.key}", columns=list(table.columns), data=rows)
+        logger.log_table(f"ptq/{table.key}", columns=list(table.columns), data=_rows(table))
+    elif _is(logger, "MLFlowLogger"):
+        _log_mlflow_table(logger, table)
     elif _is(logger, "TensorBoardLogger"):
         # A bar inside a cell would end the cell of the Markdown table.
         lines = [table.headings(), ["---"] * len(table.columns), *table.cells()]
         text = "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
         _experiment(logger).add_text(f"ptq/{table.key}", f"{text}\n\n{table.note}")
+
+
+def _log_mlflow_table(logger: Logger, table: ReportTable) -> None:
+    client, run, file = _experiment(logger), _run_id(logger), f"ptq/{table.key}.json"
+    columns, rows = list(table.columns), _rows(table)
+    if importlib.util.find_spec("pandas") is not None:
+        client.log_table(run, dict(zip(columns, zip(*rows, strict=True), strict=True)), file)
+    else:  # mlflow-skinny: log_table, which writes the same, needs pandas
+        client.log_dict(run, {"columns": columns, "data": rows}, file)
 
 
 def _log_picture(logger: Logger, key: str, picture: bytes) -> None:
@@ -144,13 +171,18 @@ def _log_picture(logger: Logger, key: str, picture: bytes) -> None:
     image = Image.open(io.BytesIO(picture)).convert("RGB")
     if hasattr(logger, "log_image"):
         logger.log_image(key, [image])
+    elif _is(logger, "MLFlowLogger"):
+        _experiment(logger).log_image(_run_id(logger), image, f"{key}.png")
     else:
         _experiment(logger).add_image(key, np.asarray(image), dataformats="HWC")
 
 
 def _log_histograms(logger: Logger, histograms: Mapping[str, Histogram]) -> None:
     arrays = {key: (np.asarray(each.counts), np.asarray(each.edges)) for key, each in histograms.items()}
-    if _is(logger, "WandbLogger"):
+    if _is(logger, "MLFlowLogger"):  # it has no histograms, so that all go into one file
+        file = {key: {"edges": edges.tolist(), "counts": counts.tolist()} for key, (counts, edges) in arrays.items()}
+        _experiment(logger).log_dict(_run_id(logger), file, "ptq/ranges.json")
+    elif _is(logger, "WandbLogger"):
         import wandb
 
         _experiment(logger).log({key: wandb.Histogram(np_histogram=pair) for key, pair in arrays.items()})

@@ -8,14 +8,14 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torchmetrics import Metric
 
-from lightning_ptq.calibration.forward import Forward, default_forward
+from lightning_ptq.calibration.forward import BATCH_INDEX, Forward, default_forward
 from lightning_ptq.callbacks.trainer.standins import MutedLogger, Planned
 from lightning_ptq.errors import CalibrationError, PTQError, add_note
 from lightning_ptq.runtime.eager import eagerly
@@ -54,15 +54,14 @@ def calibration_forward(module: LightningModule, step: Step) -> Forward:
     Raises:
         CalibrationError: If ``step`` is none of these, or the step takes an iterator instead of a batch.
     """
+    step = check_step(step)
     name = step if isinstance(step, str) else getattr(step, "__name__", "the step")
     if callable(step):
         run = step
     elif step == "predict":
         run = _with_indices(module.predict_step) if _overrides(module, "predict_step") else default_forward
-    elif step == "training":
-        run = _with_indices(module.training_step)
     else:
-        raise CalibrationError(f"step must be 'training', 'predict' or a function of module and batch, got {step!r}.")
+        run = _with_indices(module.training_step)
 
     configure = module.configure_optimizers if _overrides(module, "configure_optimizers") else None
     planned, note = Planned(configure, _refuse), _NOTE.format(step=_STEPS.get(name, name))
@@ -79,6 +78,13 @@ def calibration_forward(module: LightningModule, step: Step) -> Forward:
     return forward
 
 
+def check_step(step: Any) -> Step:
+    """Return a step; raise :class:`CalibrationError` unless it is ``"training"``, ``"predict"`` or a function."""
+    if callable(step) or (isinstance(step, str) and step in _STEPS):
+        return cast(Step, step)
+    raise CalibrationError(f"step must be 'training', 'predict' or a function of module and batch, got {step!r}.")
+
+
 def lightning_base(cls: type) -> Any:
     """Return the LightningModule class that ``cls`` derives from, from either package."""
     return next(base for base in cls.__mro__ if base.__name__ == "LightningModule")
@@ -89,7 +95,7 @@ def _overrides(module: LightningModule, name: str) -> bool:
 
 
 def _with_indices(method: Callable[..., Any]) -> Forward:
-    """Return a step as a function of module and batch, with 0 for each index that the step requires."""
+    """Return a step as a function of module and batch; it gets the index of the batch, and 0 for other indices."""
     parameters = inspect.signature(method).parameters
     if "dataloader_iter" in parameters:
         raise CalibrationError(
@@ -98,10 +104,11 @@ def _with_indices(method: Callable[..., Any]) -> Forward:
         )
     positional = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     # The first parameter is the batch; the others are batch_idx and dataloader_idx, which may have any name.
-    indices = [0 for p in positional[1:] if p.default is p.empty]
-    if not indices and any(p.kind is p.VAR_POSITIONAL for p in parameters.values()):
-        indices = [0]  # a wrapper with *args: Lightning passes it batch_idx
-    return lambda module, batch: method(batch, *indices)
+    required = sum(p.default is p.empty for p in positional[1:])
+    wrapper = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())  # Lightning passes it batch_idx
+    if not required and (wrapper or "batch_idx" in [p.name for p in positional[1:2]]):
+        required = 1
+    return lambda module, batch: method(batch, *[BATCH_INDEX.get(), *[0] * required][:required])
 
 
 def _refuse(name: str) -> Callable[..., NoReturn]:
@@ -169,7 +176,7 @@ def training_disabled(
 
     replaced: dict[str, Any] = {
         "training_step": training_step,
-        "configure_optimizers": lambda: None,
+        "configure_optimizers": lambda: [],  # None would be a warning
         "_automatic_optimization": False,
         "on_train_batch_start": on_train_batch_start,
     }

@@ -112,10 +112,11 @@ def publish(trainer: Trainer, report: PTQReport, report_dir: str | None) -> None
         ReportWarning: For each of these that fails; the others follow all the same.
     """
     with _failure_is_a_warning("the report could not be summarized"):
+        count = len(report.warnings)
         rank_zero_info(
             f"PTQ finished in {report.seconds:.0f} s: {format_bytes(report.float_bytes)} ->"
-            f" {format_bytes(report.packed_bytes)}, {report.summary()['times smaller']:.1f} times smaller, with"
-            f" {len(report.warnings)} warnings. CalibrationCapture.report has the details: report.print(),"
+            f" {format_bytes(report.packed_bytes)}, {report.summary()['times_smaller']:.1f} times smaller, with"
+            f" {count} warning{'' if count == 1 else 's'}. CalibrationCapture.report has the details: report.print(),"
             " report.save(folder)."
         )
     if not trainer.is_global_zero:

@@ -77,9 +77,10 @@ def validate(
         return log(name, value, *args, **kwargs)
 
     loggers, first = trainer.loggers, connector._first_loop_iter
-    bar = trainer.progress_bar_callback  # its thread reads the Trainer's list of callbacks
+    bar = trainer.progress_bar_callback
+    shown = [bar] if bar else []  # the bar's thread looks for it among the Trainer's callbacks
     modes = [(child, child.training) for child in module.modules()]
-    with isolate_rng(), attributes(module, {"log": recording}), attributes(trainer, {"callbacks": [bar] if bar else []}):
+    with isolate_rng(), attributes(module, {"log": recording}), attributes(trainer, {"callbacks": shown}):
         trainer.loggers = cast(Any, [MutedLogger(logger) for logger in loggers])
         trainer.validating = True
         try:
