@@ -48,7 +48,8 @@ def whole(
         fits = example.is_integer() and least <= example and (most is None or example <= most)
         shown = int(example) if fits else max(least, 1)
         optional = " or None" if none else ""
-        raise error(f"{name} must be a whole number{optional}, got {value!r}. Write for example {shown}.")
+        within = f" from {least} to {most}" if most is not None and most < GREATEST_SEED else ""
+        raise error(f"{name} must be a whole number{within}{optional}, got {value!r}. Write for example {shown}.")
     domain = f"{least} or more" if most is None else f"a whole number from {least} to {most}"
     domain += ", or None" if none else ""
     raise error(f"{name} must be {domain}, got {value!r}. Write a whole number, such as {max(least, 1)}.")
