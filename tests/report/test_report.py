@@ -121,7 +121,7 @@ def test_without_matplotlib_the_rest_is_written(run, tmp_path, monkeypatch):
 
     own = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else own(name, *a))
-    with pytest.warns(ReportWarning, match="matplotlib is not installed"):
+    with pytest.warns(ReportWarning, match="matplotlib is not installed, so no PNG"):
         run[0].save(tmp_path)
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".csv", ".html"}
 
