@@ -18,7 +18,7 @@ from rich.text import Text
 from lightning_ptq.errors import PTQWarning, ReportWarning, warn
 from lightning_ptq.report.headline import headline
 from lightning_ptq.report.page import INSTALL, html_page
-from lightning_ptq.report.plots import all_plots
+from lightning_ptq.report.plots import Plot, all_plots
 from lightning_ptq.report.record import RunRecord
 from lightning_ptq.report.table import ReportTable, default_console, print_tables
 from lightning_ptq.report.tables import all_tables
@@ -70,6 +70,10 @@ class PTQReport(RunRecord):
     sheets = tables
     """Former name of :meth:`tables`."""
 
+    def plots(self) -> dict[str, Plot]:
+        """Return the plots as plain data, by key."""
+        return all_plots(self)
+
     def figures(self) -> dict[str, Figure]:
         """Return the plots as matplotlib figures, by key.
 
@@ -83,7 +87,7 @@ class PTQReport(RunRecord):
             return {}
         from lightning_ptq.report.figures import draw
 
-        return {key: draw(plot) for key, plot in all_plots(self).items()}
+        return {key: draw(plot) for key, plot in self.plots().items()}
 
     def pictures(self) -> dict[str, bytes]:
         """Return the plots as PNG files, by key."""

@@ -70,23 +70,35 @@ class ReportTable:
 
     def least_width(self) -> int:
         """Return the number of columns that a console needs so that the table breaks no name."""
-        width = 1
-        for heading, prose, column in zip(self.headings(), self.prose(), zip(*self.cells(), strict=True), strict=True):
-            texts = (heading, *column)
-            width += 3 + max(len(part) for text in texts for part in (text.split() if prose else [text]) or [""])
-        return width
+        return sum(least for least, _ in self._widths()) + 3 * len(self.columns) + 1
 
-    def to_rich(self, whole_names: bool = False) -> Table:
+    def _widths(self) -> list[tuple[int, int]]:
+        """Return for each column the width that breaks no name, and the one that wraps no text."""
+        columns = zip(self.headings(), *self.cells(), strict=True)
+        return [
+            (
+                max(len(part) for text in column for part in (text.split() if prose else [text]) or [""]),
+                max(map(len, column)),
+            )
+            for column, prose in zip(columns, self.prose(), strict=True)
+        ]
+
+    def to_rich(self, width: int | None = None) -> Table:
         """Return the table for a rich console.
 
         Args:
-            whole_names: True to wrap texts of several words only, which needs a console of :meth:`least_width`.
+            width: Columns of the console. From :meth:`least_width` on, no name is broken; below, and without it, the
+                table takes the room there is.
         """
         note = Text(self.note) if self.note else None
         table = Table(title=Text(self.title), caption=note, title_justify="left", caption_justify="left")
-        for heading, numbers, prose in zip(self.headings(), self.numeric(), self.prose(), strict=True):
-            whole = whole_names and not prose
-            table.add_column(Text(heading), justify="right" if numbers else "left", overflow="fold", no_wrap=whole)
+        room = -1 if width is None else width - self.least_width()
+        widths = self._widths()
+        # Rich narrows the widest columns first, without regard for their words, so the room is shared out here.
+        share = min(1.0, room / max(1, sum(most - least for least, most in widths)))
+        for heading, numbers, (least, most) in zip(self.headings(), self.numeric(), widths, strict=True):
+            exact = least + int(share * (most - least)) if room >= 0 else None
+            table.add_column(Text(heading), justify="right" if numbers else "left", overflow="fold", width=exact)
         for row in self.cells():
             table.add_row(*map(Text, row))  # brackets in names and messages are no markup
         return table
@@ -121,7 +133,7 @@ def print_tables(tables: Iterable[ReportTable], console: Console | None = None) 
         least, usual = table.least_width(), console.width
         if own and not console.is_terminal and not console.is_jupyter:
             console.width = max(usual, least)
-        console.print(table.to_rich(whole_names=least <= console.width))
+        console.print(table.to_rich(console.width))
         console.width = usual
 
 

@@ -112,15 +112,16 @@ def test_trials_that_all_drop_too_much_are_named():
     assert found[0].text == "None of 2 trials is within the accepted drop; the least drop is 0.1."
 
 
+def solved(candidate, size):
+    return BitAllocation({"a": candidate}, 0.1, {"size": size}, {"size": size}, True, 0.1, 0.0, 1.0, "CBC")
+
+
 def allocated(**fields):
     table = SensitivityTable("kl", {"a": "w8a8"}, 0.0, {"a": {"w8a8": 0.01, "w4a4": 0.1, "w2a4": 0.4}})
-    choices = [BitAllocation({"a": key}, {"size": cost}, {"size": cost}, *rest) for key, cost, *rest in PROOFS]
+    choices = [solved(*pair) for pair in (("w2a4", 1e3), ("w4a4", 2e3), ("w8a8", 4e3))]
     points = [FrontierPoint(c.costs["size"], table.predict(c.choice), None, c) for c in choices]
     result = AllocationResult(choices[1], table, 0.1, **fields)
     return {"allocation": result, "frontier": Frontier("size", "kl", "bytes", points)}
-
-
-PROOFS = [("w2a4", 1e3), ("w4a4", 2e3), ("w8a8", 4e3)]
 
 
 def test_an_allocation_names_the_next_budget_and_uncertain_layers():
@@ -128,7 +129,9 @@ def test_an_allocation_names_the_next_budget_and_uncertain_layers():
     budget = next(each for each in found if "instead of" in each.text)
     assert "With a size of 4.0 kB instead of 2.0 kB, the predicted kl falls from 0.1 to 0.01" in budget.text
     assert budget.code == "BitAllocator(size=4000)"
-    assert any("1 of 2 layers are uncertain" in each.text or "1 of 2 layers" in each.text for each in found)
+    (uncertain,) = [each for each in found if "redraws" in each.text]
+    assert uncertain.text.startswith("The bit widths of 1 of 2 layers are uncertain")
+    assert uncertain.text.endswith("(a).")
 
 
 def test_after_an_allocation_widths_are_pinned():
