@@ -83,6 +83,21 @@ class ReportTable:
             for column, prose in zip(columns, self.prose(), strict=True)
         ]
 
+    def _shared_out(self, width: int) -> list[int | None]:
+        """Return the width of each column on a console; None where the console is too narrow for whole names.
+
+        Rich narrows the widest columns first, without regard for their words.
+        """
+        widths, room = self._widths(), width - self.least_width()
+        found: list[int | None] = [None] * len(widths)
+        # Columns that need little more than their words get it, and the others share the rest.
+        order = sorted(range(len(widths)), key=lambda i: widths[i][1] - widths[i][0]) if room >= 0 else []
+        for left, i in zip(range(len(order), 0, -1), order, strict=True):
+            least, most = widths[i]
+            extra = min(most - least, room // left)
+            found[i], room = least + extra, room - extra
+        return found
+
     def to_rich(self, width: int | None = None) -> Table:
         """Return the table for a rich console.
 
@@ -92,13 +107,9 @@ class ReportTable:
         """
         note = Text(self.note) if self.note else None
         table = Table(title=Text(self.title), caption=note, title_justify="left", caption_justify="left")
-        room = -1 if width is None else width - self.least_width()
-        widths = self._widths()
-        # Rich narrows the widest columns first, without regard for their words, so the room is shared out here.
-        share = min(1.0, room / max(1, sum(most - least for least, most in widths)))
-        for heading, numbers, (least, most) in zip(self.headings(), self.numeric(), widths, strict=True):
-            exact = least + int(share * (most - least)) if room >= 0 else None
-            table.add_column(Text(heading), justify="right" if numbers else "left", overflow="fold", width=exact)
+        exact = self._shared_out(width or 0)
+        for heading, numbers, columns in zip(self.headings(), self.numeric(), exact, strict=True):
+            table.add_column(Text(heading), justify="right" if numbers else "left", overflow="fold", width=columns)
         for row in self.cells():
             table.add_row(*map(Text, row))  # brackets in names and messages are no markup
         return table
