@@ -9,7 +9,7 @@ from rich.console import Console
 
 from lightning_ptq.activations.memory_plan import MemoryPlan
 from lightning_ptq.report.facts import Finding, FloatParameters, FloatProduct, LayerFacts, UnitFacts
-from lightning_ptq.report.table import ReportTable
+from lightning_ptq.report.table import ReportTable, print_tables
 from lightning_ptq.runtime.memory import format_bytes
 
 ESTIMATE = (
@@ -95,11 +95,9 @@ class Preflight:
         """Print the tables, the overview last, where it stays visible above the prompt.
 
         Args:
-            console: Console to print to; standard output by default.
+            console: Console to print to; by default standard output, with 140 columns or more if it is no terminal.
         """
-        console = console or Console()
-        for table in reversed(self.tables()):
-            console.print(table.to_rich())
+        print_tables(reversed(self.tables()), console)
 
     def tables(self) -> list[ReportTable]:
         """Return the tables, the most important first, without those that have no rows."""

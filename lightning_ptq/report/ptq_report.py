@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import importlib.util
 import io
 import json
@@ -13,19 +12,22 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, PackageLoader
 from rich.console import Console
+from rich.text import Text
 
 from lightning_ptq.errors import PTQWarning, ReportWarning, warn
+from lightning_ptq.report.headline import headline
+from lightning_ptq.report.page import INSTALL, html_page
+from lightning_ptq.report.plots import Plot, all_plots
 from lightning_ptq.report.record import RunRecord
-from lightning_ptq.report.table import ReportTable, is_number, shown
+from lightning_ptq.report.table import ReportTable, default_console, print_tables
 from lightning_ptq.report.tables import all_tables
-from lightning_ptq.runtime.memory import format_bytes
+from lightning_ptq.report.verdict import Statement, verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_BRIEF = ("summary", "stages", "warnings", "layers")  # tables that are printed by default
+_BRIEF = ("metrics", "summary", "stages", "warnings", "trials", "layers")  # tables that are printed by default
 
 
 class PTQReport(RunRecord):
@@ -48,12 +50,29 @@ class PTQReport(RunRecord):
         ['summary', 'stages', 'layers', 'units_adaquant']
     """
 
+    def headline(self) -> str:
+        """Return the result in one line, the metric first.
+
+        Example:
+            >>> PTQReport("net", float_bytes=6_700, packed_bytes=1_000).headline()
+            '6.7 times smaller'
+        """
+        return headline(self)
+
+    def verdict(self) -> list[Statement]:
+        """Return what the figures say in one to four statements, with code where there is a remedy."""
+        return verdict(self)
+
     def tables(self) -> list[ReportTable]:
         """Return the tables, without those of stages that did not run."""
         return all_tables(self)
 
     sheets = tables
     """Former name of :meth:`tables`."""
+
+    def plots(self) -> dict[str, Plot]:
+        """Return the plots as plain data, by key."""
+        return all_plots(self)
 
     def figures(self) -> dict[str, Figure]:
         """Return the plots as matplotlib figures, by key.
@@ -62,37 +81,42 @@ class PTQReport(RunRecord):
             ReportWarning: If matplotlib is not installed; there are no plots then.
         """
         if importlib.util.find_spec("matplotlib") is None:
-            warn("matplotlib is not installed, so no plots were drawn.", ReportWarning, stacklevel=2)
+            warn(
+                f"matplotlib is not installed, so no PNG files were drawn. Run {INSTALL}.", ReportWarning, stacklevel=2
+            )
             return {}
-        from lightning_ptq.report.figures import all_figures
+        from lightning_ptq.report.figures import draw
 
-        return all_figures(self)
+        return {key: draw(plot) for key, plot in self.plots().items()}
 
     def pictures(self) -> dict[str, bytes]:
         """Return the plots as PNG files, by key."""
         return {key: png(figure) for key, figure in self.figures().items()}
 
     def print(self, console: Console | None = None, every: bool = False) -> None:
-        """Print the summary, the stages, the warnings and the layers.
+        """Print the result, what it means, and the tables of metrics, summary, stages, warnings, trials and layers.
 
         Args:
-            console: Console to print to; standard output by default.
+            console: Console to print to; by default standard output, with 140 columns or more if it is no terminal.
             every: True to print all other tables too.
         """
-        console = console or Console()
-        for table in self.tables():
-            if every or table.key in _BRIEF:
-                console.print(table.to_rich())
+        lines = console or default_console()
+        lines.print(Text(f"{self.model}: {self.headline()}", style="bold"))
+        for statement in self.verdict():
+            lines.print(Text(f"- {statement}"))
+        print_tables([table for table in self.tables() if every or table.key in _BRIEF], console)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the record and its summary in types that JSON knows; NaN and infinities become None."""
+        """Return headline, verdict, summary and record in types that JSON knows; NaN and infinities become None."""
         fields: dict[str, Any] = plain(self)
-        return {"summary": plain(self.summary()), **fields}
+        heading = {"headline": self.headline(), "verdict": plain(self.verdict()), "summary": plain(self.summary())}
+        return {**heading, **fields}
 
     def save(self, folder: str | os.PathLike[str], pictures: Mapping[str, bytes] | None = None) -> Path:
         """Write ``report.json``, a CSV file for each table, a PNG file for each plot, and ``report.html``.
 
-        The page contains all tables and plots and loads nothing from the network.
+        The page contains all tables and plots and loads nothing from the network. Its plots are interactive if plotly
+        is installed, and pictures otherwise.
 
         Args:
             folder: Folder to write to, created if it does not exist; existing files are overwritten.
@@ -110,16 +134,8 @@ class PTQReport(RunRecord):
             (folder / f"{table.key}.csv").write_text(table.csv(), encoding="utf-8")
         (folder / "report.json").write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False), encoding="utf-8")
         page = folder / "report.html"
-        page.write_text(self._page(pictures), encoding="utf-8")
+        page.write_text(html_page(self, pictures), encoding="utf-8")
         return page
-
-    def _page(self, pictures: Mapping[str, bytes]) -> str:
-        environment = Environment(
-            loader=PackageLoader("lightning_ptq", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-        )
-        environment.globals.update(shown=shown, is_number=is_number, format_bytes=format_bytes)
-        inline = {key: base64.b64encode(picture).decode() for key, picture in pictures.items()}
-        return environment.get_template("page.html").render(report=self, tables=self.tables(), pictures=inline)
 
 
 def png(figure: Figure, dpi: int = 90) -> bytes:
@@ -144,7 +160,7 @@ def plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         fields = {name: getattr(value, name) for name in value.__dataclass_fields__ if name != "states"}
         return {name: plain(item) for name, item in fields.items()}
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set)):
         return [plain(item) for item in value]

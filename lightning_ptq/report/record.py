@@ -23,6 +23,7 @@ from lightning_ptq.network.op import QuantizedOp
 from lightning_ptq.numerics.observers import HistogramObserver, MinMaxObserver
 from lightning_ptq.numerics.qconfig import LayerQConfig
 from lightning_ptq.report.float_parts import kind_of
+from lightning_ptq.report.origin import Origin
 from lightning_ptq.statistics.acceptance import StatisticsResult
 from lightning_ptq.tuning.run import AdaQuantResult
 
@@ -131,6 +132,7 @@ class RunRecord:
         float_bytes: Bytes of the float module's tensors.
         packed_bytes: Bytes of the quantized module's packed tensors.
         float_bops: Bit operations of the layers for one sample at 32 bits.
+        origin: Date, command and versions when the run was last recorded.
     """
 
     model: str
@@ -151,6 +153,7 @@ class RunRecord:
     float_bytes: int = 0
     packed_bytes: int = 0
     float_bops: float = 0.0
+    origin: Origin = field(default_factory=Origin.now)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -181,7 +184,8 @@ class RunRecord:
         self.finish(calibration)
 
     def finish(self, calibration: Calibration) -> None:
-        """Record the present bit widths, input grids and sizes of the layers."""
+        """Record the present bit widths, input grids and sizes of the layers, and the date."""
+        self.origin = Origin.now()
         for row in self.layers:
             layer = calibration.layers[row.name]
             qconfig = cast(LayerQConfig, layer.qconfig)  # every layer of a calibration is quantized

@@ -8,9 +8,11 @@ from typing import Any
 
 from lightning_ptq.allocation.frontier import Frontier
 from lightning_ptq.allocation.search import AllocationResult
+from lightning_ptq.errors import PTQWarning
 from lightning_ptq.export.onnx import OnnxExport
-from lightning_ptq.report.record import RunRecord
-from lightning_ptq.report.table import ReportTable
+from lightning_ptq.report.reasons import untunable, why_not_kept, why_undone
+from lightning_ptq.report.record import MetricChange, RunRecord
+from lightning_ptq.report.table import ReportTable, shown
 from lightning_ptq.runtime.memory import format_bytes
 from lightning_ptq.statistics.acceptance import StatisticsResult
 from lightning_ptq.tuning.run import AdaQuantResult
@@ -22,12 +24,14 @@ def all_tables(record: RunRecord) -> list[ReportTable]:
 
 
 def _tables(record: RunRecord) -> Iterator[ReportTable]:
+    yield metric_table(record.metrics)
     yield summary_table(record)
     yield stage_table(record)
     yield warning_table(record)
+    yield trial_table(record)
     yield layer_table(record)
     for stage, result in record.tuning.items():
-        yield unit_table(stage, result)
+        yield unit_table(stage, result, record.warnings)
     if record.allocation is not None:
         yield allocation_table(record.allocation)
         yield round_table(record.allocation)
@@ -59,6 +63,33 @@ _IN_WORDS = {
     "onnx_bytes": "ONNX file, bytes",
 }
 """Names of the summary as people read them, where they are more than the words of the key."""
+
+
+def metric_table(metrics: list[MetricChange]) -> ReportTable:
+    """Return the metrics of the user's validation before and after the run."""
+    rows: list[tuple[Any, ...]] = [(row.name, row.before, row.after, row.after - row.before) for row in metrics]
+    return ReportTable("metrics", "Metrics", ("metric", "float", "quantized", "change"), rows)
+
+
+def trial_table(record: RunRecord) -> ReportTable:
+    """Return what the search for an accepted drop of a metric has tried."""
+    rows: list[tuple[Any, ...]] = []
+    for number, trial in enumerate(record.trials, start=1):
+        size = trial.costs.get("size")
+        share = None if size is None or not record.float_bytes else size / record.float_bytes
+        costs = (size, share, trial.costs.get("bops"))
+        rows.append(
+            (number, *costs, trial.rise, trial.value, trial.drop, trial.error, trial.within, trial.chosen or None)
+        )
+    columns = (
+        "trial", "size, bytes", "share of float size", "bit operations", "predicted rise", "metric", "drop",
+        "standard error", "within", "chosen",
+    )  # fmt: skip
+    note = (
+        "The drop is how much worse the metric is than that of the float network. Within: the drop is within the"
+        " accepted one. The rise is that of the sensitivity measure."
+    )
+    return ReportTable("trials", "Trials", columns, rows, note)
 
 
 def summary_table(record: RunRecord) -> ReportTable:
@@ -101,19 +132,20 @@ def layer_table(record: RunRecord) -> ReportTable:
     return ReportTable("layers", "Layers", columns, rows, note)
 
 
-def unit_table(stage: str, result: AdaQuantResult) -> ReportTable:
-    """Return the outcome of each unit in a stage of AdaQuant."""
+def unit_table(stage: str, result: AdaQuantResult, warnings: list[PTQWarning]) -> ReportTable:
+    """Return the outcome of each unit in a stage of AdaQuant, with the reasons that warnings give."""
+    refused = untunable(warnings)
     rows: list[tuple[Any, ...]] = [
         (
             row.name, row.bits, row.error_before, row.error_after, row.error_after / max(row.error_before, 1e-30),
-            row.accepted if row.steps else "not tuned", row.steps, row.seconds,
+            row.accepted if row.steps else "not tuned", row.steps, row.seconds, why_not_kept(row, refused),
         )
         for row in result.units
     ]  # fmt: skip
-    columns = ("unit", "bit widths", "error before", "error after", "ratio", "kept", "steps", "seconds")
+    columns = ("unit", "bit widths", "error before", "error after", "ratio", "kept", "steps", "seconds", "why not kept")
     note = (
         "The error is the squared error of the unit's output over the variance of the float output, on held-out"
-        " samples. A unit was not tuned if its error was below the tolerance from the start."
+        " samples. A unit that is not kept has its initial quantization."
     )
     return ReportTable(f"units_{key_of(stage)}", f"Units: {stage}", columns, rows, note)
 
@@ -130,8 +162,7 @@ def allocation_table(result: AllocationResult) -> ReportTable:
     ]  # fmt: skip
     # Costs do not carry their units here; "size" is the name that size_cost gives its bytes.
     costs = ", ".join(
-        f"{name} {format_bytes(total) if name == 'size' else f'{total:,.0f}'}"
-        for name, total in allocation.costs.items()
+        f"{name} {format_bytes(total) if name == 'size' else shown(total)}" for name, total in allocation.costs.items()
     )
     proof = "proven optimal" if allocation.proven else f"within {allocation.gap:.2%} of the bound"
     note = (
@@ -187,16 +218,21 @@ def statistics_table(results: list[StatisticsResult]) -> ReportTable:
     """Return the steps of statistics tuning."""
     rows: list[tuple[Any, ...]] = [
         (
-            row.step, row.before, row.after, row.accepted, len(row.layers),
+            row.step, row.before, row.after, row.accepted, why_undone(row), len(row.layers),
             "; ".join(f"{name}: {why}" for name, why in row.skipped.items()) or None,
         )
         for row in results
     ]  # fmt: skip
-    note = (
-        "Divergence between the outputs of the quantized and the float network on held-out samples. A step that did not"
-        " lower it significantly was undone."
+    note = "Divergence between the outputs of the quantized and the float network on held-out samples."
+    columns = (
+        "step",
+        "divergence before",
+        "divergence after",
+        "kept",
+        "why not kept",
+        "layers corrected",
+        "skipped layers",
     )
-    columns = ("step", "divergence before", "divergence after", "kept", "layers corrected", "skipped layers")
     return ReportTable("statistics", "Statistics tuning", columns, rows, note)
 
 

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from lightning_ptq.report import PTQReport
-from lightning_ptq.report.figures import draw_allocation
+from lightning_ptq.report.figures import draw
+from lightning_ptq.report.plots import widths_plot
 from lightning_ptq.report.record import LayerRecord
 
 
@@ -44,7 +45,13 @@ def test_the_plots_show_the_values_of_the_record(run):
     assert labels == [u.name + " (rolled back)" * undone for u, undone in zip(units, rolled_back, strict=True)]
     assert any(rolled_back)
     curves = [list(zip(*line.get_data(), strict=True)) for line in axes["curves_adaquant"][0].lines]
-    assert curves == [list(unit.curve) for unit in units if unit.curve]
+    gaps = [sum(np.isnan(step) for step, _ in curve) for curve in curves]
+    assert [[pair for pair in curve if not np.isnan(pair[0])] for curve in curves] == [
+        list(unit.curve) for unit in units if unit.curve
+    ]
+    # The curve of a second attempt, which starts at step 0 again, is not joined to that of the first.
+    assert gaps == [sum(step == 0 for step, _ in unit.curve) - 1 for unit in units if unit.curve]
+    assert max(gaps) == 1
     qconfigs = [layer.qconfig for layer in calibration.layers.values()]
     assert bars(axes["allocation"][0]) == [[q.weight.bits for q in qconfigs], [q.activation.bits for q in qconfigs]]
     table = report.allocation.sensitivity
@@ -73,4 +80,4 @@ def test_the_plots_show_the_values_of_the_record(run):
 @pytest.mark.parametrize(("widths", "bits"), [("w4", (4, 0)), ("w8a8", (8, 8)), ("w3g16a5", (3, 5))])
 def test_the_plot_of_bit_widths_reads_every_notation(widths, bits):
     record = PTQReport("net", layers=[LayerRecord("conv", "Conv2d", widths, 10, 1.0)])
-    assert bars(draw_allocation(record).axes[0]) == [[bits[0]], [bits[1]]]
+    assert bars(draw(widths_plot(record)).axes[0]) == [[bits[0]], [bits[1]]]

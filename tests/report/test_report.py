@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import csv
 import inspect
+import io
 import json
 import re
+import time
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -23,6 +26,7 @@ from lightning_ptq import (
     calibrate,
     errors,
 )  # fmt: skip
+from lightning_ptq.allocation.trial import Trial
 from lightning_ptq.errors import (  # fmt: skip
     PTQWarning,
     ReportWarning,
@@ -31,8 +35,10 @@ from lightning_ptq.errors import (  # fmt: skip
     noted_warnings,
     warn,
 )
-from lightning_ptq.report import ReportTable, Sheet
-from lightning_ptq.report.record import of_observer, of_values
+from lightning_ptq.report import PTQReport, ReportTable, Sheet
+from lightning_ptq.report.origin import shortened
+from lightning_ptq.report.record import LayerRecord, MetricChange, of_observer, of_values
+from lightning_ptq.report.table import print_tables
 
 
 def test_the_figures_of_the_summary_add_up(run):
@@ -109,6 +115,81 @@ def test_print_shows_summary_stages_warnings_and_layers(run, capsys):
     assert "Sensitivities" in capsys.readouterr().out
 
 
+def test_print_opens_with_the_result_and_breaks_no_name_where_there_is_no_terminal(capsys):
+    name = "encoder.layers.11.attention.projections.a_very_long_name_of_a_layer.query"
+    report = PTQReport("net", metrics=[MetricChange("val_acc", 0.9885, 0.9875)])
+    report.layers = [LayerRecord(name, "Linear", "w4a4", 10**8, 1.5e12)]
+    message = f"{name} [was] left out. " * 6
+    with noted_warnings(report.warnings), pytest.warns(RolledBackWarning):
+        warn(message, RolledBackWarning)
+    report.print()
+    text = capsys.readouterr().out
+    assert text.startswith("net: val_acc 0.9885 -> 0.9875, 0.0 times smaller\n- 1 layer below 8 bits had no AdaQuant")
+    assert text.count(name) == 7  # six times in the message, which is wrapped between words, and in the layers
+    assert "[was]" in text
+    assert "100 M" in text
+    assert "1.5 T" in text
+    assert max(map(len, text.splitlines())) >= 140
+
+
+def test_on_a_terminal_its_width_counts():
+    table = ReportTable("a", "A", ("layer", "text"), [("b" * 60, "many words " * 20)])
+    for width in (50, 100):
+        console = Console(width=width, force_terminal=True, file=io.StringIO(), color_system=None)
+        print_tables([table], console)
+        lines = console.file.getvalue().splitlines()
+        assert max(map(len, lines)) <= width
+        assert any("b" * 60 in line for line in lines) == (width == 100)
+
+
+def test_metrics_and_trials_are_tables_a_plot_and_json(tmp_path):
+    trials = [
+        Trial({"size": 100.0, "bops": 3.2e9}, 0.01, 0.98, 0.004, 0.001, True, True, {"a": "w4a4"}),
+        Trial({"size": 50.0, "bops": 1.6e9}, 0.02, 0.9, 0.084, None, False),
+    ]
+    report = PTQReport("net", metrics=[MetricChange("val_acc", 0.984, 0.98)], trials=trials, float_bytes=400)
+    tables = {table.key: table for table in report.tables()}
+    assert next(iter(tables)) == "metrics"
+    assert tables["metrics"].cells() == [["val_acc", "0.984", "0.98", "-0.004"]]
+    assert tables["trials"].cells() == [
+        ["1", "100 bytes", "25.0%", "3.2 G", "0.01", "0.98", "0.004", "0.001", "yes", "yes"],
+        ["2", "50 bytes", "12.5%", "1.6 G", "0.02", "0.9", "0.084", "", "no", ""],
+    ]
+    beyond, chosen = report.plots()["trials"].series
+    assert (beyond.name, beyond.x, beyond.y, beyond.error) == ("beyond it", [50.0], [0.084], [None])
+    assert (chosen.name, chosen.x, chosen.y, chosen.error) == ("chosen", [100.0], [0.004], [0.001])
+    assert "trial 1: chosen\nsize 100 bytes, bops 3.2 G\nmetric 0.98, drop 0.004 ± 0.001" in chosen.hover[0]
+    report.save(tmp_path)
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["metrics"] == [{"name": "val_acc", "before": 0.984, "after": 0.98}]
+    assert found["trials"][0]["costs"] == {"size": 100.0, "bops": 3.2e9}
+    assert found["trials"][0]["choice"] == {"a": "w4a4"}
+    assert found["headline"] == report.headline()
+    assert found["verdict"][0]["text"] == report.verdict()[0].text
+
+
+def test_the_date_is_that_of_the_record_and_not_of_the_file(run, tmp_path):
+    before = datetime.fromisoformat(run[0].origin.date)
+    time.sleep(1.1)
+    run[0].save(tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text())["origin"]["date"] == before.isoformat()
+    later = PTQReport("net")
+    assert datetime.fromisoformat(later.origin.date) > before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["/a/b/run.py", "--data", "/c/d e.npz", "fit"], "run.py --data 'd e.npz' fit"),
+        (["run.py", "--out=/a/b/", "--lr=0.1"], "run.py --out=b --lr=0.1"),
+        (["a.py", "--wandb.api_key", "31", "--password=4", "-k", "5"], "a.py --wandb.api_key *** --password=*** -k 5"),
+        (["run.py", "--steps", "20", "monkey"], "run.py --steps 20 monkey"),
+    ],
+)  # fmt: skip
+def test_the_command_has_file_names_for_paths_and_no_secrets(arguments, line):
+    assert shortened(arguments) == line
+
+
 def test_the_former_names_still_work(run):
     assert Sheet is ReportTable
     assert run[0].sheets() == run[0].tables()
@@ -119,7 +200,7 @@ def test_without_matplotlib_the_rest_is_written(run, tmp_path, monkeypatch):
 
     own = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else own(name, *a))
-    with pytest.warns(ReportWarning, match="matplotlib is not installed"):
+    with pytest.warns(ReportWarning, match="matplotlib is not installed, so no PNG"):
         run[0].save(tmp_path)
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".csv", ".html"}
 

@@ -105,7 +105,8 @@ def log_end(trainer: Trainer, report: PTQReport, pictures: Mapping[str, bytes]) 
     summary = {f"ptq/run/{name}": value for name, value in report.summary().items() if not isinstance(value, str)}
     log_scalars(trainer, summary)
     log_tables(
-        trainer, [table for table in report.tables() if table.key in ("summary", "stages", "warnings", "layers")]
+        trainer,
+        [table for table in report.tables() if table.key in ("metrics", "summary", "stages", "warnings", "layers")],
     )
     for logger in _rank_zero(trainer):
         for key, picture in pictures.items() if _shows_pictures(logger) else ():
