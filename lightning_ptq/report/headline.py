@@ -27,7 +27,9 @@ def headline(record: RunRecord) -> str:
 
 
 def main_metric(record: RunRecord) -> MetricChange | None:
-    """Return the first metric that is not called a loss; the first of all if there is no other."""
+    """Return the metric that the run was to keep, or else the first that is not called a loss, or else the first."""
+    if record.trials:
+        return next(iter(record.metrics), None)
     return next((row for row in record.metrics if "loss" not in row.name), next(iter(record.metrics), None))
 
 

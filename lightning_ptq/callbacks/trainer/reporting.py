@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.callbacks.trainer.lightning import rank_zero_info
@@ -15,6 +15,7 @@ from lightning_ptq.callbacks.trainer.validation import Scores, validate, validat
 from lightning_ptq.errors import CallbackError, ChangedAfterwardsWarning, ReportWarning, warn
 from lightning_ptq.report import PTQReport
 from lightning_ptq.report.record import MetricChange
+from lightning_ptq.report.table import plural
 from lightning_ptq.runtime.memory import format_bytes
 from lightning_ptq.runtime.ranks import Ranks
 
@@ -97,9 +98,10 @@ def validate_after(
     with _failure_is_a_warning("the quantized module could not be validated"):
         with report.stage("Validation of the quantized module"):
             after = validate(trainer, module, ranks).values
-        report.metrics = [
-            MetricChange(name, value, after[name]) for name, value in before.values.items() if name in after
-        ]
+        targets = [getattr(callback, "target", None) for callback in ptq_callbacks(trainer)]
+        monitored = [target.monitor for target in targets if hasattr(target, "monitor")]  # what the run was for is first
+        names = [name for name in dict.fromkeys([*monitored, *before.values]) if name in after and name in before.values]
+        report.metrics = [MetricChange(name, before.values[name], after[name]) for name in names]
         for change in report.metrics:
             path = f"ptq/validation/{change.name}"
             log_scalars(trainer, {f"{path}_float": change.before, f"{path}_quantized": change.after})
@@ -112,12 +114,10 @@ def publish(trainer: Trainer, report: PTQReport, report_dir: str | None) -> None
         ReportWarning: For each of these that fails; the others follow all the same.
     """
     with _failure_is_a_warning("the report could not be summarized"):
-        count = len(report.warnings)
+        sizes = f"{format_bytes(report.float_bytes)} -> {format_bytes(report.packed_bytes)}"
         rank_zero_info(
-            f"PTQ finished in {report.seconds:.0f} s: {format_bytes(report.float_bytes)} ->"
-            f" {format_bytes(report.packed_bytes)}, {report.summary()['times_smaller']:.1f} times smaller, with"
-            f" {count} warning{'' if count == 1 else 's'}. CalibrationCapture.report has the details: report.print(),"
-            " report.save(folder)."
+            f"{report.headline()}\nPTQ finished in {report.seconds:.0f} s: {sizes}, with"
+            f" {plural(len(report.warnings), 'warning')}. {_whereabouts(trainer, report_dir)}"
         )
     if not trainer.is_global_zero:
         return
@@ -130,6 +130,17 @@ def publish(trainer: Trainer, report: PTQReport, report_dir: str | None) -> None
     if report_dir is not None:
         with _failure_is_a_warning(f"the report could not be written to {report_dir!r}"):
             report.save(report_dir, pictures)
+
+
+def _whereabouts(trainer: Trainer, report_dir: str | None) -> str:
+    """Return where the result and the details lie."""
+    folder: Any = next((each.dirpath for each in trainer.checkpoint_callbacks if getattr(each, "dirpath", None)), None)
+    file = None if folder is None else Path(folder) / "quantized.ckpt"
+    lies = "The module is quantized in place: save_packed(module, file) keeps it."
+    if file is not None and file.is_file():
+        lies = f"The module is quantized in place and in {file}."
+    details = "CalibrationCapture.report has the details: report.print(), report.save(folder)."
+    return f"{lies}\n{details}" if report_dir is None else f"{lies}\nReport: {Path(report_dir) / 'report.html'}"
 
 
 @contextmanager
