@@ -23,7 +23,7 @@ from lightning_ptq.runtime.memory import format_bytes
 INSTALL = "pip install 'lightning-ptq[plots]'"
 """Command that installs what draws the plots."""
 
-_BESIDE = 7  # most columns of a table that has its plots beside it
+_BESIDE = 6  # most columns of a table that has its plots beside it
 _PLOT_OF = {"layers": "ranges"}  # by table, where it has another key
 
 
