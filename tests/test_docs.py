@@ -27,7 +27,6 @@ from lightning_ptq.tuning import config
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))]
 CARDS, METHOD = ROOT / "docs/callbacks.md", ROOT / "docs/method.md"
-COMING = ("load_quantized",)  # documented here, and not in the library yet
 STEPS = dict.fromkeys(range(2, 9), 5)  # fewer than a reader's run takes
 WIDTH = 84  # characters that a code block of the site shows without scrolling
 TRAINER = pytorch_lightning.Trainer
@@ -98,8 +97,6 @@ def test_there_is_code_on_the_pages_that_show_how_to():
 def test_the_code_of_the_documentation_runs(block, tmp_path, monkeypatch):
     if "transformers" in block.parsed and not os.environ.get("PTQ_TEST_INTEGRATIONS"):
         pytest.skip("runs in the nox session integrations")
-    if any(name in block.parsed for name in COMING):
-        pytest.skip("shows what the library cannot do yet")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pytorch_lightning, "Trainer", one_cpu)
     monkeypatch.setattr(config, "DEFAULT_STEPS", STEPS)

@@ -68,8 +68,7 @@ class CalibrationCapture(PTQCallback):
         percentile: Share of values that the percentile observers keep, in percent.
         signed_scales: True if weight scales below 8 bits may be negative where that suits a channel better; by default
             what the target takes, or else True.
-        save_checkpoint: True to write ``quantized.ckpt`` into the folder of the Trainer's ``ModelCheckpoint``, for
-            :func:`~lightning_ptq.load_quantized`.
+        save_checkpoint: True to write ``quantized.ckpt`` where ``ModelCheckpoint`` writes; ``load_quantized`` loads it.
         resume: True to save the progress of the run until it is finished, and to resume an interrupted run.
         resume_dir: Folder of the progress; by default ``ptq_progress`` in the Trainer's ``default_root_dir``.
         report_dir: Folder for the files of the report; by default no files are written.

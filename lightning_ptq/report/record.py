@@ -125,8 +125,8 @@ class RunRecord:
         allocation: The bit allocation; None if there was none.
         frontier: Predictions over a sweep of budgets; None if there was no allocation.
         statistics: The steps of statistics tuning.
-        metrics: Metrics of the user's validation before and after the run; empty if fit got no validation loader.
-        trials: Choices that a search for an accepted drop of a metric has tried, in order; empty without such a search.
+        metrics: Metrics of the user's validation, before and after; empty if fit got no validation loader.
+        trials: Choices that a search for an accepted drop of a metric has tried, in order.
         export: The ONNX file that was written; None if there was none.
         warnings: All warnings of the library, in order.
         float_bytes: Bytes of the float module's tensors.
@@ -208,7 +208,6 @@ class RunRecord:
         Sizes end in ``_bytes``. ``bit_operations_share`` is relative to the float layers, ``bits_per_weight`` counts
         quantized weights with their scales, and ``allocated_MEASURE`` is the measure of the bit allocation.
         """
-        weights = sum(row.parameters for row in self.layers)
         units = [row for result in self.tuning.values() for row in result.units]
         summary: dict[str, float | int | str] = {
             "model": self.model,
@@ -219,7 +218,8 @@ class RunRecord:
             "float_bytes": self.float_bytes,
             "packed_bytes": self.packed_bytes,
             "times_smaller": self.float_bytes / max(1, self.packed_bytes),
-            "bits_per_weight": sum(8 * row.size for row in self.layers) / max(1, weights),
+            "bits_per_weight": sum(8 * row.size for row in self.layers)
+            / max(1, sum(row.parameters for row in self.layers)),
             "bit_operations_share": sum(row.bops for row in self.layers) / max(1.0, self.float_bops),
             "units_tuned": sum(row.steps > 0 for row in units),
             "units_kept": sum(row.accepted for row in units),

@@ -98,13 +98,18 @@ def validate_after(
     with _failure_is_a_warning("the quantized module could not be validated"):
         with report.stage("Validation of the quantized module"):
             after = validate(trainer, module, ranks).values
-        targets = [getattr(callback, "target", None) for callback in ptq_callbacks(trainer)]
-        monitored = [target.monitor for target in targets if hasattr(target, "monitor")]  # what the run was for is first
-        names = [name for name in dict.fromkeys([*monitored, *before.values]) if name in after and name in before.values]
-        report.metrics = [MetricChange(name, before.values[name], after[name]) for name in names]
+        names = [name for name in (*_monitored(trainer), *before.values) if name in after and name in before.values]
+        report.metrics = [MetricChange(name, before.values[name], after[name]) for name in dict.fromkeys(names)]
         for change in report.metrics:
             path = f"ptq/validation/{change.name}"
             log_scalars(trainer, {f"{path}_float": change.before, f"{path}_quantized": change.after})
+
+
+def _monitored(trainer: Trainer) -> list[str]:
+    """Return the metrics that callbacks of the run are to keep."""
+    callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector of the Trainer
+    targets: list[Any] = [getattr(callback, "target", None) for callback in callbacks]
+    return [target.monitor for target in targets if hasattr(target, "monitor")]
 
 
 def publish(trainer: Trainer, report: PTQReport, report_dir: str | None) -> None:
@@ -134,7 +139,8 @@ def publish(trainer: Trainer, report: PTQReport, report_dir: str | None) -> None
 
 def _whereabouts(trainer: Trainer, report_dir: str | None) -> str:
     """Return where the result and the details lie."""
-    folder: Any = next((each.dirpath for each in trainer.checkpoint_callbacks if getattr(each, "dirpath", None)), None)
+    folders: list[Any] = [getattr(checkpoint, "dirpath", None) for checkpoint in trainer.checkpoint_callbacks]
+    folder = next(filter(None, folders), None)
     file = None if folder is None else Path(folder) / "quantized.ckpt"
     lies = "The module is quantized in place: save_packed(module, file) keeps it."
     if file is not None and file.is_file():
