@@ -205,9 +205,9 @@ class RunRecord:
     def summary(self) -> dict[str, float | int | str]:
         """Return the key figures of the run by name; loggers get them as ``ptq/run/NAME``.
 
-        Sizes end in ``_bytes``. ``bit_operations_share`` is relative to the float layers, ``bits_per_weight`` counts
-        quantized weights with their scales, and ``allocated_MEASURE`` is the measure of the bit allocation.
+        ``bits_per_weight`` includes the scales, and ``allocated_MEASURE`` is the measure of the bit allocation.
         """
+        weights = sum(row.parameters for row in self.layers)
         units = [row for result in self.tuning.values() for row in result.units]
         summary: dict[str, float | int | str] = {
             "model": self.model,
@@ -218,8 +218,7 @@ class RunRecord:
             "float_bytes": self.float_bytes,
             "packed_bytes": self.packed_bytes,
             "times_smaller": self.float_bytes / max(1, self.packed_bytes),
-            "bits_per_weight": sum(8 * row.size for row in self.layers)
-            / max(1, sum(row.parameters for row in self.layers)),
+            "bits_per_weight": 8 * sum(row.size for row in self.layers) / max(1, weights),
             "bit_operations_share": sum(row.bops for row in self.layers) / max(1.0, self.float_bops),
             "units_tuned": sum(row.steps > 0 for row in units),
             "units_kept": sum(row.accepted for row in units),
