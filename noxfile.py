@@ -86,15 +86,15 @@ def bare(session: nox.Session) -> None:
 @nox.session(reuse_venv=False)
 def wheel(session: nox.Session) -> None:
     """Build sdist and wheel, install the wheel without the repository on the path, and use it as the README does."""
-    folder = session.create_tmp()
+    folder = Path(session.create_tmp()).resolve()
     session.install("build[uv]")
     # The wheel is built from the sdist, which shows that the sdist is complete.
     session.run("python", "-m", "build", "--installer", "uv", "--outdir", f"{folder}/dist", silent=True)
-    (built,) = Path(folder, "dist").glob("*.whl")
+    (built,) = (folder / "dist").glob("*.whl")
     session.install(f"{built}[cli]")
     check = Path("tests/wheel.py").resolve()
     with session.chdir(folder):  # where no package of this name lies
-        session.run("python", str(check), str(built.resolve()))
+        session.run("python", str(check), str(built))
 
 
 @nox.session

@@ -195,12 +195,17 @@ def test_an_error_of_the_library_is_one_message(options, message, capsys):
     assert "Traceback" not in text
 
 
-def test_an_output_that_cannot_be_written_is_an_error_that_keeps_the_progress(capsys):
+def test_an_output_that_cannot_be_written_is_an_error_that_keeps_the_progress(capsys, monkeypatch):
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no space left")
+
     Path("file").write_text("")
     assert "file/q.ckpt" in failure(["quantize", *COMMON, "--output", "file/q.ckpt"], capsys)
-    Path("q.ckpt").mkdir()
+    Path("folder").mkdir()
+    assert "folder is a folder" in failure(["quantize", *COMMON, "--output", "folder"], capsys)
+    monkeypatch.setattr(pytorch_lightning.Trainer, "save_checkpoint", full)
     assert main(["quantize", *COMMON, "--output", "q.ckpt", "--steps", "1"]) == 1
-    assert "q.ckpt cannot be written" in capsys.readouterr().err
+    assert "q.ckpt cannot be written (OSError: no space left)" in capsys.readouterr().err
     assert Path("ptq_progress").exists()
 
 

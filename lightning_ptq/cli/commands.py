@@ -206,7 +206,7 @@ class Quantize(Planned):
         callbacks, config = super().callbacks(given), self.config
         for path in (config.output, config.packed, config.onnx):
             if path is not None:
-                _make_folder(path)
+                _check_file(path)
         if config.onnx is not None:
             callbacks.append(options.exporter(config.onnx))
         # First, since CalibrationCapture completes the run in the same hook.
@@ -279,7 +279,7 @@ class Export(Command):
     def execute(self) -> None:
         """Export the network that the step calls, with the inputs of a batch as the example."""
         config = self.config
-        _make_folder(config.onnx)
+        _check_file(config.onnx)
         batch = first_batch(self.trainer, self.model, self.datamodule)
         network, inputs = first_call(self.model, config.step, batch, config.network)
         result = export_onnx(
@@ -289,7 +289,10 @@ class Export(Command):
         console.print(f"{result.path}: {format_bytes(result.bytes)}{verified}", markup=False, highlight=False)
 
 
-def _make_folder(path: Path) -> None:
+def _check_file(path: Path) -> None:
+    """Create the folder of a file; raise if the file cannot be written there."""
+    if path.is_dir():
+        raise ExportError(f"{path} is a folder. Name a file.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

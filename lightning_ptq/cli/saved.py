@@ -99,7 +99,8 @@ def _read(kind: Any, value: Any) -> Any:
         if not isinstance(value, dict):
             raise TypeError(f"{value!r:.40} in place of an object")
         hints = typing.get_type_hints(kind)
-        return kind(
+        make: Any = kind
+        return make(
             **{f.name: _read(hints[f.name], value[f.name]) for f in dataclasses.fields(kind) if f.name in value}
         )
     if origin in (list, Sequence):
