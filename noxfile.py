@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import nox
 
 nox.needs_version = ">=2024.4.15"
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.reuse_venv = "yes"
-nox.options.sessions = ["lint", "types", "tests", "integrations"]
+nox.options.sessions = ["lint", "types", "tests", "integrations", "wheel"]
 
 # Python does this on import, except where PYTHONDONTWRITEBYTECODE is set, as in many containers.
 COMPILE = "import compileall, sysconfig; compileall.compile_dir(sysconfig.get_path('purelib'), quiet=2, workers=0)"
@@ -81,15 +83,29 @@ def bare(session: nox.Session) -> None:
     session.run("python", "tests/bare.py", session.create_tmp())
 
 
+@nox.session(reuse_venv=False)
+def wheel(session: nox.Session) -> None:
+    """Build sdist and wheel, install the wheel without the repository on the path, and use it as the README does."""
+    folder = Path(session.create_tmp()).resolve()
+    session.install("build[uv]")
+    # The wheel is built from the sdist, which shows that the sdist is complete.
+    session.run("python", "-m", "build", "--installer", "uv", "--outdir", f"{folder}/dist", silent=True)
+    (built,) = (folder / "dist").glob("*.whl")
+    session.install(f"{built}[cli]")
+    check = Path("tests/wheel.py").resolve()
+    with session.chdir(folder):  # where no package of this name lies
+        session.run("python", str(check), str(built))
+
+
 @nox.session
 def recipe(session: nox.Session) -> None:
     """Run a recipe: nox -s recipe -- recipes/cifar10.py --data FILE.npz --weights FILE.th --qconfig w4a4"""
-    session.install(".[recipes]")
-    session.run("python", *session.posargs)
+    session.install(".[recipes-all]")
+    session.run("python", *session.posargs, env={"PYTHONPATH": "recipes"})  # for classes that YAML files name
 
 
 @nox.session
 def benchmarks(session: nox.Session) -> None:
     """Measure the defaults on a panel of networks: nox -s benchmarks [-- --data DIR --json FILE]"""
-    session.install(".[recipes,benchmarks]")
+    session.install(".[benchmarks]")
     session.run("python", "recipes/panel.py", *session.posargs)

@@ -3,6 +3,8 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import subprocess
+import sys
 
 import mip
 import pytest
@@ -274,6 +276,31 @@ def test_highs_solves_where_cbc_does_not_load(monkeypatch):
     monkeypatch.setattr(mip, "Model", model)
     found = allocate_bits(RISES, SIZE, {"size": 14})
     assert (found.solver, found.choice, found.proven) == (mip.HIGHS, {"a": "w4a4", "b": "w8a8"}, True)
+
+
+WITHOUT_CBC = {
+    "its library cannot be loaded": "import os; os.environ['PMIP_CBC_LIBRARY'] = os.path.abspath(__file__)",
+    "its library does not exist": "import os; os.environ['PMIP_CBC_LIBRARY'] = '/nowhere/libCbc.so'",
+    "its package is not installed": "import sys; sys.modules['cbcbox'] = None",
+}
+
+
+@pytest.mark.parametrize("cause", WITHOUT_CBC)
+def test_a_process_without_cbc_says_once_that_highs_takes_its_place(cause, tmp_path):
+    code = f"""
+{WITHOUT_CBC[cause]}
+from lightning_ptq import allocate_bits
+from lightning_ptq.allocation.costs import Cost
+rises, size = {RISES!r}, Cost("size", {SIZE.values!r})
+for _ in range(2):
+    found = allocate_bits(rises, size, {{"size": 14}})
+    print(found.solver, found.proven, *found.choice.values())
+"""
+    (tmp_path / "run.py").write_text(code)
+    ran = subprocess.run([sys.executable, str(tmp_path / "run.py")], capture_output=True, text=True)
+    assert ran.stdout.splitlines() == [f"{mip.HIGHS} True w4a4 w8a8"] * 2, ran.stderr
+    (line,) = ran.stderr.splitlines()
+    assert line.startswith("bit allocation uses the solver HiGHS, because CBC: ")
 
 
 def test_no_solver_at_all_is_an_error(monkeypatch):

@@ -10,12 +10,10 @@ import pytorch_lightning
 import torch
 import yaml
 from helpers import classifier_class, loader
-from lightning_cli import main as lightning_cli
 
 from lightning_ptq import AdaQuantLayerwise, BitAllocator, CalibrationCapture, StatsTuning, load_packed
+from lightning_ptq.cli import main as command_line
 from lightning_ptq.network.layers import QuantLayer
-
-pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter is intended")
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
 SHARED = ("advanced", "light", "w2a4", "w4a4", "w4a8", "w8a8")
@@ -106,6 +104,7 @@ def small_run(folder: Path) -> dict[str, Any]:
     """Return the settings of the example's YAML file, with another module and fewer steps."""
     given = yaml.safe_load((CONFIGS / "lightning_cli.yaml").read_text())
     given |= {"weights": str(folder / "trained.ckpt"), "packed": str(folder / "new" / "packed.safetensors")}
+    given["output"] = str(folder / "quantized.ckpt")
     given |= {"model": {"class_path": f"{__name__}.Small"}, "data": {"class_path": f"{__name__}.Images"}}
     given["trainer"] |= {"accelerator": "cpu", "enable_progress_bar": False, "default_root_dir": str(folder)}
     capture, parallel, allocator, sequential, _ = (each["init_args"] for each in given["trainer"]["callbacks"])
@@ -115,23 +114,16 @@ def small_run(folder: Path) -> dict[str, Any]:
     return given
 
 
-@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 @pytest.mark.filterwarnings("ignore::lightning_ptq.errors.RolledBackWarning")
-@pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
-def test_the_lightning_cli_loads_weights_runs_the_callbacks_and_packs(tmp_path):
+def test_the_command_line_loads_weights_runs_the_callbacks_of_the_example_and_packs(tmp_path, capsys):
     trained = Small()
     trained.net[9].bias.data.fill_(7)
     torch.save({"state_dict": trained.state_dict()}, tmp_path / "trained.ckpt")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(small_run(tmp_path)))
-    module = lightning_cli(["fit", f"--config={tmp_path / 'run.yaml'}"]).model
-    assert [layer.qconfig is not None for layer in module.modules() if isinstance(layer, QuantLayer)] == [True] * 4
-    assert module.net[9].bias.mean().item() == pytest.approx(7, abs=1)
-    loaded = load_packed(Small(), tmp_path / "new" / "packed.safetensors")
+    assert command_line(["quantize", f"--config={tmp_path / 'run.yaml'}"]) == 0
+    loaded, from_checkpoint = load_packed(Small(), tmp_path / "new" / "packed.safetensors"), Small()
+    from_checkpoint.load_state_dict(torch.load(tmp_path / "quantized.ckpt", weights_only=True)["state_dict"])
+    assert [layer.qconfig is not None for layer in loaded.modules() if isinstance(layer, QuantLayer)] == [True] * 4
+    assert loaded.net[9].bias.mean().item() == pytest.approx(7, abs=1)
     images, _ = next(iter(loader()))
-    assert torch.equal(loaded.eval()(images), module.eval()(images))
-
-
-def test_the_lightning_cli_names_weights_that_do_not_exist(tmp_path):
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(small_run(tmp_path)))
-    with pytest.raises(SystemExit, match=r"no weights in .*trained\.ckpt"):
-        lightning_cli(["fit", f"--config={tmp_path / 'run.yaml'}"])
+    assert torch.equal(loaded.eval()(images), from_checkpoint.eval()(images))

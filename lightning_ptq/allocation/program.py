@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,9 @@ import mip
 
 from lightning_ptq.allocation.costs import Table
 from lightning_ptq.errors import AllocationError
+
+log = logging.getLogger(__name__)
+_announced: list[str] = []  # the solver that took the place of CBC in this process
 
 _GAP = 1e-9  # optimality gap at which a solution counts as proven
 _MARGIN = 1e-6  # about the tolerance of solvers, who may otherwise cut off a choice that meets a limit exactly
@@ -79,13 +84,34 @@ def _new_model() -> tuple[mip.Model, str]:
     failures = []
     for solver in (mip.CBC, mip.HIGHS):
         try:
-            model = mip.Model(solver_name=solver)
+            with _unlogged(f"mip.{solver.lower()}") as logged:
+                model = mip.Model(solver_name=solver)
         except Exception as error:  # python-mip passes on any error of its loader
-            failures.append(f"{solver}: {error}")
+            failures.append(f"{solver}: {' '.join(logged) or error}")
             continue
+        if failures and not _announced:
+            _announced.append(solver)
+            log.warning("bit allocation uses the solver %s, because %s", solver, "; ".join(failures))
         model.verbose = 0
         model.max_mip_gap = model.max_mip_gap_abs = _GAP
         return model, str(solver)
     raise AllocationError(
         f"no solver loads ({'; '.join(failures)}). Install one for this platform: pip install 'mip[highs]'."
     )
+
+
+@contextmanager
+def _unlogged(name: str) -> Iterator[list[str]]:
+    """Collect the messages of a logger inside the ``with`` block, in place of showing them."""
+    messages: list[str] = []
+
+    def collect(record: logging.LogRecord) -> bool:
+        messages.append(" ".join(record.getMessage().split()))
+        return False
+
+    logger = logging.getLogger(name)
+    logger.addFilter(collect)
+    try:
+        yield messages
+    finally:
+        logger.removeFilter(collect)
