@@ -18,7 +18,7 @@ from lightning_ptq.errors import PTQError, PTQWarning
 from lightning_ptq.report.ptq_report import PTQReport
 from lightning_ptq.report.record import RunRecord
 from lightning_ptq.report.table import ReportTable
-from lightning_ptq.report.tables import settings_table
+from lightning_ptq.report.tables import settings_table, summary_table
 from lightning_ptq.runtime.memory import format_bytes
 
 
@@ -30,9 +30,7 @@ def print_report(path: str, every: bool, console: Console) -> None:
         every: Whether all tables are printed.
         console: Console to print to.
     """
-    report = load_report(path)
-    console.print(headline(report), markup=False, highlight=False)
-    report.print(console, every)
+    load_report(path).print(console, every)
 
 
 def compare_reports(paths: Sequence[str], console: Console) -> None:
@@ -45,14 +43,6 @@ def compare_reports(paths: Sequence[str], console: Console) -> None:
     reports = [load_report(path) for path in paths]
     for table in comparison(_labels(paths), reports):
         console.print(table.to_rich())
-
-
-def headline(report: PTQReport) -> str:
-    """Return one sentence with the size, the metrics and the time of a run."""
-    sizes = f"{format_bytes(report.float_bytes)} -> {format_bytes(report.packed_bytes)}"
-    metrics = "".join(f", {row.name} {row.before:.4g} -> {row.after:.4g}" for row in report.metrics)
-    count = len(report.warnings)
-    return f"{report.model}: {sizes}{metrics}, {report.seconds:.0f} s, {count} warning{'s' * (count != 1)}"
 
 
 def load_report(path: str) -> PTQReport:
@@ -130,8 +120,7 @@ def comparison(labels: Sequence[str], reports: Sequence[PTQReport]) -> list[Repo
         for row in report.metrics:
             for name, value in ((f"{row.name}, float", row.before), (f"{row.name}, quantized", row.after)):
                 metrics.setdefault(name, [None] * len(reports))[index] = value
-    figures = _side_by_side([{k: v for k, v in report.summary().items() if k != "model"} for report in reports])
-    figures = {"model": [report.model for report in reports], **figures}
+    figures = _side_by_side([dict(summary_table(report).rows) for report in reports])
     stages = _side_by_side([_seconds(report) for report in reports])
     settings = _side_by_side([
         {f"{stage}: {name}": value for stage, name, value in settings_table(report.settings).rows} for report in reports
