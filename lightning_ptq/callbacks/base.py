@@ -90,9 +90,10 @@ class StepCallback(PTQCallback, ABC):
         if capture is None or capture.calibration is None or capture.report is None or self.result is not None:
             return
         report = capture.report
-        with report.stage(self.title):
-            taken, self._taken = self._taken, None
-            self.result = self.tried(trainer, capture.calibration, capture) if taken is None else taken
+        self.result, self._taken = self._taken, None
+        if self.result is None:
+            with report.stage(self.title):
+                self.result = self.tried(trainer, capture.calibration, capture)
         capture.stage_is_over(trainer, pl_module, self)
         logged = {table.key for table in report.tables()}
         self.record(report)
