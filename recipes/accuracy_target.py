@@ -46,12 +46,18 @@ def fitted(module: Any, data: DataLoader, val: DataLoader, *callbacks: Any) -> t
     return report, time.perf_counter() - start
 
 
+def costs(report: PTQReport) -> dict[str, float]:
+    """Return size and bit operations as shares of those of the float network."""
+    return {"size": report.packed_bytes / report.float_bytes, "bops": float(report.summary()["bit_operations_share"])}
+
+
 def main(
     network: Literal["resnet20", "efficientnet_lite0"],
     data: Path,
     labels: Path,
     max_drop: float = 0.5,
     validation: int | None = None,
+    minimise: Literal["size", "bops"] = "size",
     uniform: list[str] = UNIFORM,
     seed: int = 0,
     json: Path | None = None,
@@ -64,6 +70,7 @@ def main(
         labels: The weights (ResNet-20) or the names of the classes (EfficientNet-Lite0), as for these recipes.
         max_drop: Accepted drop of top-1 on the validation images, in points.
         validation: Number of validation images; 1000 for ResNet-20, half of the images for EfficientNet-Lite0.
+        minimise: Whether the smallest network is sought, or that of the fewest bit operations.
         uniform: Bit widths for comparison.
         seed: Seed of all random choices.
         json: File for the measurements.
@@ -79,11 +86,11 @@ def main(
     console.print(f"float: {before['val']:.2f} on validation images, {before['test']:.2f} on test images")
 
     found = copy.deepcopy(module)
-    allocator = BitAllocator(monitor="top1", max_drop=max_drop / 100)
+    allocator = BitAllocator(monitor="top1", max_drop=max_drop / 100, minimise=minimise)
     report, seconds = fitted(found, calib, val, CalibrationCapture("w8a8"), allocator, AdaQuantLayerwise(seed=seed))
     rows: list[dict[str, Any]] = [
         {
-            "way": "BitAllocator", "share": report.packed_bytes / report.float_bytes, "passes": seconds / per_pass,
+            "way": "BitAllocator", **costs(report), "passes": seconds / per_pass,
             "val": top1(found, val), "test": top1(found, test), "trials": [asdict(trial) for trial in report.trials],
         }
     ]  # fmt: skip
@@ -96,17 +103,12 @@ def main(
     for widths in uniform:
         tuned = copy.deepcopy(module)
         report, seconds = fitted(tuned, calib, val, CalibrationCapture(widths), AdaQuantLayerwise(seed=seed))
-        share = report.packed_bytes / report.float_bytes
-        rows.append(
-            {
-                "way": widths, "share": share, "passes": seconds / per_pass, "val": top1(tuned, val),
-                "test": top1(tuned, test),
-            }
-        )  # fmt: skip
-    table = Table("widths", "share of float size", "drop, validation", "drop, test", "passes")
+        scores = {"val": top1(tuned, val), "test": top1(tuned, test)}
+        rows.append({"way": widths, **costs(report), "passes": seconds / per_pass, **scores})
+    table = Table("widths", "share of float size", "of bit operations", "drop, validation", "drop, test", "passes")
     for row in rows:
         drops = [f"{before[part] - row[part]:.2f}" for part in ("val", "test")]
-        table.add_row(row["way"], f"{row['share']:.4f}", *drops, f"{row['passes']:.1f}")
+        table.add_row(row["way"], f"{row['size']:.4f}", f"{row['bops']:.4f}", *drops, f"{row['passes']:.1f}")
     console.print(table)
     if json is not None:
         json.write_text(json_.dumps({"float": before, "rows": rows}, indent=1))
