@@ -14,7 +14,7 @@ import pytest
 import pytorch_lightning
 import torch
 import yaml
-from helpers import classifier_class, loader
+from helpers import build, classifier_class, loader
 
 from lightning_ptq import PTQReport, adaquant, calibrate, load_packed
 from lightning_ptq.cli import main, saved
@@ -73,8 +73,8 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        torch.save(Small().state_dict(), "trained.pt")
-        options = ["--weights", "trained.pt", "--qconfig", "w4a8", "--steps", "2", "--report_dir", "report"]
+        torch.save(build(Small).state_dict(), "trained.pt")
+        options = ["--weights", "trained.pt", "--qconfig", "w2a4", "--steps", "2", "--report_dir", "report"]
         assert main(["quantize", *COMMON, *options, "--packed", "new/q.safetensors"]) == 0
     return folder
 
@@ -119,7 +119,7 @@ def test_validate_runs_on_a_quantized_file(quantized, file, capsys):
     assert printed_loss(capsys) == pytest.approx(measured["after"], rel=1e-6)
     assert main(["validate", *COMMON, "--weights", "trained.pt"]) == 0
     assert printed_loss(capsys) == pytest.approx(measured["before"], rel=1e-6)
-    assert abs(measured["after"] - measured["before"]) > 1e-5
+    assert abs(measured["after"] - measured["before"]) > 1e-4
 
 
 def printed_loss(capsys: Any) -> float:

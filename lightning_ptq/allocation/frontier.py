@@ -128,7 +128,7 @@ def frontier(
         cost: Name of the swept cost; by default the first one.
         measure: Function that measures the network at a choice, for example with
             :func:`~lightning_ptq.allocation.sensitivity.measure_choice`. Without it, points have predictions only.
-        others: Budgets for other costs by name, the same at every point.
+        others: Budgets for other costs by name, the same at every point; none by default.
         options: Further arguments of :func:`~lightning_ptq.allocation.solver.allocate_bits`.
 
     Raises:

@@ -88,12 +88,12 @@ def search_allocation(
         budgets: Budgets by cost name; see :func:`~lightning_ptq.allocation.solver.allocate_bits`.
         rounds: Number of tables to measure; 1 for the plain method of the paper.
         max_degradation: Instead of budgets, the accepted rise of the measure over its value at the widest candidates.
-        sensitivity: The first table, if it has been measured before.
-        states: Tuned states by candidate and layer.
+        sensitivity: The first table, if it has been measured before; by default it is measured.
+        states: Tuned states by candidate and layer; layers without one are rounded to nearest.
         measuring: Further arguments of :func:`~lightning_ptq.allocation.sensitivity.measure_sensitivity`.
         solving: Further arguments of :func:`~lightning_ptq.allocation.solver.allocate_bits`.
         progress: As in :func:`~lightning_ptq.allocation.sensitivity.measure_sensitivity`.
-        journal: Where finished entries of the tables are saved; a resumed run reads them back.
+        journal: Where finished entries of the tables are saved, for a resumed run; by default nowhere.
 
     Raises:
         AllocationError: If no choice meets the budgets, or ``rounds`` is less than 1.
@@ -215,7 +215,8 @@ def apply_allocation(
     Args:
         calibration: A calibrated module; its layers are changed in place.
         allocation: What :func:`~lightning_ptq.allocation.solver.allocate_bits` returned, or candidates by layer name.
-        states: Tuned states by candidate and layer (``AdaQuantResult.states`` of parallel mode).
+        states: Tuned states by candidate and layer (``AdaQuantResult.states`` of parallel mode); by default
+            layers are rounded to nearest.
 
     Raises:
         AllocationError: If the allocation names a layer that does not exist, or that cannot have the candidate.

@@ -63,11 +63,11 @@ def measure_sensitivity(
         measure: See :data:`~lightning_ptq.allocation.sensitivity_table.Measure`; ``"loss"`` needs labels,
             and :func:`~lightning_ptq.allocation.fisher.fisher_rises` explains ``"fisher"``.
         states: Tuned states by candidate and layer (``AdaQuantResult.states``); other layers are rounded to nearest.
-        output: The tensor of the network's output that is compared: a key, an index, or a function of the output.
+        output: The tensor of the network's output that is compared: a key, an index, or a function; None to find it.
         memory_limit: Memory for activations, as in :func:`lightning_ptq.adaquant`.
         seed: Seed of the random signs of ``"fisher"``.
         progress: Called with the entries done, the entries in total, and the name of the layer.
-        journal: Where finished entries are saved; a resumed run reads them back.
+        journal: Where finished entries are saved, for a resumed run; by default nowhere.
 
     Raises:
         QConfigError: If the base of a layer is not one of its candidates, or an argument is unknown.

@@ -73,11 +73,12 @@ def allocate_bits(
     Args:
         sensitivity: A sensitivity table, or any table of rises by layer and candidate.
         costs: One or several costs. An infinite cost forbids a candidate.
-        budgets: Budgets by cost name, in the cost's unit or as a fraction (at most 1) of the float model's cost.
-        max_degradation: Limit on the rise; with it, a cost is minimized instead of the rise.
+        budgets: Budgets by cost name, in the cost's unit or as a fraction (at most 1) of the float model's cost;
+            needed unless ``max_degradation`` is given.
+        max_degradation: Limit on the rise; with it, a cost is minimized instead of the rise. None by default.
         minimise: Name of that cost; by default the first one.
-        ties: Layer-name patterns; the layers that one pattern matches get the same candidate.
-        pins: Candidate by layer-name pattern.
+        ties: Layer-name patterns; the layers that one pattern matches get the same candidate. None by default.
+        pins: Candidate by layer-name pattern. None by default.
         time_limit: Time limit in seconds; the best choice by then is returned, with its gap and a warning.
 
     Raises:

@@ -36,8 +36,9 @@ def calibrate(
         module: A float module (then with ``qconfig``), or what :func:`~lightning_ptq.network.prepare.prepare` returned.
         batches: Calibration batches, for example a ``DataLoader``; labels are not needed.
         qconfig: What to quantize, for example ``"w4a8"``.
-        forward: Function of module and batch that runs a calibration forward.
-        num_samples: Stop after the batch that reaches this many samples.
+        forward: Function of module and batch that runs a calibration forward. By default the module runs
+            on the inputs of the batch (:func:`~lightning_ptq.calibration.forward.default_forward`).
+        num_samples: Stop after the batch that reaches this many samples; None for all.
         ranks: Processes that each have batches of their own (:func:`~lightning_ptq.runtime.ranks.current_ranks`); a
             single process by default.
         mask: Key of the batch, or function of it, that gives a boolean mask (samples, positions) which is False for

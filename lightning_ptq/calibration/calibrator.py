@@ -48,7 +48,9 @@ class Calibrator:
         forward: Function of module and batch; see :func:`~lightning_ptq.calibration.forward.default_forward`.
         num_samples: Number of samples at which :attr:`done` becomes true; None to use all.
         ranks: Processes of the run. Each observes its own batches, distributed as by ``DistributedSampler``.
+            A single process by default.
         dataset_size: Size of the dataset, so that samples a sampler repeats as padding are not counted.
+            None if no sampler does.
         mask: Key of the batch, or function of it, that gives a boolean mask (samples, positions) which is False for
             padding. By default the ``attention_mask`` beside ``input_ids`` is used, if there is one.
     """

@@ -30,7 +30,7 @@ class Candidates:
         calibration: A calibrated module; its layers are changed in place.
         candidates: Bit widths, such as ``["w8a8", "w4a4"]``.
         states: Tuned states by candidate and layer, as in :class:`~lightning_ptq.tuning.run.AdaQuantResult`. Layers and
-            candidates without a state are rounded to nearest.
+            candidates without a state are rounded to nearest. None by default.
 
     Attributes:
         by_layer: For each layer its candidates, each with its specs.

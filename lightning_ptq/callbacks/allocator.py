@@ -50,13 +50,16 @@ class BitAllocator(StepCallback):
     A sequential one may follow.
 
     Args:
-        size: Budget for the packed weights: a fraction (at most 1) of the float model's bytes, or bytes.
-        bops: Budget for the bit operations of one sample: a fraction of those of the float model, or their number.
+        size: Budget for the packed weights: a fraction (at most 1) of the float model's bytes, or bytes;
+            None for no such budget.
+        bops: Budget for the bit operations of one sample: a fraction of those of the float model, or their number;
+            None for no such budget.
         table: Any other cost, for example latency: cost by layer and candidate, or a CSV file with the columns layer,
-            w8a8, ...
-        limit: Budget for the cost of the table.
-        max_degradation: Accepted rise of the measure over its value at the widest candidates, instead of budgets.
-        monitor: Name of a metric that ``validation_step`` logs.
+            w8a8, ...; None for no other cost.
+        limit: Budget for the cost of the table; given exactly where a table is, unless a drop or rise is the limit.
+        max_degradation: Accepted rise of the measure over its value at the widest candidates, instead of budgets;
+            None where budgets are given.
+        monitor: Name of a metric that ``validation_step`` logs; None for no limit by a metric.
         max_drop: How much worse than that of the float module the metric may be, in the metric's unit.
         mode: ``"max"`` if a higher metric is better, ``"min"`` if a lower one is; by default ``"max"``, but an error
             for names such as ``"val_loss"``.
@@ -66,11 +69,12 @@ class BitAllocator(StepCallback):
             w8a8, w4a8, w4a4 and w2a4; w8a8, w4a8, w3a8 and w2a8 where ``max_drop`` alone limits the size.
         measure: ``"kl"``, ``"mse"``, ``"loss"`` or ``"fisher"``; see
             :func:`~lightning_ptq.allocation.sensitivity.measure_sensitivity`.
-        output: Tensor of the network's output that ``"kl"`` and ``"mse"`` compare: a key, an index or a function.
+        output: Tensor of the network's output that ``"kl"`` and ``"mse"`` compare: a key, an index or a function;
+            by default the only floating-point tensor, or the ``logits``.
         rounds: Number of sensitivity tables. Tables after the first are measured around the best choice so far, which
             changes only if the network measures better.
-        ties: Layer-name patterns; all layers that match one pattern get the same widths.
-        pins: Candidate by layer-name pattern.
+        ties: Layer-name patterns; all layers that match one pattern get the same widths. None by default.
+        pins: Candidate by layer-name pattern. None by default.
         time_limit: Time limit of the solver, in seconds.
 
     Attributes:

@@ -59,8 +59,8 @@ class CalibrationCapture(PTQCallback):
         num_samples: Stop after the batch that reaches this many samples; None for the whole loader.
         step: The calibration forward: ``"training"`` (the module's ``training_step``), ``"predict"`` (its
             ``predict_step``, or ``forward`` on the inputs if it has none), or a function of module and batch.
-        overrides: Bit widths by layer-name pattern, such as ``{"head.*": "w8a8"}``.
-        exclude: Patterns of layers that stay float.
+        overrides: Bit widths by layer-name pattern, such as ``{"head.*": "w8a8"}``. None by default.
+        exclude: Patterns of layers that stay float; none by default.
         first_last_bits: Least widths of the first and last layer in execution order; None for no exception.
         symmetric_activations: True for signed grids with zero point 0; by default what the target demands, else False.
         weight_observer: ``"mse"``, ``"minmax"`` or ``"percentile"``.
@@ -78,7 +78,7 @@ class CalibrationCapture(PTQCallback):
         mask: Key of the batch, or function of it, that gives a boolean mask (samples, positions), False for padding,
             which takes part in no range, loss or statistic; by default the ``attention_mask`` beside ``input_ids``.
         target: Inference engine, ``"onnxruntime"``, ``"openvino"`` or ``"tensorrt"``. Sets what its integer kernels
-            need (:data:`~lightning_ptq.export.targets.TARGETS`), so that what is tuned is what will run there.
+            need (:data:`~lightning_ptq.export.targets.TARGETS`), so what is tuned is what runs there. None by default.
 
     Attributes:
         report: The :class:`~lightning_ptq.report.PTQReport` of the last run.

@@ -43,11 +43,12 @@ class ExportONNX(StepCallback):
 
     Args:
         path: The file; a relative path is below the Trainer's ``default_root_dir``.
-        network: Qualified name of the submodule to export instead; ``""`` for the LightningModule.
+        network: Qualified name of the submodule to export instead, ``""`` for the LightningModule; by
+            default the one that the calibration forward calls.
         dynamic_axes: Names of the axes that may have any size, such as ``{"x": {0: "batch"}}``; by default the samples
             of every input, and the positions of the inputs of a text model.
         opset: Version of the ONNX operators.
-        output_names: Names of the outputs.
+        output_names: Names of the outputs; by default those of the exporter.
         verify: Whether the file is run in onnxruntime and compared with the module.
         samples: Number of calibration samples to compare on.
         min_snr: Least signal-to-noise ratio of an output, in decibels.

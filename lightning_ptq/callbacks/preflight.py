@@ -53,12 +53,12 @@ def inspect(
         module: A float LightningModule, or any other module, which runs on the inputs of the batch by default.
         batch: A calibration batch, as the loader returns it.
         qconfig: What to quantize; default ``"w4a4"``.
-        trainer: The Trainer of the run, whose hazards are reported too.
+        trainer: The Trainer of the run, whose hazards are reported too; without one, none are.
         step: The calibration forward: ``"training"`` (default), ``"predict"``, or a function of module and batch.
         samples: Number of calibration samples that the estimates assume; default 1024.
         granularity: ``"block"`` or ``"layer"``; default ``"block"``.
         blocks: Name patterns of the blocks, or a function of name and module; by default a search.
-        config: Steps and batch size of AdaQuant.
+        config: Steps and batch size of AdaQuant; default ``ReconstructionConfig()``.
         memory_limit: Limit of the activations in memory; default ``"auto"``.
         target: Inference engine, as for :class:`CalibrationCapture`; the default of ``qconfig`` is then ``"w8a8"``.
 

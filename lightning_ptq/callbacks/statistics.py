@@ -47,7 +47,8 @@ class StatsTuning(StepCallback):
         lr: Rate of bias tuning, relative to the mean magnitude of a layer's biases.
         norm_affine: True to tune the affine parameters of norms together with the biases.
         measure: ``"kl"`` for logits, ``"mse"`` for other outputs.
-        output: Tensor of the network's output that is compared: a key, an index or a function.
+        output: Tensor of the network's output that is compared: a key, an index or a function; by default
+            the only floating-point tensor, or the ``logits``.
         held_out: Share of the samples on which each step is evaluated.
         memory_limit: Limit of the activations in memory, in bytes or as text such as ``"4GiB"``. Activations beyond it
             go to memory-mapped files. ``"auto"`` allows what a forward and backward pass of the float network takes on

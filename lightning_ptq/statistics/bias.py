@@ -52,12 +52,13 @@ def tune_bias(
         lr: Adam's rate, relative to the mean magnitude of the layer's biases.
         norm_affine: Tune the affine parameters of layer, group and unfolded batch norms too.
         measure: ``"kl"`` for logits, ``"mse"`` for other outputs.
-        output: The tensor of the network's output; see :class:`~lightning_ptq.calibration.outputs.OutputReader`.
+        output: The tensor of the network's output; None to find it, see
+            :class:`~lightning_ptq.calibration.outputs.OutputReader`.
         held_out: Share of the samples that decide whether the step is kept, and that it does not use.
         parts: Number of shards that each batch is split into; at most this many ranks share a step.
         seed: Seed of the order of the batches and of the choice of held-out samples.
         progress: Called with the steps done, the steps in total, and a text.
-        journal: Where the finished step is saved, so that an interrupted run resumes.
+        journal: Where the finished step is saved, so that an interrupted run resumes; by default nowhere.
 
     Raises:
         StatisticsError: If there are fewer than two samples.

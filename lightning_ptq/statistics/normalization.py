@@ -56,11 +56,12 @@ def reestimate_batch_norm(
         calibration: A calibrated (and possibly tuned) module, changed in place.
         held_out: Share of the samples that decide whether the step is kept, and that it does not use.
         measure: Measure between the outputs of the float and the quantized network: ``"kl"``, ``"mse"`` or ``"loss"``.
-        output: The tensor of the network's output; see :class:`~lightning_ptq.calibration.outputs.OutputReader`.
+        output: The tensor of the network's output; None to find it, see
+            :class:`~lightning_ptq.calibration.outputs.OutputReader`.
         memory_limit: Limit of the activations in memory.
         seed: Seed of the choice of held-out samples.
         progress: Called with the layers done, the layers in total, and the layer's name.
-        journal: Where the finished step is saved, so that an interrupted run resumes.
+        journal: Where the finished step is saved, so that an interrupted run resumes; by default nowhere.
 
     Raises:
         StatisticsError: If there are fewer than two samples.
@@ -92,11 +93,12 @@ def para_normalize(
         every_layer: Include layers whose batch norm was folded, with the float layer's statistics as their target.
         held_out: Share of the samples that decide whether the step is kept, and that it does not use.
         measure: Measure between the outputs of the float and the quantized network: ``"kl"``, ``"mse"`` or ``"loss"``.
-        output: The tensor of the network's output; see :class:`~lightning_ptq.calibration.outputs.OutputReader`.
+        output: The tensor of the network's output; None to find it, see
+            :class:`~lightning_ptq.calibration.outputs.OutputReader`.
         memory_limit: Limit of the activations in memory.
         seed: Seed of the choice of held-out samples.
         progress: Called with the layers done, the layers in total, and the layer's name.
-        journal: Where the finished step is saved, so that an interrupted run resumes.
+        journal: Where the finished step is saved, so that an interrupted run resumes; by default nowhere.
 
     Raises:
         StatisticsError: If there are fewer than two samples.

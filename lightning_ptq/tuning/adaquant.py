@@ -54,14 +54,14 @@ def adaquant(
         granularity: ``"block"`` or ``"layer"``; see :func:`~lightning_ptq.network.units.find_units`.
         blocks: Name patterns of the blocks, or a function of name and module; None to search for blocks.
         candidates: Bit widths for parallel mode; None for the calibrated ones.
-        config: Steps, rates and what is learned.
+        config: Steps, rates and what is learned; by default ``ReconstructionConfig()``.
         memory_limit: Limit of the activations in memory; beyond it they go to files, or are recomputed. ``"auto"``
             allows what a forward and backward pass of the float network takes at ``config.batch_size``.
         seed: Seed of all random choices; global random states are not used.
-        progress: Called with the steps done, the steps in total, and the unit's name.
-        journal: Where finished units are saved, so that an interrupted run resumes.
-        on_unit: Called with each result as soon as this rank knows it.
-        announce: Called before the work with the plan of memory and time.
+        progress: Called with the steps done, the steps in total, and the unit's name. Default: nothing is called.
+        journal: Where finished units are saved, so that an interrupted run resumes; by default nowhere.
+        on_unit: Called with each result as soon as this rank knows it. Default: nothing is called.
+        announce: Called before the work with the plan of memory and time. Default: nothing is called.
 
     Returns:
         The result of each unit, and in parallel mode the tuned states.
