@@ -95,3 +95,13 @@ def test_trials_hold_what_was_tried():
     assert chosen.choice.keys() == set(NAMES)
     assert chosen.error == 0.003
     assert math.isclose(chosen.value, 0.9 - chosen.drop)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.04, 1e-6])
+@pytest.mark.parametrize("free", [False, True])
+def test_costs_of_any_magnitude_and_free_candidates_are_swept(scale, free):
+    values = {name: {"w8a8": 8 * scale, "w4a8": 4 * scale, "w2a8": 0.0 if free else 2 * scale} for name in NAMES}
+    points = fine_frontier(TABLE, [Cost("table", values)], "table")
+    assert points[0].choice == dict.fromkeys(NAMES, "w2a8")
+    assert points[-1].choice == dict.fromkeys(NAMES, "w8a8")
+    assert len(points) > 15

@@ -153,7 +153,8 @@ def frontier(
         measured = measure(allocation.choice) if measure else None
         points.append(FrontierPoint(budget, sensitivity.predict(allocation.choice), measured, allocation))
     if not points:
-        raise AllocationError(f"none of the budgets {sorted(budgets)} can be met: {reason}")
+        listed = sorted(budgets) if len(budgets) < 7 else f"from {min(budgets):.6g} to {max(budgets):.6g}"
+        raise AllocationError(f"none of the budgets {listed} can be met: {reason}")
     unit = next(cost.unit for cost in costs if cost.name == name)
     return Frontier(name, sensitivity.measure, unit, points, skipped)
 

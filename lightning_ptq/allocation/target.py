@@ -59,10 +59,12 @@ def fine_frontier(
         for pick in (min, max)
     )
     high = min(high, high if most is None else cost.limit(most))
-    ratio = max(high / low, 1.0) if low > 0 else 1.0
-    # A little more than the exact cost, for sums that round; and a budget of at most 1 would be a share of the float's.
     count = POINTS if len(sensitivity.rises) <= 1000 else POINTS // 3
-    budgets = [max(high / ratio ** (1 - i / (count - 1)), 1.0) * (1 + 1e-9) for i in range(count)]
+    steps = [i / (count - 1) for i in range(count)]
+    budgets = [low * (high / low) ** step for step in steps] if low > 0 else [high * step for step in steps]
+    # A budget of at most 1 would be a share of the float cost, where that is known; and none may be 0.
+    least = 1.0 if cost.of_float is not None else 1e-9 * high
+    budgets = [max(budget, least) * (1 + 1e-9) for budget in budgets]  # more than the exact cost, for sums that round
     found: list[BitAllocation] = []
     for point in frontier(sensitivity, costs, sorted(set(budgets)), name, **solving).points:
         if not found or point.allocation.costs[name] > found[-1].costs[name]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -62,8 +63,13 @@ class AccuracyTarget:
             )
         if scores is not None and self.monitor not in scores.values:
             raise AllocationError(
-                f"BitAllocator(monitor={self.monitor!r}): validation logs {sorted(scores.values) or 'nothing'}. Name"
+                f"BitAllocator(monitor={self.monitor!r}): validation logs {sorted(scores.names()) or 'nothing'}. Name"
                 " one of these, or log the metric in validation_step."
+            )
+        if scores is not None and not math.isfinite(scores.values[self.monitor]):
+            raise AllocationError(
+                f"BitAllocator(monitor={self.monitor!r}): the metric of the float module is"
+                f" {scores.values[self.monitor]}, so no drop can be measured. Mend the metric or the validation data."
             )
 
     def drop(self, value: float, before: float) -> float:
@@ -152,6 +158,10 @@ class AccuracySearch:
 
     def _tuned(self, allocation: BitAllocation) -> Measurement:
         """Tune the network as the later callbacks do, and measure it."""
+        self._count += 1
+        most = f" of at most {self.target.tries}" if self.later else ""
+        size = format_bytes(round(allocation.costs["size"]))
+        rank_zero_info(f"Bit allocation, trial {self._count}{most}: {size}.")
         self._apply(allocation)
         noted = [] if self.capture.report is None else self.capture.report.warnings
         before = len(noted)
@@ -176,16 +186,19 @@ class AccuracySearch:
     def _measured(self, scores: Scores) -> Measurement:
         name, before = self.target.monitor, self.capture.scores
         if before is None or name not in scores.values:
-            raise AllocationError(f"the validation of the quantized module does not log {name!r}, as that before did.")
+            raise AllocationError(
+                f"the validation of the quantized module does not log {name!r}, as that of the float module did. Log it"
+                " in every validation, and give fit a validation loader that can be iterated several times."
+            )
         value = scores.values[name]
         return Measurement(value, self.target.drop(value, before.values[name]), standard_error(scores, before, name))
 
     def _tell(self, allocation: BitAllocation, found: Measurement) -> None:
-        self._count += 1
         name, error = self.target.monitor, "" if found.error is None else f" ± {found.error:.2g}"
         rank_zero_info(
-            f"Bit allocation, trial {self._count}: {format_bytes(round(allocation.costs['size']))}, {name}"
-            f" {found.value:.4g}, a drop of {found.drop:.3g}{error} where {self.target.max_drop:g} is accepted."
+            f"Bit allocation, trial {self._count}: {name} {found.value:.4g},"
+            f" {'worse' if found.drop > 0 else 'better'} by {abs(found.drop):.3g}{error}; {self.target.max_drop:g} is"
+            " accepted."
         )
         values = {"size": allocation.costs["size"], "bops": allocation.costs["bops"], "drop": found.drop}
         log_scalars(

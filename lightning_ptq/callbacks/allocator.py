@@ -141,6 +141,8 @@ class BitAllocator(StepCallback):
         self.table = table
         self.max_degradation = max_degradation
         self.minimise = one_of("minimise", minimise, ("size", "bops", "table"), AllocationError)
+        if self.minimise == "table" and table is None:
+            raise AllocationError("minimise='table' needs a cost table: give table={'layer': {'w8a8': 0.2, ...}, ...}.")
         self.candidates = candidates
         self.measuring: dict[str, Any] = {"measure": measure, "output": check_choice(output)}
         self.rounds = whole("rounds", rounds, error=AllocationError)

@@ -66,8 +66,7 @@ class CalibrationCapture(PTQCallback):
         weight_observer: ``"mse"``, ``"minmax"`` or ``"percentile"``.
         activation_observer: The same for activations.
         percentile: Share of values that the percentile observers keep, in percent.
-        signed_scales: True if weight scales below 8 bits may be negative where that suits a channel better; by default
-            what the target takes, or else True.
+        signed_scales: True if weight scales below 8 bits may be negative; by default what the target takes, or True.
         save_checkpoint: True to write ``quantized.ckpt`` where ``ModelCheckpoint`` writes; ``load_quantized`` loads it.
         resume: True to save the progress of the run until it is finished, and to resume an interrupted run.
         resume_dir: Folder of the progress; by default ``ptq_progress`` in the Trainer's ``default_root_dir``.
@@ -82,7 +81,7 @@ class CalibrationCapture(PTQCallback):
 
     Attributes:
         report: The :class:`~lightning_ptq.report.PTQReport` of the last run.
-        scores: What the validation of the float module logged; None if fit was given no validation data.
+        scores: What the validation of the float module logged; None without validation data.
         calibration: The :class:`~lightning_ptq.calibration.calibration.Calibration`, after the pass and until fit ends.
 
     Raises:
@@ -174,9 +173,9 @@ class CalibrationCapture(PTQCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Create the calibrator, now that the module is on its device."""
         if self._prepared is not None and self.report is not None and not self._restored():
-            check_run(trainer, pl_module)  # again, now that all callbacks are set up
-            log_settings(trainer, self.report)
             self.scores = reporting.validate_before(trainer, pl_module, self._ranks, self.report)
+            check_run(trainer, pl_module, self.scores)  # again, now that all callbacks are set up
+            log_settings(trainer, self.report)
             self._pass.enter_context(self.report.stage(self.title))
             self._restore.callback(self._watch.close)
             self._watch.enter_context(self._stop.watching(self._ranks.world))
@@ -220,11 +219,12 @@ class CalibrationCapture(PTQCallback):
         if self._journals is not None:
             self._journals.remove()
         self._watch.close()  # before Lightning restores the handlers of signals, which is before teardown
-        if self.report is not None:
-            self._checksums = reporting.finish(self.report, self.calibration)
-            reporting.validate_after(trainer, pl_module, self._ranks, self.report, self.scores)
-            reporting.publish(trainer, self.report, self.report_dir)
-        self.calibration.release()
+        with ExitStack() as stack:
+            stack.callback(self.calibration.release)
+            if self.report is not None:
+                self._checksums = reporting.finish(self.report, self.calibration)
+                reporting.validate_after(trainer, pl_module, self._ranks, self.report, self.scores)
+                reporting.publish(trainer, self.report, self.report_dir)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that a calibration pass took place.

@@ -53,7 +53,7 @@ def quantize(
 
     Args:
         module: A trained float module; it is quantized in place.
-        calibration_loader: A few hundred samples, as for ``trainer.fit``.
+        calibration_loader: A few hundred samples, as for ``trainer.fit``; or a LightningDataModule.
         val_loader: Validation data, on which the module's ``validation_step`` runs before and after.
         qconfig: Bit widths such as ``"w4a8"``.
         max_drop: Accepted drop of the metric, in its own unit: 0.01 for one point of an accuracy in [0, 1].
@@ -88,14 +88,16 @@ def quantize(
         qconfig, num_samples, target=target, report_dir=report_dir,
         **{"resume": False, "save_checkpoint": False, **options},
     )  # fmt: skip
-    callbacks: list[PTQCallback] = [first, *_allocation(max_drop, metric, mode, size, allocator, val_loader)]
-    narrow = len(callbacks) > 1 or _is_narrow(first.qconfig)
+    has_data = val_loader is not None or hasattr(calibration_loader, "val_dataloader")  # a LightningDataModule
+    callbacks: list[Any] = [first, *_allocation(max_drop, metric, mode, size, allocator, has_data)]
+    narrow = len(callbacks) > 1 or is_narrow(first.qconfig)
     if narrow if tune is None else flag("tune", tune):
         callbacks.append(AdaQuantLayerwise(seed=seed))
     if onnx is not None:
         callbacks.append(ExportONNX(onnx))
     settings = keywords("trainer", trainer, trainer_class)
-    callbacks.extend(settings.pop("callbacks", None) or ())
+    given = settings.pop("callbacks", None) or []
+    callbacks.extend(given if isinstance(given, (list, tuple)) else [given])
     defaults = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     trainer_class(callbacks=callbacks, **{**defaults, **settings}).fit(module, calibration_loader, val_loader)
     if first.report is None:
@@ -103,7 +105,7 @@ def quantize(
     return first.report
 
 
-def _allocation(max_drop: Any, metric: Any, mode: Any, size: Any, allocator: Any, val_loader: Any) -> list[PTQCallback]:
+def _allocation(max_drop: Any, metric: Any, mode: Any, size: Any, allocator: Any, has_data: bool) -> list[PTQCallback]:
     """Return the allocator that the goals ask for, if any.
 
     Raises:
@@ -118,7 +120,7 @@ def _allocation(max_drop: Any, metric: Any, mode: Any, size: Any, allocator: Any
     if max_drop is not None:
         if size is not None:
             raise QConfigError("max_drop asks for the smallest model, size for the best of a size. Give one of them.")
-        if val_loader is None:
+        if not has_data:
             raise QConfigError(
                 "max_drop needs validation data. Write quantize(module, calibration_loader, val_loader, ...)."
             )
@@ -130,7 +132,7 @@ def _allocation(max_drop: Any, metric: Any, mode: Any, size: Any, allocator: Any
     return []
 
 
-def _is_narrow(qconfig: QConfig) -> bool:
+def is_narrow(qconfig: QConfig) -> bool:
     """True if any layer may have fewer than 8 bits."""
     widths = [qconfig.default, *(pair for _, pair in qconfig.overrides)]
     return any(_least_bits(pair) < 8 for pair in widths)

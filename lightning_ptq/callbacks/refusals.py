@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch.optim.swa_utils import AveragedModel
@@ -12,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_ptq.callbacks.base import capture_of, check_order, check_trainer
 from lightning_ptq.callbacks.trainer.muting import lightning_base
 from lightning_ptq.callbacks.trainer.resuming import check_resume_dir
+from lightning_ptq.callbacks.trainer.validation import Scores
 from lightning_ptq.errors import CallbackError
 
 if TYPE_CHECKING:
@@ -31,28 +31,32 @@ _TRAINING = {
 }
 """Callbacks of Lightning that a PTQ run would end with an error of, by name, with the reason."""
 
-_VALIDATION = (
-    "validation_step", "on_validation_batch_end", "on_validation_epoch_end", "on_validation_end",
-)  # fmt: skip
 
-
-def check_run(trainer: Trainer, module: LightningModule) -> None:
+def check_run(trainer: Trainer, module: LightningModule, scores: Scores | None = None) -> None:
     """Check that ``trainer.fit(module)``, which has started, can be a PTQ run.
+
+    Args:
+        trainer: The Trainer.
+        module: The LightningModule.
+        scores: What the validation of the float module has logged; None before it.
 
     Raises:
         CallbackError: If it cannot; the message says what to write instead.
     """
-    for message in find_refusals(trainer, module, fitting=True):
+    for message in find_refusals(trainer, module, True, None if scores is None else scores.values):
         raise CallbackError(message)
 
 
-def find_refusals(trainer: Trainer, module: LightningModule, fitting: bool = False) -> Iterator[str]:
+def find_refusals(
+    trainer: Trainer, module: LightningModule, fitting: bool = False, logged: Collection[str] | None = None
+) -> Iterator[str]:
     """Yield everything for which fit refuses to start, with what to write instead.
 
     Args:
         trainer: The Trainer that would run; it stays unchanged.
         module: The LightningModule.
         fitting: True inside fit, when the validation loader is known.
+        logged: Metrics that the validation of the float module has logged; None before it.
     """
     for check in (check_order, check_trainer, _check_progress):
         try:
@@ -65,7 +69,7 @@ def find_refusals(trainer: Trainer, module: LightningModule, fitting: bool = Fal
         if value == 0:
             yield f"{option}=0: no calibration batch would be seen. Leave {option} out."
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector of the Trainer
-        yield from _of_callback(trainer, module, callback, fitting)
+        yield from _of_callback(trainer, module, callback, fitting, logged)
 
 
 def limit_of(trainer: Trainer) -> tuple[str, int | float]:
@@ -82,7 +86,9 @@ def _check_progress(trainer: Trainer) -> None:
         check_resume_dir(trainer, capture.resume_dir)
 
 
-def _of_callback(trainer: Trainer, module: LightningModule, callback: Any, fitting: bool) -> Iterator[str]:
+def _of_callback(
+    trainer: Trainer, module: LightningModule, callback: Any, fitting: bool, logged: Collection[str] | None
+) -> Iterator[str]:
     """Yield why a callback would undo the run, end it with an error, or take the place of all others in it."""
     name, bases = type(callback).__name__, [cls.__name__ for cls in type(callback).__mro__]
     if reason := next((_TRAINING[base] for base in bases if base in _TRAINING), ""):
@@ -93,26 +99,11 @@ def _of_callback(trainer: Trainer, module: LightningModule, callback: Any, fitti
             f" fit. Leave {name} out of the PTQ run: load the averaged weights before, and fit without it."
         )
     if "EarlyStopping" in bases and callback.strict:
-        validates = trainer.enable_validation if fitting else trainer.limit_val_batches > 0
-        if not (validates and _is_logged(module, callback.monitor)):
+        has_step = module.validation_step.__func__ is not lightning_base(type(module)).validation_step  # type: ignore[attr-defined]
+        validates = trainer.enable_validation if fitting else has_step and trainer.limit_val_batches > 0
+        if not validates or (logged is not None and callback.monitor not in logged):
+            names = "" if not logged else f", but {', '.join(sorted(logged))}"
             yield (
-                f"{name} monitors {callback.monitor!r}, which no validation of this run is known to log, so that fit"
-                f" would end with an error. Leave {name} out: a PTQ run ends by itself."
+                f"{name} monitors {callback.monitor!r}, which no validation of this run logs{names}, so that"
+                f" fit would end with an error. Leave {name} out: a PTQ run ends by itself."
             )
-
-
-def _is_logged(module: LightningModule, metric: str) -> bool:
-    """Return True if the code of the module's validation holds the name of a metric."""
-    base = lightning_base(type(module))
-    quoted = re.compile(rf"""["']{re.escape(metric)}["']""")
-    for name in _VALIDATION:
-        method = getattr(type(module), name, None)
-        if method is getattr(base, name):
-            continue
-        try:
-            source = inspect.getsource(inspect.unwrap(method)) if method is not None else ""
-        except (OSError, TypeError):  # code without a file
-            continue
-        if quoted.search(source):
-            return True
-    return False

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rich.console import Console
-
 from lightning_ptq.callbacks import inspect
 from lightning_ptq.callbacks.base import PTQCallback, capture_of
 from lightning_ptq.callbacks.trainer.lightning import LightningCallback
@@ -21,7 +19,7 @@ from lightning_ptq.cli.weights import load_weights
 from lightning_ptq.errors import CallbackError, ExportError, PTQError
 from lightning_ptq.export.onnx import export_onnx
 from lightning_ptq.export.packed import save_packed
-from lightning_ptq.report.table import ReportTable
+from lightning_ptq.report.table import ReportTable, default_console
 from lightning_ptq.runtime.memory import format_bytes
 
 if TYPE_CHECKING:
@@ -30,8 +28,6 @@ if TYPE_CHECKING:
     from pytorch_lightning.cli import LightningCLI
 else:
     LightningCLI = object  # the class of the model's own package of Lightning, a base beside Command
-
-console = Console()
 
 _TRAINER = (
     "All arguments of Lightning's Trainer are options, such as --trainer.accelerator gpu, --trainer.devices 2,"
@@ -163,7 +159,7 @@ class Inspect(Planned):
     def execute(self) -> None:
         """Print the findings about the model, its data and the trainer."""
         batch = first_batch(self.trainer, self.model, self.datamodule)
-        inspect(self.model, batch, trainer=self.trainer).print(console)
+        inspect(self.model, batch, trainer=self.trainer).print()
 
 
 class Output(LightningCallback):
@@ -231,7 +227,7 @@ class Quantize(Planned):
 
     def _say(self, line: str) -> None:
         if self.trainer.is_global_zero:
-            console.print(line, markup=False, highlight=False)
+            default_console().print(line, markup=False, highlight=False)
 
     def _show_metrics(self) -> None:
         """Print the metrics that the run has measured before and after."""
@@ -241,7 +237,7 @@ class Quantize(Planned):
         ]
         if rows and self.trainer.is_global_zero:
             table = ReportTable("metrics", "Validation", ("metric", "float", "quantized", "change"), rows)
-            console.print(table.to_rich())
+            default_console().print(table.to_rich())
 
 
 class Validate(Command):
@@ -269,7 +265,7 @@ class Export(Command):
             network, config.onnx, inputs, target=config.target, opset=config.opset, verify=config.verify
         )
         verified = f", verified: {result.parity}" if result.parity is not None else ""
-        console.print(f"{result.path}: {format_bytes(result.bytes)}{verified}", markup=False, highlight=False)
+        default_console().print(f"{result.path}: {format_bytes(result.bytes)}{verified}", markup=False, highlight=False)
 
 
 def _check_file(path: Path) -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 from lightning_ptq import __version__
 from lightning_ptq.cli.saved import compare_reports, print_report
 from lightning_ptq.errors import PTQError
+from lightning_ptq.report.table import default_console
 
 LIGHTNING_COMMANDS = {
     "inspect": "print what would be quantized, what stays float, and what will go wrong; nothing is changed",
@@ -100,8 +101,8 @@ def _add(commands: Any, name: str, text: str, run: Any) -> argparse.ArgumentPars
 
 
 def _report(parsed: argparse.Namespace) -> None:
-    print_report(parsed.report, parsed.every, Console())
+    print_report(parsed.report, parsed.every, default_console())
 
 
 def _compare(parsed: argparse.Namespace) -> None:
-    compare_reports(parsed.reports, Console())
+    compare_reports(parsed.reports, default_console())

@@ -7,13 +7,14 @@ from typing import Any
 
 from lightning_ptq.callbacks import AdaQuantLayerwise, BitAllocator, CalibrationCapture, ExportONNX, StatsTuning
 from lightning_ptq.callbacks.accuracy import Direction
+from lightning_ptq.callbacks.one_call import is_narrow
 from lightning_ptq.callbacks.trainer.muting import Step
 from lightning_ptq.export.targets import TargetName
 
 
 def callbacks_from(
     qconfig: str = "w8a8",
-    num_samples: int | None = 1024,
+    num_samples: int | None = None,
     step: Step = "training",
     overrides: dict[str, str] | None = None,
     exclude: list[str] | None = None,
@@ -23,7 +24,7 @@ def callbacks_from(
     monitor: str | None = None,
     mode: Direction | None = None,
     candidates: list[str] | None = None,
-    tune: bool = True,
+    tune: bool | None = None,
     steps: int | None = None,
     statistics: bool = False,
     target: TargetName | None = None,
@@ -33,7 +34,7 @@ def callbacks_from(
 
     Args:
         qconfig: Bit widths of weights and activations, such as w8a8, w4a8 or w4g64a8.
-        num_samples: Number of calibration samples, from the train loader; null for the whole loader.
+        num_samples: Number of calibration samples, from the train loader; by default all of them.
         step: Calibration forward: training (training_step), predict (predict_step or forward), or the import path of a
             function of module and batch.
         overrides: Bit widths by layer-name pattern, such as '{"head*": w8a8}'.
@@ -47,7 +48,8 @@ def callbacks_from(
         mode: Whether the metric is better the higher (max) or the lower (min) it is.
         candidates: Bit widths to allocate from; w8a8, w4a8, w4a4 and w2a4 by default, and w8a8, w4a8, w3a8 and w2a8
             with max_drop.
-        tune: Whether AdaQuant tunes weights and scales; false rounds to the nearest.
+        tune: Whether AdaQuant tunes weights and scales; false rounds to the nearest. By default true where any layer
+            may have fewer than 8 bits.
         steps: Steps of AdaQuant per unit; by default they depend on the bit widths.
         statistics: Whether means, deviations and biases are corrected at the end.
         target: Inference engine that will run the network; sets what its integer kernels need.
@@ -67,7 +69,7 @@ def callbacks_from(
     }
     if any(value is not None for value in goal.values()):
         callbacks.append(BitAllocator(**goal))  # type: ignore[arg-type]  # the signature above has the types
-    if tune:
+    if tune if tune is not None else len(callbacks) > 1 or is_narrow(capture.qconfig):
         callbacks.append(AdaQuantLayerwise(steps=steps))
     if statistics:
         callbacks.append(StatsTuning())

@@ -98,7 +98,14 @@ def validate_after(
     with _failure_is_a_warning("the quantized module could not be validated"):
         with report.stage("Validation of the quantized module"):
             after = validate(trainer, module, ranks).values
-        names = [name for name in (*_monitored(trainer), *before.values) if name in after and name in before.values]
+        if before.values and not after:
+            warn(
+                "the validation of the quantized module has logged nothing. Give fit a validation loader that can be"
+                " iterated several times.",
+                ReportWarning,
+                stacklevel=2,
+            )
+        names = [name for name in (*_monitored(trainer), *before.names()) if name in after and name in before.values]
         report.metrics = [MetricChange(name, before.values[name], after[name]) for name in dict.fromkeys(names)]
         for change in report.metrics:
             path = f"ptq/validation/{change.name}"

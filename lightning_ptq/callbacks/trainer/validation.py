@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_ptq.callbacks.trainer.lightning import isolate_rng
 from lightning_ptq.callbacks.trainer.standins import MutedLogger
 from lightning_ptq.errors import PTQError, add_note
-from lightning_ptq.runtime.patching import attributes
+from lightning_ptq.runtime.patching import attributes, left_unchanged
 from lightning_ptq.runtime.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -33,12 +36,22 @@ class Scores:
     """What a validation has logged.
 
     Attributes:
-        values: Each metric over all batches, by the name under which the module logs it.
+        values: Each metric over all batches, by name, with the names that Lightning adds, such as ``val_loss_epoch``.
         batches: The values that were logged batch by batch, on all ranks; NaN where a batch has no value of its own.
     """
 
     values: dict[str, float] = field(default_factory=dict)
     batches: dict[str, list[float]] = field(default_factory=dict)
+
+    def names(self) -> list[str]:
+        """Return the names without those that Lightning adds to a value that is logged by step and by epoch."""
+        return [name for name in self.values if not self._is_added(name)]
+
+    def _is_added(self, name: str) -> bool:
+        base, slash, loader = name.partition("/dataloader_idx_")
+        stem = next((base.removesuffix(end) for end in _VARIANTS if base.endswith(end)), "")
+        both = [f"{stem}{slash}{loader}", f"{stem}_epoch{slash}{loader}"]
+        return bool(stem) and all(each in self.values for each in both) and _same(*(self.values[each] for each in both))
 
 
 def validates(trainer: Trainer) -> bool:
@@ -50,7 +63,9 @@ def validates(trainer: Trainer) -> bool:
 def no_validation_of_fit(trainer: Trainer) -> Iterator[None]:
     """Prevent fit from validating on its own, at times at which the module is neither float nor quantized."""
     never = {"_should_check_val_fx": lambda *args, **kwargs: False}
-    with attributes(trainer.fit_loop.epoch_loop, never), attributes(trainer, {"num_sanity_val_steps": 0}):
+    # Lightning checks the interval against the number of batches.
+    neutral = {"num_sanity_val_steps": 0, "val_check_interval": 1.0}
+    with attributes(trainer.fit_loop.epoch_loop, never), attributes(trainer, neutral):
         yield
 
 
@@ -59,7 +74,8 @@ def validate(
 ) -> Scores:
     """Run Lightning's validation loop now, without loggers and callbacks but the progress bar; return what is logged.
 
-    The random states are those from before afterwards, so a run with validation data computes the same as one without.
+    Afterwards the module and the random states are as before, so a run with validation data computes the same as one
+    without. Every validation begins with the same random states, so that those of a run can be compared.
 
     Args:
         trainer: Trainer of the run, inside fit.
@@ -76,13 +92,17 @@ def validate(
         recorded[name].append(_number(value))
         return log(name, value, *args, **kwargs)
 
-    loggers, first = trainer.loggers, connector._first_loop_iter
+    loggers, first, known = trainer.loggers, connector._first_loop_iter, connector._callback_metrics
     bar = trainer.progress_bar_callback
-    shown = [bar] if bar else []  # the bar's thread looks for it among the Trainer's callbacks
-    modes = [(child, child.training) for child in module.modules()]
-    with isolate_rng(), attributes(module, {"log": recording}), attributes(trainer, {"callbacks": shown}):
+    with ExitStack() as stack:
+        for context in (isolate_rng(), left_unchanged(module), attributes(module, {"log": recording})):
+            stack.enter_context(context)
+        # The bar's thread looks for it among the Trainer's callbacks.
+        stack.enter_context(attributes(trainer, {"callbacks": [bar] if bar else []}))
+        _seed()
         trainer.loggers = cast(Any, [MutedLogger(logger) for logger in loggers])
         trainer.validating = True
+        connector._callback_metrics = {}  # else what an earlier validation logged would count for this one
         try:
             loop.run()
             found = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -91,13 +111,17 @@ def validate(
                 add_note(error, _NOTE)
             raise
         finally:
-            for child, mode in modes:  # a validation that fails leaves them in eval mode
-                child.training = mode
             trainer.training = True
             trainer.loggers = loggers
             connector._first_loop_iter = first
-    names = [name for name in found if not any(_base(name, end) in found for end in _VARIANTS)]
-    return _over_ranks(Scores({name: found[name] for name in names}, dict(recorded)), ranks)
+            connector._callback_metrics = {**known, **connector._callback_metrics}
+    return _over_ranks(Scores(found, dict(recorded)), ranks)
+
+
+def _seed() -> None:
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
 
 
 def standard_error(found: Scores, expected: Scores, name: str) -> float | None:
@@ -130,8 +154,8 @@ def _number(value: Any) -> float:
     return math.nan
 
 
-def _base(name: str, end: str) -> str:
-    return name.removesuffix(end) if name.endswith(end) else ""
+def _same(left: float, right: float) -> bool:
+    return left == right or (math.isnan(left) and math.isnan(right))
 
 
 def _over_ranks(scores: Scores, ranks: Ranks) -> Scores:
@@ -139,6 +163,7 @@ def _over_ranks(scores: Scores, ranks: Ranks) -> Scores:
     if ranks.world == 1:
         return scores
     gathered = ranks.gather(scores)
-    values = {name: math.fsum(each.values[name] for each in gathered) / ranks.world for name in scores.values}
+    common = [name for name in scores.values if all(name in each.values for each in gathered)]
+    values = {name: math.fsum(each.values[name] for each in gathered) / ranks.world for name in common}
     batches = {name: [v for each in gathered for v in each.batches.get(name, [])] for name in scores.batches}
     return Scores(values, batches)
