@@ -88,9 +88,8 @@ class Command(LightningCLI):
         )  # fmt: skip
         self.add_options(parser)
         super().add_core_arguments_to_parser(parser)
-        titles = {"model": "Model", "data": "Data", "trainer": "Trainer"}
-        for key, title in titles.items():
-            parser.groups[key].title = title
+        for key in ("model", "data", "trainer"):
+            parser.groups[key].title = key.title()
         parser.groups["trainer"].description = _TRAINER
         for action in parser._actions:  # jsonargparse has no way to leave them out of the help
             if action.dest.startswith("trainer."):
@@ -253,9 +252,7 @@ class Quantize(Planned):
             capture.report.metrics = changes
             if changes and capture.report_dir is not None:
                 capture.report.save(capture.report_dir)
-        rows: list[tuple[Any, ...]] = [
-            (row.name, row.before, row.after, row.after - row.before) for row in capture.report.metrics
-        ]
+        rows: list[tuple[Any, ...]] = [(m.name, m.before, m.after, m.after - m.before) for m in capture.report.metrics]
         if rows:
             table = ReportTable("metrics", "Validation", ("metric", "float", "quantized", "change"), rows)
             console.print(table.to_rich())
@@ -299,6 +296,4 @@ def _check_file(path: Path) -> None:
         raise ExportError(f"the folder of {path} cannot be created ({error}). Name another file.") from error
 
 
-_COMMANDS: dict[str, type[Command]] = {
-    "inspect": Inspect, "quantize": Quantize, "validate": Validate, "export": Export,
-}  # fmt: skip
+_COMMANDS: dict[str, type[Command]] = {"inspect": Inspect, "quantize": Quantize, "validate": Validate, "export": Export}
