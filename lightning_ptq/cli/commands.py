@@ -83,9 +83,8 @@ class Command(LightningCLI):
         )  # fmt: skip
         self.add_options(parser)
         super().add_core_arguments_to_parser(parser)
-        titles = {"model": "Model", "data": "Data", "trainer": "Trainer"}
-        for key, title in titles.items():
-            parser.groups[key].title = title
+        for key in ("model", "data", "trainer"):
+            parser.groups[key].title = key.title()
         parser.groups["trainer"].description = _TRAINER
         for action in parser._actions:  # jsonargparse has no way to leave them out of the help
             if action.dest.startswith("trainer."):
@@ -278,6 +277,4 @@ def _check_file(path: Path) -> None:
         raise ExportError(f"the folder of {path} cannot be created ({error}). Name another file.") from error
 
 
-_COMMANDS: dict[str, type[Command]] = {
-    "inspect": Inspect, "quantize": Quantize, "validate": Validate, "export": Export,
-}  # fmt: skip
+_COMMANDS: dict[str, type[Command]] = {"inspect": Inspect, "quantize": Quantize, "validate": Validate, "export": Export}

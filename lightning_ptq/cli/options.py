@@ -92,7 +92,7 @@ def outputs(
 
 def onnx_export(
     onnx: Path = Path("model.onnx"), target: TargetName | None = None, network: str | None = None, opset: int = 21,
-    step: Step = "training", verify: bool = True, samples: int = 128,
+    step: Step = "training", verify: bool = True,
 ) -> None:  # fmt: skip
     """The file, and how it is checked.
 
@@ -104,7 +104,6 @@ def onnx_export(
         step: Forward that shows the inputs of the network on a batch of the train loader: training, predict, or the
             import path of a function of module and batch.
         verify: Whether the file is run in onnxruntime and compared with the model.
-        samples: Number of samples to compare on.
     """
 
 
