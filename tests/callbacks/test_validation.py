@@ -272,3 +272,63 @@ def test_an_interrupted_search_resumes_and_ends_with_the_same_bytes(pl, tmp_path
     again, _ = fit(tmp_path / "cut")
     assert same_state(whole, again)
     assert not (tmp_path / "cut" / "ptq_progress").exists()
+
+
+def logging(log, **attributes):
+    """A class whose validation does what ``log`` does with the module and the batch."""
+
+    def change(base):
+        return type("Logging", (base,), {"validation_step": lambda self, batch, i: log(self, batch), **attributes})
+
+    return change
+
+
+def test_a_loader_that_gives_its_batches_once_is_noticed(pl, tmp_path):
+    module = classifier(pl, scoring)
+    capture = CalibrationCapture("w8a8")
+    with pytest.warns(ReportWarning, match=r"has not logged val_acc, .* iterated several times"):
+        trainer(pl, tmp_path, capture).fit(module, loader(), iter(list(loader())))
+    assert [change.name for change in capture.report.metrics] == ["val_loss"]  # of the batches before
+    callbacks = [CalibrationCapture("w8a8"), BitAllocator(monitor="val_acc", max_drop=0.1)]
+    with pytest.raises(AllocationError, match=r"does not log 'val_acc'.*iterated several times"):
+        trainer(pl, tmp_path, *callbacks).fit(classifier(pl, scoring), loader(), iter(list(loader())))
+
+
+def test_validations_of_a_run_draw_the_same_numbers(pl, tmp_path):
+    module = classifier(pl, logging(lambda self, batch: self.log("m", torch.randn(()))))
+    capture = CalibrationCapture("w8a8")
+    trainer(pl, tmp_path, capture).fit(module, loader(shuffle=True), loader(shuffle=True))
+    (change,) = capture.report.metrics
+    assert change.before == change.after
+
+
+def test_a_validation_leaves_no_trace_in_the_module(pl, tmp_path):
+    def counting(self, batch):
+        self.count = self.count + 1 if isinstance(self.count, torch.Tensor) else self.count
+        self.log("m", 1.0)
+
+    module = classifier(pl, logging(counting))
+    module.register_buffer("count", torch.zeros(()))
+    trainer(pl, tmp_path, CalibrationCapture("w8a8")).fit(module, loader(), loader())
+    assert module.count == 0
+
+
+def test_a_metric_that_is_nan_in_float_is_refused_before_the_work(pl, tmp_path):
+    module = classifier(pl, logging(lambda self, batch: self.log("m", float("nan"))))
+    before = Snapshot(module)
+    callbacks = [CalibrationCapture("w8a8"), BitAllocator(monitor="m", max_drop=0.1)]
+    with pytest.raises(AllocationError, match="the metric of the float module is nan"):
+        trainer(pl, tmp_path, *callbacks).fit(module, loader(), loader())
+    before.assert_unchanged()
+
+
+def test_names_that_lightning_adds_are_no_metrics_of_their_own(pl, tmp_path):
+    def log(self, batch):
+        self.log("m", batch[0].mean(), on_step=True, on_epoch=True)
+        self.log("n_step", batch[0].std())
+
+    capture = CalibrationCapture("w8a8")
+    allocator = BitAllocator(monitor="m_epoch", max_drop=0.1)
+    trainer(pl, tmp_path, capture, allocator).fit(classifier(pl, logging(log)), loader(), loader())
+    assert [change.name for change in capture.report.metrics] == ["m_epoch", "m", "n_step"]
+    assert capture.report.trials[0].value == pytest.approx(capture.report.metrics[1].after)

@@ -98,10 +98,10 @@ def validate_after(
     with _failure_is_a_warning("the quantized module could not be validated"):
         with report.stage("Validation of the quantized module"):
             after = validate(trainer, module, ranks).values
-        if before.values and not after:
+        if missing := [name for name in before.names() if name not in after]:
             warn(
-                "the validation of the quantized module has logged nothing. Give fit a validation loader that can be"
-                " iterated several times.",
+                f"the validation of the quantized module has not logged {', '.join(missing)}, as that of the float module"
+                " did. Log them in every validation, and give fit a validation loader that can be iterated several times.",
                 ReportWarning,
                 stacklevel=2,
             )
