@@ -100,8 +100,8 @@ def validate_after(
             after = validate(trainer, module, ranks).values
         if missing := [name for name in before.names() if name not in after]:
             warn(
-                f"the validation of the quantized module has not logged {', '.join(missing)}, as that of the float module"
-                " did. Log them in every validation, and give fit a validation loader that can be iterated several times.",
+                f"the validation of the quantized module has not logged {', '.join(missing)}, as that of the float"
+                " module did. Log them in every validation, and give fit a loader that can be iterated several times.",
                 ReportWarning,
                 stacklevel=2,
             )
