@@ -76,5 +76,10 @@ def trained_classifier(epochs: int = 4, seed: int = 0) -> tuple[Stripes, Loader,
     module = Stripes()
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
     trainer: Any = pl.Trainer
-    trainer(max_epochs=epochs, **quiet).fit(module, DataLoader(images(4096, 1), 64, shuffle=True))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums of several threads, and so the weights, depend on their number
+    try:
+        trainer(max_epochs=epochs, **quiet).fit(module, DataLoader(images(4096, 1), 64, shuffle=True))
+    finally:
+        torch.set_num_threads(threads)
     return module, DataLoader(images(512, 2), 64), DataLoader(images(2000, 3), 100)
