@@ -106,20 +106,10 @@ __all__ = [
     "verify_export",
 ]
 
-_OF_CALLBACKS = (
-    "AdaQuantLayerwise",
-    "BitAllocator",
-    "CalibrationCapture",
-    "ExportONNX",
-    "StatsTuning",
-    "inspect",
-    "quantize",
-)
-
 
 def __getattr__(name: str) -> Any:
     # The callbacks import Lightning, which the functions do without.
-    if name in _OF_CALLBACKS:
+    if name in __all__:
         from lightning_ptq import callbacks
 
         return getattr(callbacks, name)

@@ -51,6 +51,16 @@ def costs(report: PTQReport) -> dict[str, float]:
     return {"size": report.packed_bytes / report.float_bytes, "bops": float(report.summary()["bit_operations_share"])}
 
 
+def show_trials(report: PTQReport) -> None:
+    """Print what the search has tried, with drops in points."""
+    for trial in report.trials:
+        error = math.nan if trial.error is None else trial.error
+        console.print(
+            f"trial: {trial.costs['size'] / report.float_bytes:.3f} of the size, a drop of {100 * trial.drop:.2f} ±"
+            f" {100 * error:.2f}{', chosen' if trial.chosen else ''}"
+        )
+
+
 def main(
     network: Literal["resnet20", "efficientnet_lite0"],
     data: Path,
@@ -94,12 +104,7 @@ def main(
             "val": top1(found, val), "test": top1(found, test), "trials": [asdict(trial) for trial in report.trials],
         }
     ]  # fmt: skip
-    for trial in report.trials:
-        error = math.nan if trial.error is None else trial.error
-        console.print(
-            f"trial: {trial.costs['size'] / report.float_bytes:.3f} of the size, a drop of {100 * trial.drop:.2f} ±"
-            f" {100 * error:.2f}{', chosen' if trial.chosen else ''}"
-        )
+    show_trials(report)
     for widths in uniform:
         tuned = copy.deepcopy(module)
         report, seconds = fitted(tuned, calib, val, CalibrationCapture(widths), AdaQuantLayerwise(seed=seed))

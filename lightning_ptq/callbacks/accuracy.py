@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning_ptq.allocation.search import apply_allocation
 from lightning_ptq.allocation.solver import BitAllocation
 from lightning_ptq.allocation.target import POINTS, Measurement, search_drop
-from lightning_ptq.allocation.trial import Trial
 from lightning_ptq.arguments import number, one_of, whole
 from lightning_ptq.calibration.calibration import Calibration
 from lightning_ptq.calibration.candidates import TunedStates
@@ -125,11 +124,11 @@ class AccuracySearch:
         self._kept: dict[str, tuple[SavedState, dict[StepCallback, Any], list[Any]]] = {}
         self._count = 0
 
-    def run(self, points: list[BitAllocation], minimise: str) -> tuple[list[Trial], BitAllocation]:
+    def run(self, points: list[BitAllocation], minimise: str) -> BitAllocation:
         """Search, and leave the module tuned as in the chosen trial.
 
         Returns:
-            All trials, and the allocation of the chosen one.
+            The allocation of the chosen trial; the report gets all trials.
 
         Raises:
             AllocationError: If no choice is within the accepted drop; the module is as it was.
@@ -149,7 +148,7 @@ class AccuracySearch:
         if self.capture.report is not None:
             self.capture.report.warnings.extend(warnings)
             self.capture.report.trials = trials
-        return trials, next(point for point in points if point.choice == chosen.choice)
+        return next(point for point in points if point.choice == chosen.choice)
 
     def _rounded(self, allocation: BitAllocation) -> Measurement:
         """Measure the network with rounded weights, or those of the parallel tuning."""

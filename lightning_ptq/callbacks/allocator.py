@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -163,8 +164,16 @@ class BitAllocator(StepCallback):
         """Choose the widths, and give them to the layers."""
         states = self._states(trainer)
         candidates = self._candidates(trainer) or list(states)
-        if self.target is not None:
-            return self._by_metric(trainer, calibration, self.target, journal)
+        choose = self._within if self.target is None else partial(self._by_metric, self.target)
+        result = choose(trainer, calibration, journal, candidates, states)
+        scalars = {**result.allocation.costs, str(self.measuring["measure"]): result.measured}
+        log_scalars(trainer, {f"ptq/allocated/{name}": value for name, value in scalars.items()})
+        return result
+
+    def _within(
+        self, trainer: Trainer, calibration: Calibration, journal: Journal, candidates: list[str], states: TunedStates
+    ) -> AllocationResult:
+        """Choose the widths within budgets, or within a rise of the measure."""
         with self._progress(trainer) as progress:
             result = search_allocation(
                 calibration,
@@ -183,35 +192,34 @@ class BitAllocator(StepCallback):
         if trainer.is_global_zero:  # the report, which shows it, is written on this rank only
             costs = self.costs(calibration, result.sensitivity.candidates)
             self._frontier = frontier_around(result, costs, self.budgets, self.minimise, **self._solving)
-        scalars = {**result.allocation.costs, str(self.measuring["measure"]): result.measured}
-        log_scalars(trainer, {f"ptq/allocated/{name}": value for name, value in scalars.items()})
         return result
 
     def _by_metric(
-        self, trainer: Trainer, calibration: Calibration, target: AccuracyTarget, journal: Journal
-    ) -> AllocationResult:
+        self, target: AccuracyTarget, trainer: Trainer, calibration: Calibration, journal: Journal,
+        candidates: list[str], states: TunedStates,
+    ) -> AllocationResult:  # fmt: skip
         """Choose the widths by the user's metric, and leave the module tuned at them."""
-        states = self._states(trainer)
-        candidates = self._candidates(trainer) or list(states)
         with self._progress(trainer) as progress:
             table = measure_sensitivity(
                 calibration, candidates, states=states, progress=progress, journal=journal, **self.measuring
             )
         costs = self.costs(calibration, table.candidates)
         others = {name: budget for name, budget in self.budgets.items() if name != self.minimise}
+        solving = {"others": others, **self._solving}
         # Solvers with a time limit need not agree on all ranks.
         points = calibration.ranks.on_rank_zero(
-            lambda: fine_frontier(
-                table, costs, self.minimise, self.budgets.get(self.minimise), others=others, **self._solving
-            )
+            lambda: fine_frontier(table, costs, self.minimise, self.budgets.get(self.minimise), **solving)
         )
-        search = AccuracySearch(trainer, self, calibration, target, states)
-        _, allocation = search.run(points, self.minimise)
+        allocation = AccuracySearch(trainer, self, calibration, target, states).run(points, self.minimise)
         self._frontier = as_frontier(points, table, costs, self.minimise)
         same = {key: self.measuring[key] for key in ("measure", "output")}
-        return AllocationResult(
-            allocation, table, measure_choice(calibration, allocation.choice, states=states, **same)
-        )
+        measured = measure_choice(calibration, allocation.choice, states=states, **same)
+        return AllocationResult(allocation, table, measured)
+
+    @property
+    def monitored(self) -> list[str]:
+        """The metric whose drop is limited, if one is."""
+        return [] if self.target is None else [self.target.monitor]
 
     def record(self, report: PTQReport) -> None:
         """Put the allocation and the frontier into the report."""

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from lightning_ptq.calibration.calibration import Calibration
-from lightning_ptq.callbacks.trainer.lightning import LightningCallback
+from lightning_ptq.callbacks.trainer.lightning import LightningCallback, callbacks_of
 from lightning_ptq.callbacks.trainer.loggers import log_tables
 from lightning_ptq.callbacks.trainer.progress import progress_task
 from lightning_ptq.errors import CallbackError
@@ -50,6 +50,11 @@ class PTQCallback(LightningCallback):
     def title(self) -> str:
         """Name of the work, for the progress bar, the report and the logs."""
         return self.role
+
+    @property
+    def monitored(self) -> list[str]:
+        """Metrics of the user's validation that the work is to keep; they come first in the report."""
+        return []
 
     def check(self, trainer: Trainer, calibration: Calibration) -> None:
         """Check that the work can be done; called after the calibration pass, before the work of any callback.
@@ -141,8 +146,7 @@ class StepCallback(PTQCallback, ABC):
 
 def ptq_callbacks(trainer: Trainer) -> list[PTQCallback]:
     """Return the library's callbacks of a Trainer, in list order."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector of the Trainer
-    return [callback for callback in callbacks if isinstance(callback, PTQCallback)]
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, PTQCallback)]
 
 
 def capture_of(trainer: Trainer) -> CalibrationCapture | None:

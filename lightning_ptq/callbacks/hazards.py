@@ -11,7 +11,7 @@ from lightning_ptq.callbacks.adaquant import AdaQuantLayerwise
 from lightning_ptq.callbacks.base import capture_of, ptq_callbacks
 from lightning_ptq.callbacks.refusals import find_refusals, limit_of
 from lightning_ptq.callbacks.statistics import StatsTuning
-from lightning_ptq.callbacks.trainer.muting import lightning_base
+from lightning_ptq.callbacks.trainer.lightning import callbacks_of, overrides
 from lightning_ptq.callbacks.trainer.resuming import progress_folder
 from lightning_ptq.errors import PTQError
 from lightning_ptq.report.facts import Finding
@@ -60,9 +60,8 @@ def _refusals(trainer: Trainer, module: LightningModule, preflight: Preflight) -
 
 
 def _missing_methods(trainer: Trainer, module: LightningModule, preflight: Preflight) -> Iterator[Finding]:
-    base = lightning_base(type(module))
     for name in ("training_step", "configure_optimizers"):
-        if getattr(type(module), name) is getattr(base, name) and name not in vars(module):
+        if not overrides(module, name):
             yield Finding(
                 "refused",
                 f"{type(module).__name__} has no {name}; Lightning does not fit without it.",
@@ -85,7 +84,7 @@ def _few_batches(trainer: Trainer, module: LightningModule, preflight: Preflight
 
 
 def _other_callbacks(trainer: Trainer, module: LightningModule, preflight: Preflight) -> Iterator[Finding]:
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector of the Trainer
+    for callback in callbacks_of(trainer):
         name = type(callback).__name__
         if "SpikeDetection" in {cls.__name__ for cls in type(callback).__mro__}:
             yield Finding(

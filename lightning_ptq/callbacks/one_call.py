@@ -15,8 +15,9 @@ from lightning_ptq.callbacks.export import ExportONNX
 from lightning_ptq.callbacks.trainer.lightning import trainer_class_of
 from lightning_ptq.errors import CallbackError, QConfigError
 from lightning_ptq.export.targets import TargetName
-from lightning_ptq.numerics.qconfig import LayerQConfig, QConfig
+from lightning_ptq.numerics.qconfig import QConfig
 from lightning_ptq.report import PTQReport
+from lightning_ptq.tuning.config import least_bits
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule
@@ -84,25 +85,26 @@ def quantize(
     check_is_module(module)
     trainer_class = trainer_class_of(module)
     options = keywords("capture", capture, CalibrationCapture, ("qconfig", "num_samples", "target", "report_dir"))
-    first = CalibrationCapture(
-        qconfig, num_samples, target=target, report_dir=report_dir,
-        **{"resume": False, "save_checkpoint": False, **options},
-    )  # fmt: skip
+    options = {"resume": False, "save_checkpoint": False, **options}
+    first = CalibrationCapture(qconfig, num_samples, target=target, report_dir=report_dir, **options)
     has_data = val_loader is not None or hasattr(calibration_loader, "val_dataloader")  # a LightningDataModule
-    callbacks: list[Any] = [first, *_allocation(max_drop, metric, mode, size, allocator, has_data)]
-    narrow = len(callbacks) > 1 or is_narrow(first.qconfig)
-    if narrow if tune is None else flag("tune", tune):
-        callbacks.append(AdaQuantLayerwise(seed=seed))
-    if onnx is not None:
-        callbacks.append(ExportONNX(onnx))
+    chosen = _allocation(max_drop, metric, mode, size, allocator, has_data)
+    if (bool(chosen) or is_narrow(first.qconfig)) if tune is None else flag("tune", tune):
+        chosen.append(AdaQuantLayerwise(seed=seed))
+    chosen += [] if onnx is None else [ExportONNX(onnx)]
     settings = keywords("trainer", trainer, trainer_class)
-    given = settings.pop("callbacks", None) or []
-    callbacks.extend(given if isinstance(given, (list, tuple)) else [given])
-    defaults = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    trainer_class(callbacks=callbacks, **{**defaults, **settings}).fit(module, calibration_loader, val_loader)
+    _trainer(trainer_class, [first, *chosen], settings).fit(module, calibration_loader, val_loader)
     if first.report is None:
         raise CallbackError("the Trainer ended without a PTQ run. Leave fast_dev_run and limits of 0 batches out.")
     return first.report
+
+
+def _trainer(trainer_class: Any, chosen: list[PTQCallback], settings: dict[str, Any]) -> Any:
+    """Return a Trainer with these callbacks and the user's, which writes no files unless the settings say so."""
+    given = settings.pop("callbacks", None) or []
+    callbacks = [*chosen, *(given if isinstance(given, (list, tuple)) else [given])]
+    defaults = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    return trainer_class(callbacks=callbacks, **{**defaults, **settings})
 
 
 def _allocation(max_drop: Any, metric: Any, mode: Any, size: Any, allocator: Any, has_data: bool) -> list[PTQCallback]:
@@ -134,9 +136,4 @@ def _allocation(max_drop: Any, metric: Any, mode: Any, size: Any, allocator: Any
 
 def is_narrow(qconfig: QConfig) -> bool:
     """True if any layer may have fewer than 8 bits."""
-    widths = [qconfig.default, *(pair for _, pair in qconfig.overrides)]
-    return any(_least_bits(pair) < 8 for pair in widths)
-
-
-def _least_bits(pair: LayerQConfig) -> int:
-    return min(pair.weight.bits, 8 if pair.activation is None else pair.activation.bits)
+    return least_bits([qconfig.default, *(pair for _, pair in qconfig.overrides)]) < 8

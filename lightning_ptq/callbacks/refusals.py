@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_ptq.callbacks.base import capture_of, check_order, check_trainer
-from lightning_ptq.callbacks.trainer.muting import lightning_base
+from lightning_ptq.callbacks.trainer.lightning import callbacks_of, overrides
 from lightning_ptq.callbacks.trainer.resuming import check_resume_dir
 from lightning_ptq.callbacks.trainer.validation import Scores
 from lightning_ptq.errors import CallbackError
@@ -68,7 +68,7 @@ def find_refusals(
     for option, value in (("max_epochs", trainer.max_epochs), ("max_steps", trainer.max_steps), limit_of(trainer)):
         if value == 0:
             yield f"{option}=0: no calibration batch would be seen. Leave {option} out."
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector of the Trainer
+    for callback in callbacks_of(trainer):
         yield from _of_callback(trainer, module, callback, fitting, logged)
 
 
@@ -99,11 +99,11 @@ def _of_callback(
             f" fit. Leave {name} out of the PTQ run: load the averaged weights before, and fit without it."
         )
     if "EarlyStopping" in bases and callback.strict:
-        has_step = module.validation_step.__func__ is not lightning_base(type(module)).validation_step  # type: ignore[attr-defined]
-        validates = trainer.enable_validation if fitting else has_step and trainer.limit_val_batches > 0
+        may_validate = overrides(module, "validation_step") and trainer.limit_val_batches > 0
+        validates = trainer.enable_validation if fitting else may_validate
         if not validates or (logged is not None and callback.monitor not in logged):
             names = "" if not logged else f", but {', '.join(sorted(logged))}"
             yield (
-                f"{name} monitors {callback.monitor!r}, which no validation of this run logs{names}, so that"
-                f" fit would end with an error. Leave {name} out: a PTQ run ends by itself."
+                f"{name} monitors {callback.monitor!r}, which no validation of this run logs{names}. Leave {name}"
+                " out: a PTQ run ends by itself."
             )

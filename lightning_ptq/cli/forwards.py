@@ -8,18 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_ptq.callbacks.trainer.muting import Step, calibration_forward, lightning_base
+from lightning_ptq.callbacks.trainer.lightning import lightning_base, overrides
+from lightning_ptq.callbacks.trainer.muting import Step, calibration_forward
 from lightning_ptq.errors import ExportError, PTQError
 from lightning_ptq.export.inputs import ExampleInputs
 from lightning_ptq.network.op import quantized_ops
 from lightning_ptq.runtime.patching import hooked
 from lightning_ptq.runtime.structure import map_tensors
-
-
-def overrides(name: str, instance: Any) -> bool:
-    """Return True if an object of a subclass of Lightning's classes has a method of its own."""
-    base = next(cls for cls in type(instance).__mro__ if cls.__module__.startswith(("pytorch_lightning", "lightning.")))
-    return getattr(type(instance), name) is not getattr(base, name)
 
 
 def first_batch(trainer: Any, model: Any, data: Any) -> Any:
@@ -34,7 +29,7 @@ def first_batch(trainer: Any, model: Any, data: Any) -> Any:
         PTQError: If there is no train loader, or it is empty.
     """
     source = model if data is None else data
-    if not overrides("train_dataloader", source):
+    if not overrides(source, "train_dataloader"):
         kind = type(source).__name__
         raise PTQError(f"{kind} has no train_dataloader, which yields the calibration samples. Give data by --data.")
     source.trainer = trainer

@@ -78,9 +78,8 @@ def export_onnx(
         path: The file, by convention ``*.onnx``. It is written as a whole or not at all.
         example_inputs: Inputs of the module's forward: a tensor, a tuple of positional arguments, or a dictionary of
             keyword arguments.
-        target: Inference engine that is to run the file; what it does not take is an error. None by default.
-        dynamic_axes: Names of the axes that may have any size; see :func:`~lightning_ptq.export_program`, also for
-            the default.
+        target: Inference engine that is to run the file; what it does not take is an error.
+        dynamic_axes: Names of the axes of any size; see :func:`~lightning_ptq.export_program`, also for the default.
         opset: Version of the ONNX operators, 18 or later. Weights of 3 and 4 bits are stored in 4 bits from opset 21
             on, those of 2 bits in 2 bits from 25 on; all others take 8 bits.
         output_names: Names of the outputs; by default those of torch's exporter.

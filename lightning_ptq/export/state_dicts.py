@@ -45,7 +45,7 @@ def load_quantized_state_dicts() -> None:
         try:
             with writable(self), explained(self, state_dict):
                 result = original(self, state_dict, *args, **kwargs)
-        except Exception:
+        except Exception:  # of any kind: it is raised again
             if prepared is not None:
                 prepared.undo()
             raise

@@ -14,7 +14,7 @@ from lightning_ptq.report.reasons import remaining_error, untunable, was_refused
 from lightning_ptq.report.record import RunRecord
 from lightning_ptq.report.table import plural, shown
 from lightning_ptq.runtime.memory import format_bytes
-from lightning_ptq.tuning.config import ReconstructionConfig
+from lightning_ptq.tuning.config import ReconstructionConfig, least_bits
 from lightning_ptq.tuning.reconstruct import UnitResult
 
 _MOST = 4  # statements
@@ -69,7 +69,7 @@ def _metric(record: RunRecord) -> Iterator[Statement]:
 
 
 def _untuned(record: RunRecord) -> Iterator[Statement]:
-    rounded = [row for row in record.layers if least_bits(row.widths) < 8]
+    rounded = [row for row in record.layers if least_bits([LayerQConfig.parse(row.widths)]) < 8]
     if rounded and not record.tuning:
         text = f"{plural(len(rounded), 'layer')} below 8 bits had no AdaQuant: the weights are rounded to nearest."
         yield Statement(text, "Tune them:", "callbacks=[CalibrationCapture(...), AdaQuantLayerwise()]")
@@ -102,7 +102,7 @@ def _largest_error(record: RunRecord) -> Iterator[Statement]:
     alone = _option(record, stage, "mode") == "parallel" or "parallel" in stage
     errors = [remaining_error(row) for row in rows]
     before = [0.0] * len(rows) if alone else [0.0, *errors[:-1]]
-    narrow = [i for i, row in enumerate(rows) if any(least_bits(part) < 8 for part in row.bits.split("/"))]
+    narrow = [i for i, row in enumerate(rows) if least_bits(map(LayerQConfig.parse, row.bits.split("/"))) < 8]
     if not narrow:
         return
     at = max(narrow, key=lambda i: errors[i] - before[i])
@@ -250,12 +250,6 @@ def _statistics(record: RunRecord) -> Iterator[Statement]:
     elif undone:
         text = f"Statistics tuning brought no significant gain, so that it was undone: {', '.join(undone)}."
         yield Statement(text)
-
-
-def least_bits(widths: str) -> int:
-    """Return the least bit width in a notation such as ``"w4a8"``."""
-    qconfig = LayerQConfig.parse(widths)
-    return min(spec.bits for spec in (qconfig.weight, qconfig.activation) if spec is not None)
 
 
 def _option(record: RunRecord, stage: str, name: str) -> Any:

@@ -105,7 +105,7 @@ class ReconstructionConfig:
         """
         if self.steps is not None:
             return self.steps
-        bits = _least_bits(qconfigs)
+        bits = least_bits(qconfigs)
         share = math.sqrt(min(1.0, samples / 1024)) if bits < 4 else 1.0
         return max(1, round(DEFAULT_STEPS[bits] * share))
 
@@ -113,8 +113,9 @@ class ReconstructionConfig:
         """Return the tolerance for a unit whose layers have these specs."""
         if self.tolerance is not None:
             return self.tolerance
-        return 2e-3 if _least_bits(qconfigs) == 8 else 0.0
+        return 2e-3 if least_bits(qconfigs) == 8 else 0.0
 
 
-def _least_bits(qconfigs: Iterable[LayerQConfig]) -> int:
+def least_bits(qconfigs: Iterable[LayerQConfig]) -> int:
+    """Return the least bit width of weights and activations; float activations do not count."""
     return min(spec.bits for pair in qconfigs for spec in (pair.weight, pair.activation) if spec is not None)

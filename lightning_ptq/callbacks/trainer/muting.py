@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torchmetrics import Metric
 
 from lightning_ptq.calibration.forward import BATCH_INDEX, Forward, default_forward
+from lightning_ptq.callbacks.trainer.lightning import overrides
 from lightning_ptq.callbacks.trainer.standins import MutedLogger, Planned
 from lightning_ptq.errors import CalibrationError, PTQError, add_note
 from lightning_ptq.runtime.eager import eagerly
@@ -59,11 +60,11 @@ def calibration_forward(module: LightningModule, step: Step) -> Forward:
     if callable(step):
         run = step
     elif step == "predict":
-        run = _with_indices(module.predict_step) if _overrides(module, "predict_step") else default_forward
+        run = _with_indices(module.predict_step) if overrides(module, "predict_step") else default_forward
     else:
         run = _with_indices(module.training_step)
 
-    configure = module.configure_optimizers if _overrides(module, "configure_optimizers") else None
+    configure = module.configure_optimizers if overrides(module, "configure_optimizers") else None
     planned, note = Planned(configure, _refuse), _NOTE.format(step=_STEPS.get(name, name))
 
     def forward(root: nn.Module, batch: Any) -> Any:
@@ -83,15 +84,6 @@ def check_step(step: Any) -> Step:
     if callable(step) or (isinstance(step, str) and step in _STEPS):
         return cast(Step, step)
     raise CalibrationError(f"step must be 'training', 'predict' or a function of module and batch, got {step!r}.")
-
-
-def lightning_base(cls: type) -> Any:
-    """Return the LightningModule class that ``cls`` derives from, from either package."""
-    return next(base for base in cls.__mro__ if base.__name__ == "LightningModule")
-
-
-def _overrides(module: LightningModule, name: str) -> bool:
-    return getattr(type(module), name) is not getattr(lightning_base(type(module)), name)
 
 
 def _with_indices(method: Callable[..., Any]) -> Forward:

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from lightning_ptq.callbacks.trainer.lightning import callbacks_of
 from lightning_ptq.runtime.patching import attributes
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def suited_to_ptq(trainer: Trainer, num_samples: int | None) -> Iterator[None]:
         # Lightning would warn that the epoch is shorter than its interval; a run logs whenever it has something to log.
         interval = min(trainer.log_every_n_steps, 1)  # type: ignore[attr-defined]  # set by a connector of the Trainer
         stack.enter_context(attributes(trainer, {"log_every_n_steps": interval}))
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in callbacks_of(trainer):
             for cls in type(callback).__mro__:
                 stack.enter_context(attributes(callback, _SILENT.get(cls.__name__, {})))
         bar: Any = trainer.progress_bar_callback

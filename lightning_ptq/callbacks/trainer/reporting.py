@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_ptq.calibration.calibration import Calibration
+from lightning_ptq.callbacks.base import ptq_callbacks
 from lightning_ptq.callbacks.trainer.lightning import rank_zero_info
 from lightning_ptq.callbacks.trainer.loggers import log_end, log_scalars, shows_pictures
 from lightning_ptq.callbacks.trainer.resuming import checksums
@@ -105,18 +106,12 @@ def validate_after(
                 ReportWarning,
                 stacklevel=2,
             )
-        names = [name for name in (*_monitored(trainer), *before.names()) if name in after and name in before.values]
+        monitored = [name for callback in ptq_callbacks(trainer) for name in callback.monitored]
+        names = [name for name in (*monitored, *before.names()) if name in after and name in before.values]
         report.metrics = [MetricChange(name, before.values[name], after[name]) for name in dict.fromkeys(names)]
         for change in report.metrics:
             path = f"ptq/validation/{change.name}"
             log_scalars(trainer, {f"{path}_float": change.before, f"{path}_quantized": change.after})
-
-
-def _monitored(trainer: Trainer) -> list[str]:
-    """Return the metrics that callbacks of the run are to keep."""
-    callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector of the Trainer
-    targets: list[Any] = [getattr(callback, "target", None) for callback in callbacks]
-    return [target.monitor for target in targets if hasattr(target, "monitor")]
 
 
 def publish(trainer: Trainer, report: PTQReport, report_dir: str | None) -> None:
