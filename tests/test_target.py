@@ -8,7 +8,7 @@ import pytest
 
 from lightning_ptq.allocation.costs import Cost
 from lightning_ptq.allocation.sensitivity_table import SensitivityTable
-from lightning_ptq.allocation.target import Measurement, as_frontier, fine_frontier, search_drop
+from lightning_ptq.allocation.target import Measurement, _Search, as_frontier, fine_frontier, search_drop
 from lightning_ptq.errors import AllocationError
 
 NAMES = [f"layer{i}" for i in range(12)]
@@ -105,3 +105,16 @@ def test_costs_of_any_magnitude_and_free_candidates_are_swept(scale, free):
     assert points[0].choice == dict.fromkeys(NAMES, "w2a8")
     assert points[-1].choice == dict.fromkeys(NAMES, "w8a8")
     assert len(points) > 15
+
+
+def test_between_two_trials_the_drop_is_linear_in_the_logarithm_of_the_rise():
+    low, high = POINTS[-2].rise, POINTS[0].rise  # the widest choice but one, and the narrowest
+
+    def drop(rise):
+        return 0.1 * math.log(rise / low) / math.log(high / low)
+
+    search = _Search(POINTS, 0.06, "size")
+    for index in (0, len(POINTS) - 2):
+        search.add(index, Measurement(0.0, drop(POINTS[index].rise), 0.0))
+    found = search.next()
+    assert drop(POINTS[found].rise) <= 0.06 < drop(POINTS[found - 1].rise)

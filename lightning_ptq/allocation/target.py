@@ -182,7 +182,7 @@ class _Search:
         return next((i for i, point in enumerate(self.points) if point.rise <= aim), len(self.points) - 1)
 
     def _between(self, outside: Trial, inside: Trial) -> float:
-        """Return the rise at which a power law through two trials has the accepted drop, away from both ends."""
+        """Return the rise at which the drop, if linear in the logarithm of the rise, is the accepted one."""
         low, high = math.log(max(inside.rise, 1e-30)), math.log(max(outside.rise, 2e-30))
         span = outside.drop - inside.drop
         share = (self.max_drop - inside.drop) / span if span > 0 else 0.5

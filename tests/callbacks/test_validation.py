@@ -8,6 +8,7 @@ from helpers import IMAGES, LABELS, Snapshot, classifier, loader, same_state, st
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ptq import AdaQuantLayerwise, BitAllocator, CalibrationCapture, ExportONNX, StatsTuning
+from lightning_ptq.allocation.trial import Trial
 from lightning_ptq.callbacks.trainer.validation import Scores, standard_error
 from lightning_ptq.errors import AllocationError, QConfigError, ReportWarning
 
@@ -332,3 +333,58 @@ def test_names_that_lightning_adds_are_no_metrics_of_their_own(pl, tmp_path):
     trainer(pl, tmp_path, capture, allocator).fit(classifier(pl, logging(log)), loader(), loader())
     assert [change.name for change in capture.report.metrics] == ["m_epoch", "m", "n_step"]
     assert capture.report.trials[0].value == pytest.approx(capture.report.metrics[1].after)
+
+
+class NormLast(torch.nn.Sequential):
+    """A batch norm that cannot be folded, as it follows an activation; images of 5 x 5 pixels, three classes."""
+
+    def __init__(self):
+        super().__init__(
+            torch.nn.Conv2d(1, 6, 3), torch.nn.ReLU(), torch.nn.BatchNorm2d(6), torch.nn.Conv2d(6, 6, 3),
+            torch.nn.ReLU(), torch.nn.BatchNorm2d(6), torch.nn.Flatten(), torch.nn.Linear(6, 3),
+        )  # fmt: skip
+
+
+class Shifting(StatsTuning):
+    """Shifts the means of batch norms, which are outside the quantized layers, and the biases inside them."""
+
+    @torch.no_grad()
+    def work(self, trainer, calibration, journal=None):
+        for layer in calibration.layers.values():
+            layer.bias.add_(1.0)
+        for norm in calibration.module.modules():
+            if isinstance(norm, torch.nn.BatchNorm2d):
+                norm.running_mean.add_(1.0)
+        return []
+
+
+@pytest.mark.filterwarnings("ignore::lightning_ptq.errors.UnfoldedBatchNormWarning")
+def test_a_trial_is_the_same_whatever_was_tried_before_and_after(pl, tmp_path, monkeypatch):
+    def fit(*order):
+        """Try the narrowest (0) and the widest choice (-1) in this order, and choose the widest."""
+
+        def search(points, max_drop, minimise, tuned, rounded, tries):
+            trials = []
+            for index in order:
+                found, point = tuned(points[index]), points[index]
+                choice = dict(point.choice)
+                trials.append(Trial(point.costs, point.rise, found.value, 0.0, None, True, index == -1, choice))
+            return trials
+
+        monkeypatch.setattr("lightning_ptq.callbacks.accuracy.search_drop", search)
+        module = classifier(pl, scoring)
+        torch.manual_seed(0)
+        module.net = NormLast()
+        callbacks = [
+            CalibrationCapture("w8a8", first_last_bits=None, resume=False),
+            BitAllocator(monitor="val_loss", max_drop=100.0, mode="min", candidates=["w4a4", "w2a2"]),
+            Shifting(),
+        ]  # fmt: skip
+        trainer(pl, tmp_path, *callbacks).fit(module, loader(), loader())
+        return module
+
+    alone = fit(-1)
+    assert alone.net[2].running_mean.tolist() == [1.0] * 6
+    assert {str(layer.qconfig) for layer in alone.net if hasattr(layer, "qconfig")} == {"w4a4"}
+    assert same_state(state(alone), state(fit(0, -1)))
+    assert same_state(state(alone), state(fit(-1, 0)))

@@ -19,10 +19,21 @@ pytestmark = [
 ]
 
 
+def with_rank(base: Any) -> Any:
+    """A class whose validation logs its rank, without a reduction."""
+
+    class Ranked(scoring(base)):  # type: ignore[misc]
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            super().validation_step(batch, batch_idx)
+            self.log("rank", float(self.global_rank), sync_dist=False)
+
+    return Ranked
+
+
 def searched(root: Any, world: int) -> Any:
     import pytorch_lightning as pl
 
-    module = classifier(pl, scoring)
+    module = classifier(pl, with_rank)
     capture, allocator = CalibrationCapture("w8a8"), BitAllocator(monitor="val_loss", max_drop=0.01, mode="min")
     several = {"strategy": "ddp", "devices": world} if world > 1 else {}
     loader = DataLoader(TensorDataset(IMAGES, LABELS), 8)
@@ -40,4 +51,5 @@ def test_all_ranks_decide_alike(tmp_path):
     assert same_state(first[0], second[0])
     assert first[1:] == second[1:]
     assert first[2]
-    assert {name for name, _, _ in first[3]} == {"val_acc", "val_loss"}
+    assert {name for name, _, _ in first[3]} == {"val_acc", "val_loss", "rank"}
+    assert ("rank", 0.5, 0.5) in first[3]
