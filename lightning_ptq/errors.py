@@ -203,6 +203,16 @@ class RepeatedSamplesWarning(PTQWarning):
     )
 
 
+class SaturatingKernelsWarning(PTQWarning):
+    """An ONNX file that onnxruntime computes wrongly on this CPU, which has no VNNI instructions, by default."""
+
+    remedy = (
+        "On CPUs without VNNI instructions, load the file with options of onnxruntime.SessionOptions() on which"
+        " add_session_config_entry('session.x64quantprecision', '1') was called. Other CPUs need no option."
+    )
+    may_differ_by_rank = True
+
+
 class ReportWarning(PTQWarning):
     """A part of the report that could not be created."""
 

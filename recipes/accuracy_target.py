@@ -94,6 +94,7 @@ def main(
     per_pass = seconds_per_pass(module, calib)
     before = {"val": top1(module, val), "test": top1(module, test)}
     console.print(f"float: {before['val']:.2f} on validation images, {before['test']:.2f} on test images")
+    console.print(f"a pass takes {per_pass:.1f} s")
 
     found = copy.deepcopy(module)
     allocator = BitAllocator(monitor="top1", max_drop=max_drop / 100, minimise=minimise)

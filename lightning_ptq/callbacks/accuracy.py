@@ -60,9 +60,14 @@ class AccuracyTarget:
                 f"BitAllocator(monitor={self.monitor!r}) needs validation data and a validation_step. Write"
                 " trainer.fit(module, calibration_loader, val_loader), and do not limit validation to 0 batches."
             )
+        if scores is not None and not scores.names():
+            raise AllocationError(
+                f"BitAllocator(monitor={self.monitor!r}): validation logs no metric. Log it in validation_step, and"
+                " give fit a validation loader with samples."
+            )
         if scores is not None and self.monitor not in scores.values:
             raise AllocationError(
-                f"BitAllocator(monitor={self.monitor!r}): validation logs {sorted(scores.names()) or 'nothing'}. Name"
+                f"BitAllocator(monitor={self.monitor!r}): validation logs {sorted(scores.names())}. Name"
                 " one of these, or log the metric in validation_step."
             )
         if scores is not None and not math.isfinite(scores.values[self.monitor]):

@@ -54,6 +54,7 @@ class Parity:
             if they were asked for.
         min_snr: Least ratio that was allowed.
         max_disagreement: Greatest share of differing predictions that was allowed.
+        saturates: Whether onnxruntime's default kernels overflow on this CPU, so that others were used.
     """
 
     path: Path
@@ -62,6 +63,7 @@ class Parity:
     tensors: list[TensorParity] = field(default_factory=list)
     min_snr: float = MIN_SNR
     max_disagreement: float = MAX_DISAGREEMENT
+    saturates: bool = False
 
     @property
     def passed(self) -> bool:

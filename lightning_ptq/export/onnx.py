@@ -132,6 +132,8 @@ def _finish(
     if engine is None or engine.bounds_integers:
         onnx_clips.bound_integers(graph)
     onnx_weights.narrow(graph, opset, 2 if engine is None else engine.least_bits)
+    if engine is None or engine.integer_bias:
+        onnx_weights.with_zero_points(graph)
     return onnx_graph.tidy(graph, axes, outputs)
 
 

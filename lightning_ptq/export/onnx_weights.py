@@ -147,6 +147,25 @@ def without_zero_points(graph: Any) -> None:
                 graph.remove(source, safe=True)
 
 
+def with_zero_points(graph: Any) -> None:
+    """Give weights with a scale per channel their zero points, which are 0, also where they could be left out.
+
+    Kernels of onnxruntime that cannot saturate take unsigned weights. Where the zero points are left out, it shifts the
+    weights by one number for all channels, and then fails. It also fails where two weights share their zero points.
+
+    Args:
+        graph: The graph, changed in place.
+    """
+    for node in list(graph):
+        if node.op_type != "DequantizeLinear" or len(node.inputs) > 2 or _has_blocks(node):
+            continue
+        scale = constant_of(node.inputs[1])
+        if scale is not None and scale.ndim == 1 and str(node.inputs[0].dtype) == "INT8":
+            node.resize_inputs(3)
+            zeros = np.zeros(scale.size, np.int8)
+            node.replace_input_with(2, add_constant(graph, f"{node.inputs[0].name}.zero_point", zeros))
+
+
 def _is_zero(value: Any) -> bool:
     """Return True for a constant of zeros."""
     array = constant_of(value)

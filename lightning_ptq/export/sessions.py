@@ -10,6 +10,9 @@ from lightning_ptq.export.inputs import ExampleInputs
 
 EXPORTERS, RUNTIME = ("onnx", "onnxscript"), "onnxruntime"
 
+EXACT_OPTION = ("session.x64quantprecision", "1")
+"""Option of a session: on x86 CPUs, kernels that add in 32 bits instead of 16."""
+
 
 def require(*packages: str) -> None:
     """Raise unless some optional packages can be imported.
@@ -25,13 +28,20 @@ def require(*packages: str) -> None:
             )
 
 
-def open_session(model: Any) -> Any:
-    """Return a session of onnxruntime on the CPU."""
+def open_session(model: Any, saturates: bool = False) -> Any:
+    """Return a session of onnxruntime on the CPU.
+
+    Args:
+        model: Path or bytes of the model.
+        saturates: Whether to use kernels that take longer and cannot saturate, on a CPU without VNNI instructions.
+    """
     require(RUNTIME)
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    if saturates:
+        options.add_session_config_entry(*EXACT_OPTION)
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:

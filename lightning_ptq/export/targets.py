@@ -127,6 +127,11 @@ TARGETS: dict[str, Target] = {
                 f"{_ORT}#data-type-selection",
             ),
             Rule(
+                "On x86 CPUs without VNNI, the kernels of U8S8 saturate unless session.x64quantprecision is 1.",
+                "Weights with a scale per channel have explicit zero points, without which this option fails.",
+                f"{_ORT}#when-and-why-do-i-need-to-try-u8u8",
+            ),
+            Rule(
                 "Integer kernels compute between operators whose inputs and outputs are all quantized.",
                 "Sums, products and concatenations are quantized too.",
                 f"{_ORT}#onnx-quantization-representation-format",

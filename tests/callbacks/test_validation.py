@@ -232,14 +232,18 @@ def test_wrong_arguments_are_refused_at_once(options, message):
 
 @pytest.mark.parametrize(
     ("monitor", "data", "message"),
-    [("val_acc", False, "needs validation data"), ("top5", True, r"validation logs \['val_acc', 'val_loss'\]")],
+    [
+        ("val_acc", None, "needs validation data"),
+        ("val_acc", [], "validation logs no metric"),
+        ("top5", ..., r"validation logs \['val_acc', 'val_loss'\]"),
+    ],
 )
 def test_a_metric_that_validation_does_not_give_is_refused_before_the_work(pl, tmp_path, monitor, data, message):
     module, val = teacher(pl)
     before = Snapshot(module)
     run = trainer(pl, tmp_path, CalibrationCapture("w8a8"), BitAllocator(monitor=monitor, max_drop=0.1))
     with pytest.raises(AllocationError, match=message):
-        run.fit(module, loader(), val if data else None)
+        run.fit(module, loader(), val if data is ... else data)
     before.assert_unchanged()
 
 
