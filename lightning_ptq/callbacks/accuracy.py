@@ -136,15 +136,11 @@ class AccuracySearch:
             The allocation of the chosen trial; the report gets all trials.
 
         Raises:
-            AllocationError: If no choice is within the accepted drop; the module is as it was.
+            AllocationError: If no choice is within the accepted drop.
         """
         # Trials without tuning cost no more than a look at where to start, so all steps of a bisection are taken.
         tries, rounded = (self.target.tries, self._rounded) if self.later else (POINTS.bit_length() + 1, None)
-        try:
-            trials = search_drop(points, self.target.max_drop, minimise, self._tuned, rounded, tries)
-        except BaseException:
-            self._start.restore()
-            raise
+        trials = search_drop(points, self.target.max_drop, minimise, self._tuned, rounded, tries)
         chosen = next(trial for trial in trials if trial.chosen)
         state, results, warnings = self._kept[str(chosen.choice)]
         state.restore()
