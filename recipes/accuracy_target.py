@@ -69,6 +69,7 @@ def main(
     validation: int | None = None,
     minimise: Literal["size", "bops"] = "size",
     uniform: list[str] = UNIFORM,
+    candidates: list[str] | None = None,
     seed: int = 0,
     json: Path | None = None,
 ) -> None:
@@ -82,6 +83,7 @@ def main(
         validation: Number of validation images; 1000 for ResNet-20, half of the images for EfficientNet-Lite0.
         minimise: Whether the smallest network is sought, or that of the fewest bit operations.
         uniform: Bit widths for comparison.
+        candidates: Bit widths that the search chooses from; by default those of BitAllocator.
         seed: Seed of all random choices.
         json: File for the measurements.
     """
@@ -97,7 +99,7 @@ def main(
     console.print(f"a pass takes {per_pass:.1f} s")
 
     found = copy.deepcopy(module)
-    allocator = BitAllocator(monitor="top1", max_drop=max_drop / 100, minimise=minimise)
+    allocator = BitAllocator(monitor="top1", max_drop=max_drop / 100, minimise=minimise, candidates=candidates)
     report, seconds = fitted(found, calib, val, CalibrationCapture("w8a8"), allocator, AdaQuantLayerwise(seed=seed))
     rows: list[dict[str, Any]] = [
         {
