@@ -175,17 +175,11 @@ class _Search:
         if inside is not None and outside >= 0:
             aim = self._between(self.trials[outside], self.trials[inside])
         else:
-            rise = self.trials[outside if inside is None else inside].rise
-            # All drops are noisy, and one near 0 says little of how far to go, so no step is longer than this.
-            slope = max(self._slope(), self.max_drop / 8 / max(rise, 1e-30))
-            ratio = 0.9 * self.max_drop / max(slope * rise, 1e-30)
-            aim = rise * (min(max(ratio, 1.25), 4.0) if inside is not None else min(max(ratio, 0.25), 0.9))
+            trial = self.trials[outside if inside is None else inside]
+            # A drop near 0 says little of how far to go, so no step is longer than this.
+            ratio = self.max_drop / max(trial.drop, self.max_drop / 8, 1e-30)
+            aim = trial.rise * (min(max(0.9 * ratio, 1.25), 4.0) if inside is not None else max(0.9 * ratio, 0.25))
         return next((i for i, point in enumerate(self.points) if point.rise <= aim), len(self.points) - 1)
-
-    def _slope(self) -> float:
-        """Return the drop for a unit of predicted rise, by least squares over all trials."""
-        squares = sum(trial.rise**2 for trial in self.trials.values())
-        return sum(trial.rise * trial.drop for trial in self.trials.values()) / max(squares, 1e-30)
 
     def _between(self, outside: Trial, inside: Trial) -> float:
         """Return the rise at which the drop, if linear in the logarithm of the rise, is the accepted one."""

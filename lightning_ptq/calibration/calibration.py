@@ -171,10 +171,6 @@ class Calibration:
             qconfig = replace(qconfig, default=qconfig.default.with_bits_of(candidate))
         return cast(LayerQConfig, qconfig.for_layer(name, edge=name in self.edges))
 
-    def free_edges(self) -> None:
-        """Let bit widths be chosen for the first and last layer as for all others."""
-        self.prepared.qconfig = replace(self.prepared.qconfig, first_last_bits=None)
-
     def round_to_nearest(self, name: str, qconfig: LayerQConfig) -> None:
         """Give layer ``name`` its float weights back, and quantizers for ``qconfig`` with newly chosen scales."""
         layer = self.layers[name]

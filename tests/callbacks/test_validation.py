@@ -392,27 +392,3 @@ def test_a_trial_is_the_same_whatever_was_tried_before_and_after(pl, tmp_path, m
     assert {str(layer.qconfig) for layer in alone.net if hasattr(layer, "qconfig")} == {"w4a4"}
     assert same_state(state(alone), state(fit(0, -1)))
     assert same_state(state(alone), state(fit(-1, 0)))
-
-
-@pytest.mark.parametrize(("target", "bits"), [(None, [8, 6, 5, 4, 3, 2]), ("onnxruntime", [8, 4, 2])])
-def test_the_search_chooses_from_all_widths_or_from_those_that_onnx_stores(pl, tmp_path, target, bits):
-    module, val = teacher(pl)
-    allocator = BitAllocator(monitor="val_acc", max_drop=1.0)
-    trainer(pl, tmp_path, CalibrationCapture("w8a8", target=target), allocator).fit(module, loader(), val)
-    assert allocator.result.sensitivity.candidates == [f"w{b}a8" for b in bits]
-    within = BitAllocator(size=0.25)
-    trainer(pl, tmp_path, CalibrationCapture("w8a8", target=target), within).fit(teacher(pl)[0], loader())
-    assert within.result.sensitivity.candidates == ["w8a8", "w4a8", "w4a4", "w2a4"]
-
-
-@pytest.mark.parametrize("edges", ["auto", 8])
-def test_the_search_chooses_for_the_first_and_last_layer_unless_their_bits_are_given(pl, tmp_path, edges):
-    module, val = teacher(pl)
-    capture, allocator = (
-        CalibrationCapture("w8a8", first_last_bits=edges),
-        BitAllocator(monitor="val_acc", max_drop=1.0),
-    )
-    trainer(pl, tmp_path, capture, allocator).fit(module, loader(), val)
-    widths = list(allocator.result.allocation.choice.values())
-    assert widths.count("w8a8") == (0 if edges == "auto" else 2)
-    assert len(widths) > 2
