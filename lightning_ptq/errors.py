@@ -207,8 +207,8 @@ class SaturatingKernelsWarning(PTQWarning):
     """An ONNX file that onnxruntime computes wrongly on this CPU, which has no VNNI instructions, by default."""
 
     remedy = (
-        "On CPUs without VNNI instructions, load the file with options of onnxruntime.SessionOptions() on which"
-        " add_session_config_entry('session.x64quantprecision', '1') was called. Other CPUs need no option."
+        "On CPUs without VNNI instructions, load the file with onnxruntime's session option"
+        " session.x64quantprecision set to '1'. Other CPUs need no option."
     )
     may_differ_by_rank = True
 
