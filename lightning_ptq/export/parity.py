@@ -37,7 +37,6 @@ from lightning_ptq.runtime.structure import is_float, tensors_in
 Pairs = dict[str, list[tuple[Any, Any]]]
 """What the module computes and what the file does, for each batch, by the name of the output."""
 
-
 _DOUBTFUL, _BETTER = 100.0, 10.0  # decibels: what equal integers reach, and more than chance makes
 
 
@@ -109,9 +108,9 @@ def compare_export(
     pairs = _pairs(path, kept, references, shown or path)
     parity = Parity(path, samples, _outputs(pairs), [], *tolerance)
     if _least(parity.outputs) < _DOUBTFUL:
-        wider = _pairs_in_32_bits(path, kept, references, shown or path)
-        if wider is not None and _least(_outputs(wider)) > _least(parity.outputs) + _BETTER:
-            pairs, parity = wider, replace(parity, outputs=_outputs(wider), saturates=True)
+        exact = _exact_pairs(path, kept, references, shown or path)
+        if exact is not None and _least(_outputs(exact)) > _least(parity.outputs) + _BETTER:
+            pairs, parity = exact, replace(parity, outputs=_outputs(exact), saturates=True)
     if every_tensor:
         parity = replace(parity, tensors=list(_inside(path, module, kept[0], parity.saturates)))
     if not parity.passed:
@@ -143,10 +142,10 @@ def _reference(module: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
 
 
 def _pairs(
-    path: Path, batches: list[ExampleInputs], references: list[list[Tensor]], shown: Path, saturates: bool = False
+    path: Path, batches: list[ExampleInputs], references: list[list[Tensor]], shown: Path, exact: bool = False
 ) -> Pairs:
     """Run a file on batches, and return what the module computes and what the file does, by output."""
-    session = open_session(os.fspath(path), saturates)
+    session = open_session(os.fspath(path), exact)
     names = [output.name for output in session.get_outputs()]
     pairs: Pairs = {name: [] for name in names}
     for inputs, expected in zip(batches, references, strict=True):
@@ -160,12 +159,10 @@ def _pairs(
     return pairs
 
 
-def _pairs_in_32_bits(
-    path: Path, batches: list[ExampleInputs], references: list[list[Tensor]], shown: Path
-) -> Pairs | None:
+def _exact_pairs(path: Path, batches: list[ExampleInputs], references: list[list[Tensor]], shown: Path) -> Pairs | None:
     """Return the pairs of kernels that cannot saturate; None if onnxruntime has none for the file."""
     try:
-        return _pairs(path, batches, references, shown, saturates=True)
+        return _pairs(path, batches, references, shown, exact=True)
     except ExportError:
         return None
 
@@ -231,7 +228,7 @@ def _array(tensor: Tensor) -> Any:
     return (found.double() if is_float(found) else found).numpy()
 
 
-def _inside(path: Any, module: nn.Module, inputs: ExampleInputs, saturates: bool) -> Iterator[TensorParity]:
+def _inside(path: Any, module: nn.Module, inputs: ExampleInputs, exact: bool) -> Iterator[TensorParity]:
     """Compare every quantized tensor inside the network on one batch.
 
     The integers are compared, not the float values between two operators: to ask for those would keep the runtime from
@@ -248,7 +245,7 @@ def _inside(path: Any, module: nn.Module, inputs: ExampleInputs, saturates: bool
     names = [name for name in expected if name in present and name not in taken]
     for name in names:
         model.graph.output.append(onnx.ValueInfoProto(name=name))
-    session = open_session(model.SerializeToString(), saturates)
+    session = open_session(model.SerializeToString(), exact)
     results = run_session(session, inputs, path, names) if names else []
     for name, result in zip(names, results, strict=True):
         where, reference = expected[name]

@@ -28,19 +28,19 @@ def require(*packages: str) -> None:
             )
 
 
-def open_session(model: Any, saturates: bool = False) -> Any:
+def open_session(model: Any, exact: bool = False) -> Any:
     """Return a session of onnxruntime on the CPU.
 
     Args:
         model: Path or bytes of the model.
-        saturates: Whether to use kernels that take longer and cannot saturate, on a CPU without VNNI instructions.
+        exact: Whether to use kernels that cannot saturate, also on an x86 CPU without VNNI; they take longer.
     """
     require(RUNTIME)
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    if saturates:
+    if exact:
         options.add_session_config_entry(*EXACT_OPTION)
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

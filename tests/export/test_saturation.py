@@ -25,7 +25,7 @@ def snr(path: Path, net: nn.Module, batch: Any) -> float:
     inputs = ExampleInputs.of(net, batch)
     with torch.no_grad():
         expected = (net(**batch) if isinstance(batch, dict) else net(batch)).numpy()
-    (found,) = run_session(open_session(str(path), saturates=True), inputs, path)
+    (found,) = run_session(open_session(str(path), exact=True), inputs, path)
     return float(10 * np.log10((expected**2).sum() / max(((expected - found) ** 2).sum(), 1e-30)))
 
 
@@ -60,9 +60,9 @@ def test_a_file_that_only_default_kernels_compute_wrongly_passes_with_a_warning(
     net = exportable(Kinds, IMAGES, target="onnxruntime")
     right = export_onnx(net, tmp_path / "net.onnx", IMAGES[0], batches=IMAGES).parity
 
-    def opened(model: Any, saturates: bool = False) -> Any:
-        session = open_session(model, saturates=True)
-        return session if saturates else Overflowing(session)
+    def opened(model: Any, exact: bool = False) -> Any:
+        session = open_session(model, exact=True)
+        return session if exact else Overflowing(session)
 
     monkeypatch.setattr(parity, "open_session", opened)
     with pytest.warns(SaturatingKernelsWarning, match=r"net\.onnx overflows.*session\.x64quantprecision"):
