@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from helpers import ResNet, Snapshot, build, relative_error, rng_state, same_state, seeded, state
 from torch import nn
 
-from lightning_ptq import QConfig, calibrate, prepare
+from lightning_ptq import LayerQConfig, QConfig, calibrate, prepare
 from lightning_ptq.errors import (
     CalibrationError,
     FewSamplesWarning,
@@ -379,3 +379,13 @@ def test_float_mode_is_the_float_net_until_release():
     calibration.release()
     assert len(calibration.batches) == 0
     assert [layer.reference for layer in calibration.layers.values()] == [None] * 6
+
+
+def test_only_large_first_and_last_layers_are_freed():
+    net = nn.Sequential(nn.Linear(4, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 16))  # 192, 2304, 768
+    calibration = calibrate(net, [seeded(0, 8, 4)], "w4a4")
+    assert calibration.edges == ("0", "4")
+    calibration.free_large_edges()
+    assert calibration.edges == calibration.part([0]).edges == ("0",)
+    narrow = LayerQConfig.parse("w2a8")
+    assert [str(calibration.qconfig_at(name, narrow)) for name in "024"] == ["w8a8", "w2a8", "w2a8"]

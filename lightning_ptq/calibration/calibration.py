@@ -28,6 +28,9 @@ from lightning_ptq.runtime.ranks import Ranks
 Observers = dict[tuple[str, str], MinMaxObserver]
 """Observers by the names of a layer and of one of its inputs."""
 
+LARGE = 16
+"""A first or last layer with more than this part of the weights is too large for 8 bits in the smallest network."""
+
 
 @dataclass
 class Calibration:
@@ -46,6 +49,7 @@ class Calibration:
         ranks: Processes that share the work; each has all batches.
         isolation: What makes a forward depend on its batch alone.
         mask: How to find which positions of a batch are no padding.
+        freed: First and last layers that are treated as all others.
     """
 
     prepared: Prepared
@@ -60,6 +64,7 @@ class Calibration:
     ranks: Ranks = field(default_factory=Ranks)
     isolation: Isolation = field(default_factory=Isolation)
     mask: Mask | None = None
+    freed: frozenset[str] = frozenset()
     _padding: dict[int, Tensor | None] = field(default_factory=dict, init=False, repr=False)
     _qparams: dict[tuple[str, LayerQConfig], list[tuple[Tensor, Tensor]]] = field(default_factory=dict, repr=False)
 
@@ -118,10 +123,10 @@ class Calibration:
         with self.isolation.forward(self.module, seed=index):
             return run_forward(self.module, self.forward, fresh_batch(batch, self.device), gradients, index)
 
-    @cached_property
+    @property
     def edges(self) -> tuple[str, ...]:
-        """The first and the last layers, in execution order."""
-        chosen = self.first_layers | self.last_layers
+        """The first and the last layers, in execution order, except those that are treated as all others."""
+        chosen = (self.first_layers | self.last_layers) - self.freed
         return tuple(name for name in self._multiplying if name in chosen)
 
     @cached_property
@@ -170,6 +175,13 @@ class Calibration:
         if candidate is not None:
             qconfig = replace(qconfig, default=qconfig.default.with_bits_of(candidate))
         return cast(LayerQConfig, qconfig.for_layer(name, edge=name in self.edges))
+
+    def free_large_edges(self) -> None:
+        """From now on, treat those first and last layers as all others that hold more than 1/16 of the weights."""
+        total = sum(layer.weight_count for layer in self.layers.values())
+        self.freed = frozenset(
+            name for name in self.edges if name in self.layers and LARGE * self.layers[name].weight_count > total
+        )
 
     def round_to_nearest(self, name: str, qconfig: LayerQConfig) -> None:
         """Give layer ``name`` its float weights back, and quantizers for ``qconfig`` with newly chosen scales."""

@@ -21,7 +21,7 @@ from lightning_ptq.calibration.candidates import Candidates, TunedStates
 from lightning_ptq.calibration.outputs import ChooseOutput, check_choice
 from lightning_ptq.callbacks.accuracy import AccuracySearch, AccuracyTarget, Direction, target_of
 from lightning_ptq.callbacks.adaquant import AdaQuantLayerwise
-from lightning_ptq.callbacks.base import StepCallback, ptq_callbacks
+from lightning_ptq.callbacks.base import StepCallback, capture_of, ptq_callbacks
 from lightning_ptq.callbacks.trainer.loggers import log_scalars
 from lightning_ptq.errors import AllocationError
 from lightning_ptq.numerics.qconfig import parse_candidates
@@ -34,8 +34,11 @@ if TYPE_CHECKING:
 DEFAULT_CANDIDATES = ("w8a8", "w4a8", "w4a4", "w2a4")
 """Bit widths to choose from if neither the user nor a parallel AdaQuantLayerwise names any."""
 
-SMALL_CANDIDATES = ("w8a8", "w4a8", "w3a8", "w2a8")
+SMALL_CANDIDATES = ("w8a8", "w6a8", "w5a8", "w4a8", "w3a8", "w2a8")
 """The same where an accepted drop of a metric limits the size alone, to which bits of activations do not count."""
+
+STORED_CANDIDATES = ("w8a8", "w4a8", "w2a8")
+"""Those of the small ones that an ONNX file has types for; it stores others in the next wider type."""
 
 
 class BitAllocator(StepCallback):
@@ -67,7 +70,8 @@ class BitAllocator(StepCallback):
         tries: Greatest number of networks that are tuned in search of ``max_drop``; one more if none of them is within.
         minimise: Cost to minimize under ``max_drop`` or ``max_degradation``: ``"size"``, ``"bops"`` or ``"table"``.
         candidates: Bit widths to choose from; by default those of the parallel AdaQuantLayerwise, or
-            w8a8, w4a8, w4a4 and w2a4; w8a8, w4a8, w3a8 and w2a8 where ``max_drop`` alone limits the size.
+            w8a8, w4a8, w4a4 and w2a4. Where ``max_drop`` alone limits the size, all of 2 to 6 and 8 bits with
+            8-bit activations, or those that ONNX stores (w8a8, w4a8, w2a8) if CalibrationCapture has a ``target``.
         measure: ``"kl"``, ``"mse"``, ``"loss"`` or ``"fisher"``; see
             :func:`~lightning_ptq.allocation.sensitivity.measure_sensitivity`.
         output: Tensor of the network's output that ``"kl"`` and ``"mse"`` compare: a key, an index or a function;
@@ -199,6 +203,9 @@ class BitAllocator(StepCallback):
         candidates: list[str], states: TunedStates,
     ) -> AllocationResult:  # fmt: skip
         """Choose the widths by the user's metric, and leave the module tuned at them."""
+        capture = capture_of(trainer)
+        if capture is not None and capture.frees_edges and not states:
+            calibration.free_large_edges()
         with self._progress(trainer) as progress:
             table = measure_sensitivity(
                 calibration, candidates, states=states, progress=progress, journal=journal, **self.measuring
@@ -242,8 +249,9 @@ class BitAllocator(StepCallback):
         An empty list stands for the calibrated widths, for which a tuning without candidates is done.
         """
         tunings = self._tunings(trainer)
-        small = self.target is not None and self.minimise == "size" and not self.budgets
-        default = list(SMALL_CANDIDATES if small else DEFAULT_CANDIDATES)
+        small, capture = self.target is not None and self.minimise == "size" and not self.budgets, capture_of(trainer)
+        packed = SMALL_CANDIDATES if capture is None or capture.target is None else STORED_CANDIDATES
+        default = list(packed if small else DEFAULT_CANDIDATES)
         return self.candidates or (tunings[-1].candidates or [] if tunings else default)
 
     def _states(self, trainer: Trainer) -> TunedStates:

@@ -27,7 +27,7 @@ from lightning_ptq.callbacks.trainer.resuming import Journals
 from lightning_ptq.callbacks.trainer.signals import StopRequest
 from lightning_ptq.callbacks.trainer.validation import Scores, no_validation_of_fit
 from lightning_ptq.errors import CalibrationError, noted_warnings
-from lightning_ptq.export.targets import TargetName, configured
+from lightning_ptq.export.targets import Auto, TargetName, configured
 from lightning_ptq.network.prepare import Prepared, prepare
 from lightning_ptq.numerics.qconfig import Operations, QConfig
 from lightning_ptq.numerics.spec import ObserverName
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
 log = logging.getLogger(__name__)
-_whole = partial(arguments.whole, error=CalibrationError)
 
 
 class CalibrationCapture(PTQCallback):
@@ -61,7 +60,7 @@ class CalibrationCapture(PTQCallback):
             ``predict_step``, or ``forward`` on the inputs if it has none), or a function of module and batch.
         overrides: Bit widths by layer-name pattern, such as ``{"head.*": "w8a8"}``. None by default.
         exclude: Patterns of layers that stay float; none by default.
-        first_last_bits: Least widths of the first and last layer in execution order; None for no exception.
+        first_last_bits: Least width of first and last layers, or None; ``"auto"``: 8, except large ones under ``max_drop``.
         symmetric_activations: True for signed grids with zero point 0; by default what the target demands, else False.
         weight_observer: ``"mse"``, ``"minmax"`` or ``"percentile"``.
         activation_observer: The same for activations.
@@ -98,7 +97,7 @@ class CalibrationCapture(PTQCallback):
         step: Step = "training",
         overrides: Mapping[str, str] | None = None,
         exclude: list[str] | None = None,
-        first_last_bits: int | None = 8,
+        first_last_bits: int | Auto | None = "auto",
         symmetric_activations: bool | None = None,
         weight_observer: ObserverName = "mse",
         activation_observer: ObserverName = "mse",
@@ -120,7 +119,9 @@ class CalibrationCapture(PTQCallback):
             operations=operations, symmetric_activations=symmetric_activations, weight_observer=weight_observer,
             percentile=percentile, activation_observer=activation_observer, signed_scales=signed_scales,
         )  # fmt: skip
-        self.num_samples = None if num_samples is None else _whole("num_samples", num_samples)
+        self.frees_edges = first_last_bits == "auto" and isinstance(qconfig, str)
+        whole = partial(arguments.whole, error=CalibrationError)
+        self.num_samples = None if num_samples is None else whole("num_samples", num_samples)
         self.step = check_step(step)
         self.mask = check_mask(mask)
         self.save_checkpoint = arguments.flag("save_checkpoint", save_checkpoint)
@@ -135,8 +136,7 @@ class CalibrationCapture(PTQCallback):
         self._forward: Forward = default_forward
         self._calibrator: Calibrator | None = None
         self._restore, self._pass, self._watch = ExitStack(), ExitStack(), ExitStack()
-        self._ranks = Ranks()
-        self._stop = StopRequest()
+        self._ranks, self._stop = Ranks(), StopRequest()
         self._error: Exception | None = None
         self._journals: Journals | None = None
         self._progress_folder: Path | None = None

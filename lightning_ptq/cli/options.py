@@ -45,7 +45,7 @@ def callbacks_from(
         max_drop: Accepted drop of a metric of the model's validation, in its unit; the smallest network is found.
         monitor: Name under which validation_step logs this metric.
         mode: Whether the metric is better the higher (max) or the lower (min) it is.
-        candidates: Bit widths to allocate from; w8a8, w4a8, w4a4, w2a4 by default; with max_drop w8a8, w4a8, w3a8, w2a8
+        candidates: Bit widths to allocate from; w8a8, w4a8, w4a4, w2a4 by default; with max_drop w8a8, w6a8, ... w2a8
         tune: Whether AdaQuant tunes weights and scales; false rounds to the nearest. By default true where any layer
             may have fewer than 8 bits.
         steps: Steps of AdaQuant per unit; by default they depend on the bit widths.

@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_ptq.arguments import whole
 from lightning_ptq.errors import ExportError, ParityError
-from lightning_ptq.export import onnx_clips, onnx_graph, onnx_moves, onnx_weights
+from lightning_ptq.export import onnx_clips, onnx_graph, onnx_moves, onnx_weights, onnx_zero_points
 from lightning_ptq.export.agreement import MAX_DISAGREEMENT, MIN_SNR, Parity, Tolerance, tolerance_of, why_not
 from lightning_ptq.export.inputs import Axes, ExampleInputs, batches_of, default_axes, path_argument
 from lightning_ptq.export.parity import compare_export, producer
@@ -123,7 +123,7 @@ def _finish(
     graph: Any, engine: Target | None, opset: int, axes: Axes, outputs: list[str] | None
 ) -> dict[str, dict[int, str]]:
     """Store weights and biases as the engine wants them, and give everything its name; return the dynamic axes."""
-    onnx_weights.without_zero_points(graph)
+    onnx_zero_points.without_zero_points(graph)
     onnx_weights.gather_integers(graph)
     onnx_weights.transpose_stored(graph)
     onnx_moves.quantize_moves(graph)
@@ -133,7 +133,8 @@ def _finish(
         onnx_clips.bound_integers(graph)
     onnx_weights.narrow(graph, opset, 2 if engine is None else engine.least_bits)
     if engine is None or engine.integer_bias:
-        onnx_weights.with_zero_points(graph)
+        onnx_zero_points.unsign_shared(graph)
+        onnx_zero_points.with_zero_points(graph)
     return onnx_graph.tidy(graph, axes, outputs)
 
 

@@ -31,7 +31,7 @@ def transpose_stored(graph: Any) -> None:
         per_tensor = not dequantize.inputs[1].shape.rank()
         if len(stored.uses()) > 1 or dequantize.inputs[1].shape.rank() > 1:  # shared, or with a scale per block
             continue
-        _set_values(stored, np.ascontiguousarray(stored.const_value.numpy().transpose(order)))
+        set_values(stored, np.ascontiguousarray(stored.const_value.numpy().transpose(order)))
         if not per_tensor:
             import onnx_ir as ir
 
@@ -110,7 +110,7 @@ def narrow(graph: Any, opset: int, least: int = 2) -> None:
         wide = value.dtype
         value.const_value = ir.tensor(array.astype(kind.numpy()), dtype=kind, name=value.name)
         value.dtype = kind
-        if _has_blocks(node):
+        if has_blocks(node):
             if len(node.inputs) > 2:
                 node.replace_input_with(2, _cast(graph, node, node.inputs[2], kind))
         else:
@@ -132,47 +132,7 @@ def _narrowest(array: Any, opset: int, width: int) -> Any:
     return None
 
 
-def without_zero_points(graph: Any) -> None:
-    """Leave out zero points of weights that are 0, as those of symmetric grids are.
-
-    Args:
-        graph: The graph, changed in place.
-    """
-    for node in list(graph):
-        of_weights = node.op_type == "DequantizeLinear" and node.inputs[0].is_initializer()
-        if of_weights and len(node.inputs) > 2 and _is_zero(node.inputs[2]):
-            source = node.inputs[2].producer()
-            node.resize_inputs(2)
-            if source is not None and not source.outputs[0].uses():
-                graph.remove(source, safe=True)
-
-
-def with_zero_points(graph: Any) -> None:
-    """Give weights with a scale per channel their zero points, which are 0, also where they could be left out.
-
-    Kernels of onnxruntime that cannot saturate take unsigned weights. Where the zero points are left out, it shifts the
-    weights by one number for all channels, and then fails. It also fails where two weights share their zero points.
-
-    Args:
-        graph: The graph, changed in place.
-    """
-    for node in list(graph):
-        if node.op_type != "DequantizeLinear" or len(node.inputs) > 2 or _has_blocks(node):
-            continue
-        scale = constant_of(node.inputs[1])
-        if scale is not None and scale.ndim == 1 and str(node.inputs[0].dtype) == "INT8":
-            node.resize_inputs(3)
-            zeros = np.zeros(scale.size, np.int8)
-            node.replace_input_with(2, add_constant(graph, f"{node.inputs[0].name}.zero_point", zeros))
-
-
-def _is_zero(value: Any) -> bool:
-    """Return True for a constant of zeros."""
-    array = constant_of(value)
-    return array is not None and not array.any()
-
-
-def _has_blocks(node: Any) -> bool:
+def has_blocks(node: Any) -> bool:
     """Return True if a node has a scale per block of values."""
     return "block_size" in node.attributes and node.attributes["block_size"].value != 0
 
@@ -240,8 +200,8 @@ def _scale_of_products(node: Any, bias: Any) -> Any:
     lifted = np.where(small, np.copysign(least / inputs, weights), weights).astype(np.float32)
     ratio = np.expand_dims(weights / lifted, [d for d in range(len(stored.shape)) if d != _axis(dequantize, 1)])
     integers = stored.const_value.numpy()
-    _set_values(stored, np.round(integers * ratio).astype(integers.dtype))
-    _set_values(of_weights, lifted)
+    set_values(stored, np.round(integers * ratio).astype(integers.dtype))
+    set_values(of_weights, lifted)
     return (inputs * lifted).astype(np.float32)
 
 
@@ -254,7 +214,7 @@ def _unscaled(node: Any) -> bool:
 def _scale_of(value: Any) -> Any:
     """Return the scale of a tensor that is dequantized from 8-bit integers; None for any other."""
     node = value.producer()
-    if node is None or node.op_type != "DequantizeLinear" or _has_blocks(node):
+    if node is None or node.op_type != "DequantizeLinear" or has_blocks(node):
         return None
     scale = constant_of(node.inputs[1])
     return None if scale is None else scale.astype(np.float32)
@@ -271,7 +231,7 @@ def _dequantized(value: Any) -> Any:
     return node if found else None
 
 
-def _set_values(value: Any, array: Any) -> None:
+def set_values(value: Any, array: Any) -> None:
     """Give an initializer other values, possibly of another shape."""
     import onnx_ir as ir
 

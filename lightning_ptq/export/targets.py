@@ -16,6 +16,7 @@ from lightning_ptq.numerics.qconfig import LayerQConfig, Operations, QConfig
 _DECIDED = ("symmetric_activations", "signed_scales", "operations")  # arguments that a target has values for
 
 TargetName = Literal["onnxruntime", "openvino", "tensorrt"]
+Auto = Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -224,12 +225,14 @@ def configured(qconfig: Any, target: str | None, **given: Any) -> QConfig:
         qconfig: What :meth:`~lightning_ptq.QConfig.parse` takes.
         target: Name of the target; None for none.
         given: Further arguments of :meth:`~lightning_ptq.QConfig.parse`; those that a target decides on are None where
-            the user has set nothing.
+            the user has set nothing, and ``first_last_bits`` is ``"auto"`` then.
 
     Raises:
         QConfigError: If an argument cannot be parsed, or the engine does not take it.
     """
     engine = target_named(target)
+    if given.get("first_last_bits") == "auto":
+        given["first_last_bits"] = 8
     settings = {name: value for name, value in given.items() if value is not None or name not in _DECIDED}
     if engine is not None:
         settings.update(engine.settings(**settings))

@@ -392,3 +392,24 @@ def test_a_trial_is_the_same_whatever_was_tried_before_and_after(pl, tmp_path, m
     assert {str(layer.qconfig) for layer in alone.net if hasattr(layer, "qconfig")} == {"w4a4"}
     assert same_state(state(alone), state(fit(0, -1)))
     assert same_state(state(alone), state(fit(-1, 0)))
+
+
+@pytest.mark.parametrize(("target", "bits"), [(None, [8, 6, 5, 4, 3, 2]), ("onnxruntime", [8, 4, 2])])
+def test_the_search_chooses_from_all_widths_or_from_those_that_onnx_stores(pl, tmp_path, target, bits):
+    module, val = teacher(pl)
+    allocator = BitAllocator(monitor="val_acc", max_drop=1.0)
+    trainer(pl, tmp_path, CalibrationCapture("w8a8", target=target), allocator).fit(module, loader(), val)
+    assert allocator.result.sensitivity.candidates == [f"w{b}a8" for b in bits]
+    within = BitAllocator(size=0.25)
+    trainer(pl, tmp_path, CalibrationCapture("w8a8", target=target), within).fit(teacher(pl)[0], loader())
+    assert within.result.sensitivity.candidates == ["w8a8", "w4a8", "w4a4", "w2a4"]
+
+
+@pytest.mark.parametrize(("edges", "kept"), [("auto", ["net.9"]), (None, []), (8, ["net.0", "net.9"])])
+def test_the_search_chooses_for_large_first_and_last_layers_unless_their_bits_are_given(pl, tmp_path, edges, kept):
+    module, val = teacher(pl)
+    allocator = BitAllocator(monitor="val_acc", max_drop=1.0)
+    capture = CalibrationCapture("w8a8", first_last_bits=edges)
+    trainer(pl, tmp_path, capture, allocator).fit(module, loader(), val)
+    choice = allocator.result.allocation.choice
+    assert [name for name, width in choice.items() if width == "w8a8"] == kept
