@@ -60,7 +60,7 @@ class CalibrationCapture(PTQCallback):
             ``predict_step``, or ``forward`` on the inputs if it has none), or a function of module and batch.
         overrides: Bit widths by layer-name pattern, such as ``{"head.*": "w8a8"}``. None by default.
         exclude: Patterns of layers that stay float; none by default.
-        first_last_bits: Least width of first and last layers, or None; ``"auto"``: 8, except large ones under ``max_drop``.
+        first_last_bits: Least bits of first and last layers or None; ``"auto"``: 8, large ones free under ``max_drop``.
         symmetric_activations: True for signed grids with zero point 0; by default what the target demands, else False.
         weight_observer: ``"mse"``, ``"minmax"`` or ``"percentile"``.
         activation_observer: The same for activations.
