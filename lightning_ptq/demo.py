@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -75,11 +76,7 @@ def trained_classifier(epochs: int = 4, seed: int = 0) -> tuple[Stripes, Loader,
     pl.seed_everything(seed, verbose=False)
     module = Stripes()
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
-    trainer: Any = pl.Trainer
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums of several threads, and so the weights, depend on their number
-    try:
-        trainer(max_epochs=epochs, **quiet).fit(module, DataLoader(images(4096, 1), 64, shuffle=True))
-    finally:
-        torch.set_num_threads(threads)
-    return module, DataLoader(images(512, 2), 64), DataLoader(images(2000, 3), 100)
+    # Processors and numbers of threads round sums differently, which 32 bits would make other weights of.
+    trainer: Any = partial(pl.Trainer, precision="64-true", max_epochs=epochs)
+    trainer(**quiet).fit(module, DataLoader(images(4096, 1), 64, shuffle=True))
+    return module.float(), DataLoader(images(512, 2), 64), DataLoader(images(2000, 3), 100)
