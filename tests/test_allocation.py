@@ -8,6 +8,7 @@ import sys
 
 import mip
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -264,6 +265,16 @@ def test_a_time_limit_returns_the_incumbent_and_says_so(monkeypatch):
     with pytest.warns(UnprovenAllocationWarning, match="time limit of 7.0 s.*within 75.00%"):
         found = allocate_bits(RISES, SIZE, {"size": 14}, time_limit=7.0)
     assert (found.proven, found.rise, found.bound) == (False, 1.0, pytest.approx(0.25))
+
+
+def test_a_solver_leaves_the_number_of_threads_of_torch():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        found = allocate_bits(RISES, SIZE, {"size": 14})
+        assert (found.solver, torch.get_num_threads()) == (mip.CBC, 3)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_highs_solves_where_cbc_does_not_load(monkeypatch):

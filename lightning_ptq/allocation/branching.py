@@ -131,7 +131,7 @@ class Search:
                 self._limit(program, totals, row, node, free)
             unit = program.minimize(_above(self.objectives, node, free))
             left = self.end - time.perf_counter() if self.found.solver else self.seconds
-            status = program.model.optimize(max_seconds=max(left, 1e-3))
+            status = program.solve(left)
             self.found.solver = program.solver
             if status in (mip.OptimizationStatus.INFEASIBLE, mip.OptimizationStatus.INT_INFEASIBLE):
                 return self._note(node, chosen, bound, True) if _are_few(node) else []

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mip
+import torch
 
 from lightning_ptq.allocation.costs import Table
 from lightning_ptq.errors import AllocationError
@@ -68,6 +69,14 @@ class Program:
         largest = max((value[c] for cs, value in zip(self.choices, values, strict=True) for c in cs), default=0.0)
         self.model.objective = mip.minimize(self._scaled(values, largest or 1.0))
         return largest or 1.0
+
+    def solve(self, seconds: float) -> mip.OptimizationStatus:
+        """Solve the program within a time limit."""
+        threads = torch.get_num_threads()
+        try:
+            return self.model.optimize(max_seconds=max(seconds, 1e-3))
+        finally:
+            torch.set_num_threads(threads)  # CBC sets OpenMP's number to 1, and torch computes with that number
 
     def solution(self) -> list[str]:
         """Return the candidate of each group."""
