@@ -8,7 +8,7 @@ import pytest
 
 from lightning_ptq.allocation.costs import Cost
 from lightning_ptq.allocation.sensitivity_table import SensitivityTable
-from lightning_ptq.allocation.target import Measurement, _Search, as_frontier, fine_frontier, search_drop
+from lightning_ptq.allocation.target import WORTHWHILE, Measurement, _Search, as_frontier, fine_frontier, search_drop
 from lightning_ptq.errors import AllocationError
 
 NAMES = [f"layer{i}" for i in range(12)]
@@ -83,10 +83,31 @@ def test_the_widest_candidates_are_tried_before_the_search_gives_up():
         search(lambda rise: 0.5 + rise, 0.01, tries=2)
 
 
-def test_the_search_ends_where_two_trials_differ_by_less_than_the_noise():
-    _, exact, _ = search(lambda rise: 0.1 * (rise / 5) ** 2, 0.001)
-    _, noisy, _ = search(lambda rise: 0.1 * (rise / 5) ** 2, 0.001, error=0.5)
-    assert len(noisy) < len(exact)
+@pytest.mark.parametrize(("share", "settled"), [(0.85, False), (0.95, True)])
+def test_noise_settles_only_trials_of_nearly_the_same_cost(share, settled):
+    inside = len(POINTS) - 1
+    outside = next(i for i, point in enumerate(POINTS) if point.costs["size"] > share * POINTS[inside].costs["size"])
+    for error in (0.0, 0.5):
+        search = _Search([*POINTS[:outside], POINTS[outside], POINTS[inside - 1], POINTS[inside]], 0.01, "size")
+        search.add(outside, Measurement(0.9, 0.02, error))
+        search.add(outside + 2, Measurement(0.9, 0.0, error))
+        assert (search.next() is None) == (settled and error > 0)
+
+
+def test_after_a_trial_within_the_next_one_is_halfway_to_the_cheapest_choice_or_beyond():
+    for drop in (0.01, 0.0):
+        search = _Search(POINTS, 0.01, "size")
+        search.add(20, Measurement(0.9, drop, 0.005))
+        middle = math.sqrt(POINTS[0].costs["size"] * POINTS[20].costs["size"])
+        assert POINTS[search.next() - 1].costs["size"] < middle
+
+
+@pytest.mark.parametrize("costly", [True, False])
+def test_a_tuned_trial_that_could_save_less_than_a_tenth_is_not_made(costly):
+    search = _Search(POINTS, 0.01, "size", costly)
+    search.add(2, Measurement(0.9, 0.0, 0.0))
+    assert POINTS[2].costs["size"] < POINTS[0].costs["size"] / WORTHWHILE
+    assert (search.next() is None) == costly
 
 
 def test_trials_hold_what_was_tried():

@@ -63,6 +63,9 @@ def fisher_rises(
         for name, layer in calibration.layers.items():
             row = measured[batch].setdefault(name, {})
             for candidate in choices.by_layer[name]:
+                if candidate == base[name]:
+                    row[candidate] = 0.0
+                    continue
                 choices.put(name, candidate)
                 try:
                     with unit_errors():

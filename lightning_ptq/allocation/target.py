@@ -24,6 +24,13 @@ POINTS = 48
 ROUNDED_SHARE = 8.0
 """The first trial is where the network without tuning loses about this many times the accepted drop."""
 
+WORTHWHILE = 0.81
+"""A trial halfway to the cheapest choice would save less than a tenth where that has more than this part of the cost."""
+
+NEAR = 0.9
+"""Trials whose costs have a greater ratio are not told apart further, if the standard error is greater than that of
+their drops."""
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -101,7 +108,7 @@ def search_drop(
     Raises:
         AllocationError: If the network drops by more at the widest candidates too.
     """
-    search = _Search(points, max_drop, minimise)
+    search = _Search(points, max_drop, minimise, costly=rounded is not None)
     index = search.start(rounded) if rounded is not None else (len(points) - 1) // 2
     for _ in range(tries):
         search.add(index, tuned(points[index]))
@@ -129,6 +136,7 @@ class _Search:
     points: Sequence[BitAllocation]
     max_drop: float
     minimise: str
+    costly: bool = True
     trials: dict[int, Trial] = field(default_factory=dict)
 
     def start(self, rounded: Measure) -> int:
@@ -158,28 +166,40 @@ class _Search:
         high = len(self.points) if inside is None else inside
         if high - outside <= 1:
             return None
-        if inside is not None and outside >= 0 and self._cannot_tell(outside, inside):
+        if inside is not None and self._settled(outside, inside):
             return None
         low, top = outside + 1, high - 1
         return min(max(self._aimed(outside, inside), low), top)
 
-    def _cannot_tell(self, outside: int, inside: int) -> bool:
-        """True if two neighbouring trials differ by less than the standard error, or by 2 percent of the cost."""
+    def _settled(self, outside: int, inside: int) -> bool:
+        """True if another trial could save too little, or would choose by chance."""
+        ratio = self._cost(max(outside, 0)) / self._cost(inside)
+        if outside < 0:  # then the cheapest choice, where drops are greatest, is the limit
+            return self.costly and ratio > WORTHWHILE
         errors = [self.trials[i].error or 0.0 for i in (outside, inside)]
-        costs = [self.trials[i].costs[self.minimise] for i in (outside, inside)]
         near = self.trials[outside].drop - self.trials[inside].drop < max(errors)
-        return near or costs[1] < 1.02 * costs[0]
+        return ratio > (NEAR if near else 0.98)
 
     def _aimed(self, outside: int, inside: int | None) -> int:
-        """Return the cheapest point at which the drop should be within, if it is proportional to the predicted rise."""
+        """Return the point to try between two trials, or beyond the only ones that there are."""
         if inside is not None and outside >= 0:
-            aim = self._between(self.trials[outside], self.trials[inside])
-        else:
-            trial = self.trials[outside if inside is None else inside]
-            # A drop near 0 says little of how far to go, so no step is longer than this.
-            ratio = self.max_drop / max(trial.drop, self.max_drop / 8, 1e-30)
-            aim = trial.rise * (min(max(0.9 * ratio, 1.25), 4.0) if inside is not None else max(0.9 * ratio, 0.25))
-        return next((i for i, point in enumerate(self.points) if point.rise <= aim), len(self.points) - 1)
+            return self._first(self._between(self.trials[outside], self.trials[inside]))
+        trial = self.trials[outside if inside is None else inside]
+        # A drop near 0 says little of how far to go, so no step is longer than this.
+        ratio = 0.9 * self.max_drop / max(trial.drop, self.max_drop / 8, 1e-30)
+        if inside is None:
+            return self._first(trial.rise * max(ratio, 0.25))
+        # A small drop is mostly noise, so half of the way to the cheapest choice is gone at least.
+        middle = math.sqrt(self._cost(0) * self._cost(inside))
+        halfway = next(i for i in range(len(self.points)) if self._cost(i) >= middle)
+        return min(self._first(trial.rise * min(ratio, 4.0)), halfway)
+
+    def _first(self, rise: float) -> int:
+        """Return the cheapest point with a predicted rise of at most ``rise``."""
+        return next((i for i, point in enumerate(self.points) if point.rise <= rise), len(self.points) - 1)
+
+    def _cost(self, index: int) -> float:
+        return self.points[index].costs[self.minimise]
 
     def _between(self, outside: Trial, inside: Trial) -> float:
         """Return the rise at which the drop, if linear in the logarithm of the rise, is the accepted one."""
