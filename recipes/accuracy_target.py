@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Subset
 
 from lightning_ptq import AdaQuantLayerwise, BitAllocator, CalibrationCapture, PTQReport
 
+SHORT = ["w8a8", "w4a8", "w3a8", "w2a8"]
 UNIFORM = ["w8a8", "w4a8", "w3a8", "w2a8", "w4a4", "w3a3", "w2a4"]
 
 
@@ -70,6 +71,7 @@ def main(
     minimise: Literal["size", "bops"] = "size",
     uniform: list[str] = UNIFORM,
     candidates: list[str] | None = None,
+    short_tuning: bool = False,
     seed: int = 0,
     json: Path | None = None,
 ) -> None:
@@ -84,6 +86,7 @@ def main(
         minimise: Whether the smallest network is sought, or that of the fewest bit operations.
         uniform: Bit widths for comparison.
         candidates: Bit widths that the search chooses from; by default those of BitAllocator.
+        short_tuning: Whether all candidates are tuned with few steps before the search, in parallel mode.
         seed: Seed of all random choices.
         json: File for the measurements.
     """
@@ -100,7 +103,9 @@ def main(
 
     found = copy.deepcopy(module)
     allocator = BitAllocator(monitor="top1", max_drop=max_drop / 100, minimise=minimise, candidates=candidates)
-    report, seconds = fitted(found, calib, val, CalibrationCapture("w8a8"), allocator, AdaQuantLayerwise(seed=seed))
+    before_search = [AdaQuantLayerwise("parallel", candidates=candidates or SHORT, steps=10)] if short_tuning else []
+    callbacks = [CalibrationCapture("w8a8"), *before_search, allocator, AdaQuantLayerwise(seed=seed)]
+    report, seconds = fitted(found, calib, val, *callbacks)
     rows: list[dict[str, Any]] = [
         {
             "way": "BitAllocator", **costs(report), "passes": seconds / per_pass,

@@ -25,7 +25,7 @@ ROUNDED_SHARE = 8.0
 """The first trial is where the network without tuning loses about this many times the accepted drop."""
 
 WORTHWHILE = 0.81
-"""A trial halfway to the cheapest choice would save less than a tenth where that has more than this part of the cost."""
+"""Halfway to the cheapest choice, a trial saves less than a tenth if that has more than this part of the cost."""
 
 NEAR = 0.9
 """Trials whose costs have a greater ratio are not told apart further, if the standard error is greater than that of
