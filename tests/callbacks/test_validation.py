@@ -169,15 +169,16 @@ def test_the_allocator_returns_the_smallest_network_within_the_drop(pl, tmp_path
 def test_the_chosen_trial_is_what_a_run_at_its_widths_gives(pl, tmp_path):
     module, data = teacher(pl)
     allocator = BitAllocator(monitor="val_acc", max_drop=0.05)
-    callbacks = [CalibrationCapture("w8a8"), allocator, AdaQuantLayerwise(**SHORT)]
+    callbacks = [CalibrationCapture("w8a8", first_last_bits=None), allocator, AdaQuantLayerwise(**SHORT)]
     trainer(pl, tmp_path, *callbacks).fit(module, loader(), data)
     again = classifier(pl, scoring)
     pins = dict(allocator.result.allocation.choice)
     candidates = sorted(set(pins.values()))
     callbacks = [
-        CalibrationCapture("w8a8"), BitAllocator(max_degradation=100.0, candidates=candidates, pins=pins, rounds=1),
+        CalibrationCapture("w8a8", first_last_bits=None),
+        BitAllocator(max_degradation=100.0, candidates=candidates, pins=pins, rounds=1),
         AdaQuantLayerwise(**SHORT),
-    ]  # fmt: skip
+    ]
     trainer(pl, tmp_path, *callbacks).fit(again, loader())
     assert same_state(state(module), state(again))
 
