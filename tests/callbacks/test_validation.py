@@ -173,7 +173,7 @@ def test_the_chosen_trial_is_what_a_run_at_its_widths_gives(pl, tmp_path):
     trainer(pl, tmp_path, *callbacks).fit(module, loader(), data)
     again = classifier(pl, scoring)
     pins = dict(allocator.result.allocation.choice)
-    candidates = sorted(set(pins.values()))
+    candidates = sorted({"w8a8", *pins.values()})
     callbacks = [
         CalibrationCapture("w8a8", first_last_bits=None),
         BitAllocator(max_degradation=100.0, candidates=candidates, pins=pins, rounds=1),
