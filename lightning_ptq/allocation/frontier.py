@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -195,12 +195,16 @@ def frontier_around(
         budgets: Its budgets by cost name; may be empty.
         minimise: Name of the cost that is swept if there are no budgets.
         options: Further arguments of :func:`~lightning_ptq.allocation.solver.allocate_bits`.
-
-    Raises:
-        AllocationError: If no choice meets the other budgets.
     """
     name = next(iter(budgets), minimise)
     others = {cost: budget for cost, budget in budgets.items() if cost != name}
     # Each point takes about as long as the allocation did, so a slow one gets fewer points.
     points = 12 if result.allocation.seconds < 0.5 else 5
-    return sweep(result.sensitivity, costs, name, points=points, others=others, **options)
+    try:
+        return sweep(result.sensitivity, costs, name, points=points, others=others, **options)
+    except AllocationError:  # ties, pins and the other budgets leave a single choice, and no budget to sweep
+        cost, choice = next(cost for cost in costs if cost.name == name), result.allocation.choice
+        total = cost.total(choice)
+        only = replace(result.allocation, costs={name: total}, limits={name: total})
+        point = FrontierPoint(total, result.sensitivity.predict(choice), None, only)
+        return Frontier(name, result.sensitivity.measure, cost.unit, [point])
