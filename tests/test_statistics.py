@@ -306,7 +306,8 @@ class Cast(nn.Module):
 
 
 def test_a_layer_that_cannot_run_alone_is_skipped_and_named():
-    calibration = calibrate(build(Cast).eval(), [seeded(i, 32, 8) for i in range(4)], "w4a4")
+    qconfig = QConfig.parse("w4a4", first_last_bits=None)
+    calibration = calibrate(build(Cast).eval(), [seeded(i, 32, 8) for i in range(4)], qconfig)
     result = para_normalize(calibration, measure="mse")
     assert "cannot run outside the network's forward" in result.skipped["last"]
     with pytest.raises(SensitivityError, match=r"layer 'last' cannot run outside the network's forward.*'kl' or 'mse'"):
