@@ -47,6 +47,13 @@ def fitted(module: Any, data: DataLoader, val: DataLoader, *callbacks: Any) -> t
     return report, time.perf_counter() - start
 
 
+def around(allocator: BitAllocator, short_tuning: bool, seed: int) -> list[Any]:
+    """Return the callbacks of a search, with a short tuning of all candidates before it or without."""
+    short = AdaQuantLayerwise("parallel", candidates=allocator.candidates or SHORT, steps=10, seed=seed)
+    before = [short] if short_tuning else []
+    return [CalibrationCapture("w8a8"), *before, allocator, AdaQuantLayerwise(seed=seed)]
+
+
 def costs(report: PTQReport) -> dict[str, float]:
     """Return size and bit operations as shares of those of the float network."""
     return {"size": report.packed_bytes / report.float_bytes, "bops": float(report.summary()["bit_operations_share"])}
@@ -103,9 +110,7 @@ def main(
 
     found = copy.deepcopy(module)
     allocator = BitAllocator(monitor="top1", max_drop=max_drop / 100, minimise=minimise, candidates=candidates)
-    before_search = [AdaQuantLayerwise("parallel", candidates=candidates or SHORT, steps=10)] if short_tuning else []
-    callbacks = [CalibrationCapture("w8a8"), *before_search, allocator, AdaQuantLayerwise(seed=seed)]
-    report, seconds = fitted(found, calib, val, *callbacks)
+    report, seconds = fitted(found, calib, val, *around(allocator, short_tuning, seed))
     rows: list[dict[str, Any]] = [
         {
             "way": "BitAllocator", **costs(report), "passes": seconds / per_pass,

@@ -61,11 +61,8 @@ def fisher_rises(
         calls, samples = layer_calls(calibration, reader, batch, generator)
         measured[batch] = {}
         for name, layer in calibration.layers.items():
-            row = measured[batch].setdefault(name, {})
-            for candidate in choices.by_layer[name]:
-                if candidate == base[name]:
-                    row[candidate] = 0.0
-                    continue
+            row = measured[batch][name] = {base[name]: 0.0}
+            for candidate in (each for each in choices.by_layer[name] if each != base[name]):
                 choices.put(name, candidate)
                 try:
                     with unit_errors():

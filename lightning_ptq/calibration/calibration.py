@@ -28,7 +28,7 @@ from lightning_ptq.runtime.ranks import Ranks
 Observers = dict[tuple[str, str], MinMaxObserver]
 """Observers by the names of a layer and of one of its inputs."""
 
-LARGE = 16
+LARGE = 1 / 16
 """A first or last layer with more than this part of the weights is too large for 8 bits in the smallest network."""
 
 
@@ -177,10 +177,10 @@ class Calibration:
         return cast(LayerQConfig, qconfig.for_layer(name, edge=name in self.edges))
 
     def free_large_edges(self) -> None:
-        """From now on, treat those first and last layers as all others that hold more than 1/16 of the weights."""
+        """From now on, treat first and last layers with more than :data:`LARGE` of the weights as all others."""
         total = sum(layer.weight_count for layer in self.layers.values())
         self.freed = frozenset(
-            name for name in self.edges if name in self.layers and LARGE * self.layers[name].weight_count > total
+            name for name in self.edges if name in self.layers and self.layers[name].weight_count > LARGE * total
         )
 
     def round_to_nearest(self, name: str, qconfig: LayerQConfig) -> None:
