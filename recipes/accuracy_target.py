@@ -25,7 +25,6 @@ from torch.utils.data import DataLoader, Subset
 
 from lightning_ptq import AdaQuantLayerwise, BitAllocator, CalibrationCapture, PTQReport
 
-SHORT = ["w8a8", "w4a8", "w3a8", "w2a8"]
 UNIFORM = ["w8a8", "w4a8", "w3a8", "w2a8", "w4a4", "w3a3", "w2a4"]
 
 
@@ -45,13 +44,6 @@ def fitted(module: Any, data: DataLoader, val: DataLoader, *callbacks: Any) -> t
     trainer([*callbacks]).fit(module, data, val)
     report = callbacks[0].report
     return report, time.perf_counter() - start
-
-
-def around(allocator: BitAllocator, short_tuning: bool, seed: int) -> list[Any]:
-    """Return the callbacks of a search, with a short tuning of all candidates before it or without."""
-    short = AdaQuantLayerwise("parallel", candidates=allocator.candidates or SHORT, steps=10, seed=seed)
-    before = [short] if short_tuning else []
-    return [CalibrationCapture("w8a8"), *before, allocator, AdaQuantLayerwise(seed=seed)]
 
 
 def costs(report: PTQReport) -> dict[str, float]:
@@ -78,7 +70,6 @@ def main(
     minimise: Literal["size", "bops"] = "size",
     uniform: list[str] = UNIFORM,
     candidates: list[str] | None = None,
-    short_tuning: bool = False,
     seed: int = 0,
     json: Path | None = None,
 ) -> None:
@@ -93,7 +84,6 @@ def main(
         minimise: Whether the smallest network is sought, or that of the fewest bit operations.
         uniform: Bit widths for comparison.
         candidates: Bit widths that the search chooses from; by default those of BitAllocator.
-        short_tuning: Whether all candidates are tuned with few steps before the search, in parallel mode.
         seed: Seed of all random choices.
         json: File for the measurements.
     """
@@ -110,7 +100,7 @@ def main(
 
     found = copy.deepcopy(module)
     allocator = BitAllocator(monitor="top1", max_drop=max_drop / 100, minimise=minimise, candidates=candidates)
-    report, seconds = fitted(found, calib, val, *around(allocator, short_tuning, seed))
+    report, seconds = fitted(found, calib, val, CalibrationCapture("w8a8"), allocator, AdaQuantLayerwise(seed=seed))
     rows: list[dict[str, Any]] = [
         {
             "way": "BitAllocator", **costs(report), "passes": seconds / per_pass,

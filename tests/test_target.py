@@ -29,9 +29,9 @@ class Network:
         return Measurement(0.9 - self.drop(allocation.rise), self.drop(allocation.rise), self.error)
 
 
-def search(drop, max_drop, tries=8, error=0.0, rounded=None):
+def search(drop, max_drop, tries=8, error=0.0, untuned=None):
     network = Network(drop, error)
-    trials = search_drop(POINTS, max_drop, "size", network, rounded, tries)
+    trials = search_drop(POINTS, max_drop, "size", network, untuned, tries)
     (chosen,) = [trial for trial in trials if trial.chosen]
     return chosen, trials, network
 
@@ -62,11 +62,11 @@ def test_enough_trials_find_the_cheapest_choice_within(power, max_drop):
 
 @pytest.mark.parametrize("tries", [1, 2, 3])
 def test_few_trials_suffice_where_the_rounded_network_shows_where_to_start(tries):
-    rounded = Network(lambda rise: 0.8 * rise / 5)
-    chosen, _, network = search(lambda rise: 0.1 * rise / 5, 0.02, tries, rounded=rounded)
+    untuned = Network(lambda rise: 0.8 * rise / 5)
+    chosen, _, network = search(lambda rise: 0.1 * rise / 5, 0.02, tries, untuned=untuned)
     best = next(point for point in POINTS if 0.1 * point.rise / 5 <= 0.02)
     assert len(network.asked) <= tries + 1
-    assert len(rounded.asked) <= 6
+    assert len(untuned.asked) <= 6
     assert chosen.costs["size"] <= (2.0 if tries == 1 else 1.1) * best.costs["size"]
 
 
@@ -88,7 +88,8 @@ def test_noise_settles_only_trials_of_nearly_the_same_cost(share, settled):
     inside = len(POINTS) - 1
     outside = next(i for i, point in enumerate(POINTS) if point.costs["size"] > share * POINTS[inside].costs["size"])
     for error in (0.0, 0.5):
-        search = _Search([*POINTS[:outside], POINTS[outside], POINTS[inside - 1], POINTS[inside]], 0.01, "size")
+        points = [*POINTS[:outside], POINTS[outside], POINTS[inside - 1], POINTS[inside]]
+        search = _Search(points, 0.01, "size", costly=False)
         search.add(outside, Measurement(0.9, 0.02, error))
         search.add(outside + 2, Measurement(0.9, 0.0, error))
         assert (search.next() is None) == (settled and error > 0)
@@ -106,7 +107,7 @@ def test_after_a_trial_within_the_next_one_is_halfway_to_the_cheapest_choice_or_
 def test_a_tuned_trial_that_could_save_less_than_a_tenth_is_not_made(costly):
     search = _Search(POINTS, 0.01, "size", costly)
     search.add(2, Measurement(0.9, 0.0, 0.0))
-    assert POINTS[2].costs["size"] < POINTS[0].costs["size"] / WORTHWHILE
+    assert POINTS[2].costs["size"] < POINTS[0].costs["size"] / WORTHWHILE**2
     assert (search.next() is None) == costly
 
 

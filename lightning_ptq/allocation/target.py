@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import linear_regression
 from typing import Any
 
 from lightning_ptq.allocation.costs import Cost
@@ -21,11 +22,14 @@ from lightning_ptq.errors import AllocationError
 POINTS = 48
 """Number of budgets on the frontier; their ratio is constant. A third of it for more than a thousand layers."""
 
-ROUNDED_SHARE = 8.0
+UNTUNED_SHARE = 8.0
 """The first trial is where the network without tuning loses about this many times the accepted drop."""
 
-WORTHWHILE = 0.81
-"""Halfway to the cheapest choice, a trial saves less than a tenth if that has more than this part of the cost."""
+WORTHWHILE = 0.9
+"""A tuning is not worth it if the network that it would try is predicted to have more than this part of the cost."""
+
+MARGIN, LAST_MARGIN = 0.9, 0.7
+"""Share of the accepted drop that a trial aims at; the last one is safer, if none has been within."""
 
 NEAR = 0.9
 """Trials whose costs have a greater ratio are not told apart further, if the standard error is greater than that of
@@ -89,7 +93,7 @@ def as_frontier(
 
 
 def search_drop(
-    points: Sequence[BitAllocation], max_drop: float, minimise: str, tuned: Measure, rounded: Measure | None, tries: int
+    points: Sequence[BitAllocation], max_drop: float, minimise: str, tuned: Measure, untuned: Measure | None, tries: int
 ) -> list[Trial]:
     """Find the cheapest allocation whose measured drop is at most ``max_drop``.
 
@@ -98,7 +102,7 @@ def search_drop(
         max_drop: Accepted drop, in the metric's unit.
         minimise: Name of the cost.
         tuned: Tunes and measures the network at an allocation.
-        rounded: Measures it without tuning, which is cheap and shows where to start; None to start in the middle.
+        untuned: Measures it without tuning, which is cheap and shows where to start; None to start in the middle.
         tries: Greatest number of tuned networks. One more is tuned, at the widest candidates, if none of them is
             within.
 
@@ -108,11 +112,11 @@ def search_drop(
     Raises:
         AllocationError: If the network drops by more at the widest candidates too.
     """
-    search = _Search(points, max_drop, minimise, costly=rounded is not None)
-    index = search.start(rounded) if rounded is not None else (len(points) - 1) // 2
-    for _ in range(tries):
+    search = _Search(points, max_drop, minimise, costly=untuned is not None)
+    index = search.start(untuned) if untuned is not None else (len(points) - 1) // 2
+    for left in reversed(range(tries)):
         search.add(index, tuned(points[index]))
-        found = search.next()
+        found = search.next(left)
         if found is None:
             break
         index = found
@@ -138,13 +142,15 @@ class _Search:
     minimise: str
     costly: bool = True
     trials: dict[int, Trial] = field(default_factory=dict)
+    untuned: dict[int, float] = field(default_factory=dict)  # drops without tuning
 
-    def start(self, rounded: Measure) -> int:
-        """Return the cheapest point at which the network without tuning loses :data:`ROUNDED_SHARE` of the drop."""
+    def start(self, untuned: Measure) -> int:
+        """Return the cheapest point at which the network without tuning loses :data:`UNTUNED_SHARE` of the drop."""
         low, high = -1, len(self.points) - 1  # the drop at high is small enough, or nothing is known of it
         while high - low > 2:
             middle = (low + high) // 2
-            within = rounded(self.points[middle]).drop <= ROUNDED_SHARE * self.max_drop
+            self.untuned[middle] = drop = untuned(self.points[middle]).drop
+            within = drop <= UNTUNED_SHARE * self.max_drop
             low, high = (low, middle) if within else (middle, high)
         return high
 
@@ -159,8 +165,12 @@ class _Search:
         """Return the cheapest point within; None if there is none."""
         return min((index for index, trial in self.trials.items() if trial.within), default=None)
 
-    def next(self) -> int | None:
-        """Return the point to try next; None if another trial would not be worth it."""
+    def next(self, left: int = 2) -> int | None:
+        """Return the point to try next; None if another trial would not be worth it.
+
+        Args:
+            left: Number of trials that may follow, with this one.
+        """
         inside = self.chosen()
         outside = max((i for i in self.trials if inside is None or i < inside), default=-1)
         high = len(self.points) if inside is None else inside
@@ -169,30 +179,48 @@ class _Search:
         if inside is not None and self._settled(outside, inside):
             return None
         low, top = outside + 1, high - 1
-        return min(max(self._aimed(outside, inside), low), top)
+        return min(max(self._aimed(outside, inside, LAST_MARGIN if left == 1 else MARGIN), low), top)
 
     def _settled(self, outside: int, inside: int) -> bool:
         """True if another trial could save too little, or would choose by chance."""
-        ratio = self._cost(max(outside, 0)) / self._cost(inside)
         if outside < 0:  # then the cheapest choice, where drops are greatest, is the limit
-            return self.costly and ratio > WORTHWHILE
-        errors = [self.trials[i].error or 0.0 for i in (outside, inside)]
-        near = self.trials[outside].drop - self.trials[inside].drop < max(errors)
-        return ratio > (NEAR if near else 0.98)
+            return self.costly and self._cost(0) / self._cost(inside) > WORTHWHILE**2
+        pair = self.trials[outside], self.trials[inside]
+        if self.costly:
+            return self._cost(self._first(self._between(*pair))) / self._cost(inside) > WORTHWHILE
+        near = pair[0].drop - pair[1].drop < max(trial.error or 0.0 for trial in pair)
+        return self._cost(outside) / self._cost(inside) > (NEAR if near else 0.98)
 
-    def _aimed(self, outside: int, inside: int | None) -> int:
+    def _aimed(self, outside: int, inside: int | None, margin: float) -> int:
         """Return the point to try between two trials, or beyond the only ones that there are."""
-        if inside is not None and outside >= 0:
-            return self._first(self._between(self.trials[outside], self.trials[inside]))
-        trial = self.trials[outside if inside is None else inside]
-        # A drop near 0 says little of how far to go, so no step is longer than this.
-        ratio = 0.9 * self.max_drop / max(trial.drop, self.max_drop / 8, 1e-30)
         if inside is None:
-            return self._first(trial.rise * max(ratio, 0.25))
-        # A small drop is mostly noise, so half of the way to the cheapest choice is gone at least.
-        middle = math.sqrt(self._cost(0) * self._cost(inside))
+            return self._wider(self.trials[outside], margin)
+        if outside < 0:
+            return self._narrower(self.trials[inside], inside)
+        return self._first(self._between(self.trials[outside], self.trials[inside], 0.25))
+
+    def _wider(self, trial: Trial, margin: float) -> int:
+        """Return the point to try after a trial beyond the limit: drops are taken to follow a power of the rise."""
+        # Half a standard error is taken off, as a trial is beyond the limit partly by chance.
+        drop = max(trial.drop - (trial.error or 0.0) / 2, self.max_drop, 1e-30)
+        return self._first(trial.rise * max(margin * self.max_drop / drop, 1 / 16) ** (1 / self._power()))
+
+    def _narrower(self, trial: Trial, index: int) -> int:
+        """Return the point to try after a trial within, halfway to the cheapest choice at least."""
+        # A small drop is mostly noise, so it says little of how far to go.
+        ratio = MARGIN * self.max_drop / max(trial.drop, self.max_drop / 8, 1e-30)
+        middle = math.sqrt(self._cost(0) * self._cost(index))
         halfway = next(i for i in range(len(self.points)) if self._cost(i) >= middle)
         return min(self._first(trial.rise * min(ratio, 4.0)), halfway)
+
+    def _power(self) -> float:
+        """Return the power of the rise that drops without tuning follow, by least squares; from 0.5 to 1."""
+        # A drop near 0 is noise.
+        points = {i: (self.points[i].rise, max(drop, self.max_drop / 8)) for i, drop in self.untuned.items()}
+        logs = [(math.log(rise), math.log(drop)) for rise, drop in points.values() if rise > 0 < drop]
+        if len({rise for rise, _ in logs}) < 2:
+            return 1.0
+        return min(max(linear_regression(*zip(*logs, strict=True)).slope, 0.5), 1.0)
 
     def _first(self, rise: float) -> int:
         """Return the cheapest point with a predicted rise of at most ``rise``."""
@@ -201,9 +229,12 @@ class _Search:
     def _cost(self, index: int) -> float:
         return self.points[index].costs[self.minimise]
 
-    def _between(self, outside: Trial, inside: Trial) -> float:
-        """Return the rise at which the drop, if linear in the logarithm of the rise, is the accepted one."""
+    def _between(self, outside: Trial, inside: Trial, apart: float = 0.0) -> float:
+        """Return the rise at which the drop, if linear in the logarithm of the rise, is the accepted one.
+
+        It keeps a share of the way from both trials.
+        """
         low, high = math.log(max(inside.rise, 1e-30)), math.log(max(outside.rise, 2e-30))
         span = outside.drop - inside.drop
         share = (self.max_drop - inside.drop) / span if span > 0 else 0.5
-        return math.exp(low + (high - low) * min(max(share, 0.25), 0.75))
+        return math.exp(low + (high - low) * min(max(share, apart), 1 - apart))

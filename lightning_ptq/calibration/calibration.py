@@ -179,7 +179,7 @@ class Calibration:
     def free_large_edges(self) -> None:
         """From now on, treat first and last layers with more than :data:`LARGE` of the weights as all others."""
         total = sum(layer.weight_count for layer in self.layers.values())
-        self.freed = frozenset(
+        self.freed |= frozenset(
             name for name in self.edges if name in self.layers and self.layers[name].weight_count > LARGE * total
         )
 

@@ -113,11 +113,12 @@ class AccuracySearch:
         calibration: The calibrated module.
         target: The metric and its accepted drop.
         states: Tuned states of a parallel tuning before.
+        expected: States that stand for those of tuned layers where the search starts.
     """
 
     def __init__(
         self, trainer: Trainer, allocator: StepCallback, calibration: Calibration, target: AccuracyTarget,
-        states: TunedStates,
+        states: TunedStates, expected: TunedStates,
     ) -> None:  # fmt: skip
         self.trainer, self.calibration, self.target, self.states = trainer, calibration, target, states
         capture: Any = capture_of(trainer)  # there is one: check_order has seen it
@@ -125,6 +126,7 @@ class AccuracySearch:
         callbacks = ptq_callbacks(trainer)
         later = callbacks[callbacks.index(allocator) + 1 :]
         self.later = [each for each in later if isinstance(each, StepCallback) and each.tunes]
+        self.expected = expected
         self._start = SavedState(calibration)
         self._kept: dict[str, tuple[SavedState, dict[StepCallback, Any], list[Any]]] = {}
         self._count = 0
@@ -139,8 +141,8 @@ class AccuracySearch:
             AllocationError: If no choice is within the accepted drop.
         """
         # Trials without tuning cost no more than a look at where to start, so all steps of a bisection are taken.
-        tries, rounded = (self.target.tries, self._rounded) if self.later else (POINTS.bit_length() + 1, None)
-        trials = search_drop(points, self.target.max_drop, minimise, self._tuned, rounded, tries)
+        tries, untuned = (self.target.tries, self._untuned) if self.later else (POINTS.bit_length() + 1, None)
+        trials = search_drop(points, self.target.max_drop, minimise, self._tuned, untuned, tries)
         chosen = next(trial for trial in trials if trial.chosen)
         state, results, warnings = self._kept[str(chosen.choice)]
         state.restore()
@@ -151,9 +153,9 @@ class AccuracySearch:
             self.capture.report.trials = trials
         return next(point for point in points if point.choice == chosen.choice)
 
-    def _rounded(self, allocation: BitAllocation) -> Measurement:
-        """Measure the network with rounded weights, or those of the parallel tuning."""
-        self._apply(allocation)
+    def _untuned(self, allocation: BitAllocation) -> Measurement:
+        """Measure the network with the weights that stand for tuned ones."""
+        self._apply(allocation, self.expected)
         return self._measured(self._validate())
 
     def _tuned(self, allocation: BitAllocation) -> Measurement:
@@ -162,7 +164,7 @@ class AccuracySearch:
         most = f" of at most {self.target.tries}" if self.later else ""
         size = format_bytes(round(allocation.costs["size"]))
         rank_zero_info(f"Bit allocation, trial {self._count}{most}: {size}.")
-        self._apply(allocation)
+        self._apply(allocation, self.states)
         noted = [] if self.capture.report is None else self.capture.report.warnings
         before = len(noted)
         name = str(allocation.choice)
@@ -174,9 +176,9 @@ class AccuracySearch:
         self._tell(allocation, found)
         return found
 
-    def _apply(self, allocation: BitAllocation) -> None:
+    def _apply(self, allocation: BitAllocation, states: TunedStates) -> None:
         self._start.restore()
-        apply_allocation(self.calibration, allocation, self.states)
+        apply_allocation(self.calibration, allocation, states)
 
     def _validate(self) -> Scores:
         module: Any = self.calibration.module

@@ -27,6 +27,8 @@ from lightning_ptq.errors import AllocationError
 from lightning_ptq.numerics.qconfig import parse_candidates
 from lightning_ptq.report import PTQReport
 from lightning_ptq.runtime.journal import NO_JOURNAL, Journal
+from lightning_ptq.runtime.progress import Progress
+from lightning_ptq.tuning.solved_states import solved_states
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -179,6 +181,7 @@ class BitAllocator(StepCallback):
     ) -> AllocationResult:
         """Choose the widths within budgets, or within a rise of the measure."""
         with self._progress(trainer) as progress:
+            expected = self._expected(trainer, calibration, candidates, states, progress)
             result = search_allocation(
                 calibration,
                 candidates,
@@ -186,7 +189,7 @@ class BitAllocator(StepCallback):
                 self.budgets,
                 rounds=self.rounds,
                 max_degradation=self.max_degradation,
-                states=states,
+                states=expected,
                 measuring=self.measuring,
                 solving={**self._solving, "minimise": self.minimise},
                 progress=progress,
@@ -207,8 +210,9 @@ class BitAllocator(StepCallback):
         if capture is not None and capture.frees_edges and not states:
             calibration.free_large_edges()
         with self._progress(trainer) as progress:
+            expected = self._expected(trainer, calibration, candidates, states, progress)
             table = measure_sensitivity(
-                calibration, candidates, states=states, progress=progress, journal=journal, **self.measuring
+                calibration, candidates, states=expected, progress=progress, journal=journal, **self.measuring
             )
         costs = self.costs(calibration, table.candidates)
         others = {name: budget for name, budget in self.budgets.items() if name != self.minimise}
@@ -217,11 +221,19 @@ class BitAllocator(StepCallback):
         points = calibration.ranks.on_rank_zero(
             lambda: fine_frontier(table, costs, self.minimise, self.budgets.get(self.minimise), **solving)
         )
-        allocation = AccuracySearch(trainer, self, calibration, target, states).run(points, self.minimise)
+        allocation = AccuracySearch(trainer, self, calibration, target, states, expected).run(points, self.minimise)
         self._frontier = as_frontier(points, table, costs, self.minimise)
         same = {key: self.measuring[key] for key in ("measure", "output")}
-        measured = measure_choice(calibration, allocation.choice, states=states, **same)
+        measured = measure_choice(calibration, allocation.choice, states=expected, **same)
         return AllocationResult(allocation, table, measured)
+
+    def _expected(
+        self, trainer: Trainer, calibration: Calibration, candidates: list[str], states: TunedStates, progress: Progress
+    ) -> TunedStates:
+        """Return the states that are measured: those of a tuning before, or solved ones if a tuning follows."""
+        callbacks = ptq_callbacks(trainer)
+        follows = any(isinstance(each, AdaQuantLayerwise) for each in callbacks[callbacks.index(self) + 1 :])
+        return solved_states(calibration, candidates, progress) if follows and not states else states
 
     @property
     def monitored(self) -> list[str]:

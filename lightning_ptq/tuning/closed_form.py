@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,44 +45,66 @@ def solve_layers(
     """
     counts = over_shards({own.shard.index: calls_of(unit, own) for own in samples})
     for name, layer in unit.layers.items():
-        if not _solvable(layer) or any(count.get(name, 0) > 1 for count in counts):
+        is_convolution = solvable(layer) and layer.weights["weight"].dim() > 2
+        if not is_convolution or any(count.get(name, 0) > 1 for count in counts):
             continue
         found = over_shards({own.shard.index: moments_of(unit, name, layer, own) for own in samples})
         moments = [each for each in found if each is not None]
         if moments:
             # Singular up to rounding: the layer stays as it is.
             with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # torch exports it without listing it
-                _solve(cast(Any, layer), moments)
+                Solution.of(layer, moments).put(layer)
 
 
-def _solvable(layer: QuantizedOp) -> bool:
-    """Return True for a convolution with one weight on a symmetric grid, with a scale for each output or for all."""
+def solvable(layer: QuantizedOp) -> bool:
+    """Return True for a convolution or linear layer with one weight on a symmetric grid of a scale or one by output."""
     if not layer.is_linear or layer.is_lookup or layer.tied or list(layer.weights) != ["weight"]:
         return False
     quantizer, weight = layer.weight_quantizers.get("weight"), layer.weights["weight"]
-    if quantizer is None or weight.dim() < 3 or weight[0].numel() > MOST_INPUTS:
+    if quantizer is None or weight[0].numel() > MOST_INPUTS:
         return False
     plain = layer.channels("weight").dim == 0 and quantizer.spec.symmetric
     return plain and quantizer.scale.numel() in (1, len(weight))
 
 
-def _solve(layer: Any, folds: Sequence[Moments]) -> None:
-    """Set the weight and the bias of a layer from the moments of several shards."""
-    bias, quantizer = layer._parameters.get("bias"), layer.weight_quantizers["weight"]
-    folds = [Moments(fold.inputs.to(layer.weight.device), fold.outputs.to(layer.weight.device)) for fold in folds]
-    whole = _centered(sum(folds[1:], folds[0]), bias is not None)
-    weight = layer.weight.to(whole.cross).reshape(whole.cross.shape)
-    parts = [_centered(fold, bias is not None) for fold in folds]
-    damping = _best_damping(weight, parts)
-    # Where the samples say little, the float weights say the rest: they damp what rounding may move, too.
-    solution, damped = whole.solved(weight, damping), whole.damped(damping)
-    scale = quantizer.scale.to(damped).flatten().expand(weight.shape[0] * weight.shape[1]).reshape(weight.shape[:2])
-    rounded = _rounded(solution, damped, scale, quantizer)
-    if bias is not None:
-        bias.copy_((whole.mean_outputs - (rounded @ whole.mean_inputs[:, :, None])[..., 0]).flatten())
-    margin = _MARGIN * scale.abs()[..., None]
-    within = solution.clamp(rounded - margin, rounded + margin)
-    layer.weight.copy_(within.reshape(layer.weight.shape))
+@dataclass(frozen=True)
+class Solution:
+    """The least-squares weights of a layer, before they are rounded to a grid.
+
+    Attributes:
+        weight: The weights, (groups, outputs, inputs).
+        moments: The moments that they are the solution for.
+        damping: Its weight of the float solution.
+    """
+
+    weight: Tensor
+    moments: _Centered
+    damping: float
+
+    @classmethod
+    def of(cls, layer: Any, folds: Sequence[Moments]) -> Solution:
+        """Solve for the moments of several shards, with the layer's weights as those of the float layer."""
+        has_bias = layer._parameters.get("bias") is not None
+        folds = [Moments(fold.inputs.to(layer.weight.device), fold.outputs.to(layer.weight.device)) for fold in folds]
+        whole = _centered(sum(folds[1:], folds[0]), has_bias)
+        weight = layer.weight.to(whole.cross).reshape(whole.cross.shape)
+        damping = _best_damping(weight, [_centered(fold, has_bias) for fold in folds])
+        return cls(whole.solved(weight, damping), whole, damping)
+
+    @torch.no_grad()
+    def put(self, layer: Any) -> None:
+        """Round to the grid of a layer, and set its weight and bias."""
+        bias, quantizer, moments = layer._parameters.get("bias"), layer.weight_quantizers["weight"], self.moments
+        # Where the samples say little, the float weights say the rest: they damp what rounding may move, too.
+        damped = moments.damped(self.damping)
+        shape = self.weight.shape[:2]
+        scale = quantizer.scale.to(damped).flatten().expand(shape[0] * shape[1]).reshape(shape)
+        rounded = _rounded(self.weight, damped, scale, quantizer)
+        if bias is not None:
+            bias.copy_((moments.mean_outputs - (rounded @ moments.mean_inputs[:, :, None])[..., 0]).flatten())
+        margin = _MARGIN * scale.abs()[..., None]
+        within = self.weight.clamp(rounded - margin, rounded + margin)
+        layer.weight.copy_(within.reshape(layer.weight.shape))
 
 
 @dataclass(frozen=True)

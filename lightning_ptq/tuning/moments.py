@@ -7,6 +7,7 @@ of their own are seen as they compute.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
@@ -30,7 +31,7 @@ SMALL = 64
 _POSITIONS = (2**13, 2**16)
 """Least and greatest number of positions that moments are taken over, if there are as many."""
 
-_DIMS = {F.conv1d: 1, F.conv2d: 2}
+_DIMS = {F.linear: 0, F.conv1d: 1, F.conv2d: 2}
 
 
 class _Reached(BaseException):
@@ -54,7 +55,7 @@ class Moments:
 
 
 @dataclass
-class _Product:
+class Product:
     """A product of a layer's forward: what is called, with which arguments."""
 
     func: Any
@@ -62,20 +63,27 @@ class _Product:
     kwargs: dict[str, Any]
 
     def option(self, index: int, name: str, default: Any) -> Any:
+        """Return an argument by its position or name, or its default."""
         return self.args[index] if index < len(self.args) else self.kwargs.get(name, default)
 
+    def of(self, rows: slice) -> Product:
+        """Return the product for some rows of its input."""
+        if self.args:
+            return Product(self.func, (self.args[0][rows], *self.args[1:]), self.kwargs)
+        return Product(self.func, (), {**self.kwargs, "input": self.kwargs["input"][rows]})
 
-class _Products(TorchFunctionMode):
-    """Records products while ``active``."""
+
+class Products(TorchFunctionMode):
+    """Records the products inside the ``with`` block, while ``active``."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.active = False
-        self.found: list[_Product] = []
+        self.active = True
+        self.found: list[Product] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.active and func in _DIMS:
-            self.found.append(_Product(func, args, dict(kwargs or {})))
+            self.found.append(Product(func, args, dict(kwargs or {})))
         return func(*args, **(kwargs or {}))
 
 
@@ -95,38 +103,63 @@ def calls_of(unit: Unit, samples: ShardSamples) -> dict[str, int]:
 def moments_of(unit: Unit, name: str, layer: Any, samples: ShardSamples) -> Moments | None:
     """Return the moments of a layer on some samples of a shard; None if they cannot be found."""
     total: Moments | None = None
-    least, most = _POSITIONS
-    of_sample = min(max(16 * layer.weight[0].numel(), least), most) // (2 * _SAMPLES)
-    dtype = torch.float64 if layer.weight[0].numel() <= SMALL else torch.float32
     for group, rows in samples.some(_SAMPLES):
         wanted, given = (_run(unit, name, layer, samples, group, rows, mode) for mode in ("float", "quantized"))
-        if wanted is None or given is None or len(given[1]) != 1:
+        if wanted is None or given is None:
             return None
-        y, x = wanted[0], _unfolded(given[1][0], layer.weight)
-        real = where_real(y, samples.data.padding_of(group, rows))
-        dim = layer.channel_dim(y)
-        outputs = y.movedim(dim, 0).flatten(1)  # (outputs, positions)
-        if x is None or x.shape[-1] != outputs.shape[1]:
+        real = where_real(wanted[0], samples.data.padding_of(group, rows))
+        most = positions_of(layer, count_of(rows), 2 * _SAMPLES)
+        own = moments_of_products(layer, given[1], wanted[0], real, most, samples.generator)
+        if own is None:
             return None
-        picked = torch.arange(x.shape[-1], device=x.device)
-        if real is not None:
-            picked = picked[real.expand_as(y).movedim(dim, 0).flatten(1)[0]]
-        if len(picked) > (most := of_sample * max(1, count_of(rows))):
-            order = torch.randperm(len(picked), generator=samples.generator, device=samples.generator.device)
-            picked = picked[order[:most].to(picked.device)]
-        x, outputs = x[..., picked].to(dtype), outputs[:, picked].to(dtype)
-        x = torch.cat([x, x.new_ones(len(x), 1, x.shape[-1])], 1)
-        own = Moments((x @ x.mT).cpu(), (outputs.unflatten(0, (len(x), -1)) @ x.mT).cpu())  # ranks exchange them
         total = own if total is None else total + own
     return total
 
 
+def positions_of(layer: Any, samples: int, of: int) -> int:
+    """Return the greatest number of positions of some samples of a layer's inputs, out of ``of`` samples in all."""
+    (least, most), inputs = _POSITIONS, int(layer.weight[0].numel())
+    return min(max(16 * inputs, least), most) // of * max(1, samples)
+
+
+def moments_of_products(
+    layer: Any, products: Sequence[Product], wanted: Tensor, real: Tensor | None, most: int, generator: torch.Generator
+) -> Moments | None:
+    """Return the moments of one call of a layer; None if it does not compute one product of a known kind.
+
+    Args:
+        layer: The layer.
+        products: The products of its forward on the quantized inputs.
+        wanted: Its float output.
+        real: Which values of the output belong to positions with data; None for all of them.
+        most: Greatest number of positions; more are drawn from.
+        generator: Draws the positions.
+    """
+    if len(products) != 1:
+        return None
+    x, dim = _unfolded(products[0], layer.weight), layer.channel_dim(wanted)
+    outputs = wanted.movedim(dim, 0).flatten(1)  # (outputs, positions)
+    if x is None or x.shape[-1] != outputs.shape[1]:
+        return None
+    picked = torch.arange(x.shape[-1], device=x.device)
+    if real is not None:
+        picked = picked[real.expand_as(wanted).movedim(dim, 0).flatten(1)[0]]
+    if len(picked) > most:
+        order = torch.randperm(len(picked), generator=generator, device=generator.device)
+        picked = picked[order[:most].to(picked.device)]
+    dtype = torch.float64 if layer.weight[0].numel() <= SMALL else torch.float32
+    x, outputs = x[..., picked].to(dtype), outputs[:, picked].to(dtype)
+    x = torch.cat([x, x.new_ones(len(x), 1, x.shape[-1])], 1)
+    return Moments((x @ x.mT).cpu(), (outputs.unflatten(0, (len(x), -1)) @ x.mT).cpu())  # ranks exchange them
+
+
 def _run(
     unit: Unit, name: str, layer: Any, samples: ShardSamples, group: Group, rows: Tensor | slice, mode: Mode
-) -> tuple[Tensor, list[_Product]] | None:
+) -> tuple[Tensor, list[Product]] | None:
     """Return output and products of the layer's call; None if it is not called."""
     outputs: list[Tensor] = []
-    products = _Products()
+    products = Products()
+    products.active = False
 
     def before(*_: Any) -> None:
         products.active = True
@@ -141,9 +174,11 @@ def _run(
     return (outputs[0], products.found) if outputs else None
 
 
-def _unfolded(product: _Product, weight: Tensor) -> Tensor | None:
+def _unfolded(product: Product, weight: Tensor) -> Tensor | None:
     """Return what each position multiplies the weights of a group by, (groups, inputs, positions)."""
     x, dims = product.option(0, "input", None), _DIMS[product.func]
+    if not dims:
+        return cast(Tensor, x.flatten(0, -2).T[None])
     stride, padding, dilation, groups = (
         product.option(index, key, default)
         for index, key, default in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1), (6, "groups", 1))
