@@ -8,7 +8,16 @@ import pytest
 
 from lightning_ptq.allocation.costs import Cost
 from lightning_ptq.allocation.sensitivity_table import SensitivityTable
-from lightning_ptq.allocation.target import WORTHWHILE, Measurement, _Search, as_frontier, fine_frontier, search_drop
+from lightning_ptq.allocation.target import (
+    LAST_MARGIN,
+    MARGIN,
+    WORTHWHILE,
+    Measurement,
+    _Search,
+    as_frontier,
+    fine_frontier,
+    search_drop,
+)
 from lightning_ptq.errors import AllocationError
 
 NAMES = [f"layer{i}" for i in range(12)]
@@ -101,6 +110,37 @@ def test_after_a_trial_within_the_next_one_is_halfway_to_the_cheapest_choice_or_
         search.add(20, Measurement(0.9, drop, 0.005))
         middle = math.sqrt(POINTS[0].costs["size"] * POINTS[20].costs["size"])
         assert POINTS[search.next() - 1].costs["size"] < middle
+
+
+@pytest.mark.parametrize("power", [0.5, 0.7, 1.0, 2.0])
+@pytest.mark.parametrize(("left", "margin"), [(2, MARGIN), (1, LAST_MARGIN)])
+def test_after_a_trial_beyond_the_limit_drops_follow_the_power_of_the_rise_that_they_have_without_tuning(
+    power, left, margin
+):
+    search = _Search(POINTS, 0.01, "size")
+    search.untuned = {index: POINTS[index].rise ** power for index in (2, 5, 11)}
+    search.add(5, Measurement(0.9, 0.03, 0.02))
+    expected = POINTS[5].rise * (margin * 0.01 / 0.02) ** (1 / min(power, 1.0))  # half a standard error less
+    found = search.next(left)
+    assert POINTS[found].rise <= expected * (1 + 1e-9)
+    assert POINTS[found - 1].rise > expected * (1 - 1e-9)
+
+
+def test_without_drops_of_several_rises_drops_are_proportional_to_the_rise():
+    for untuned in ({}, {5: 0.3}, {5: 0.3, len(POINTS) - 1: 0.0}):
+        search = _Search(POINTS, 0.01, "size")
+        search.untuned = untuned
+        search.add(5, Measurement(0.9, 0.018, None))
+        assert POINTS[search.next()].rise <= POINTS[5].rise / 2 < POINTS[search.next() - 1].rise
+
+
+def test_a_tuning_is_not_worth_it_where_the_limit_is_predicted_close_to_the_trial_within():
+    for drop, settled in ((0.011, False), (0.05, True)):
+        search = _Search(POINTS, 0.01, "size")
+        search.add(8, Measurement(0.9, drop, 0.0))
+        search.add(20, Measurement(0.9, 0.008, 0.0))
+        assert POINTS[8].costs["size"] < 0.75 * POINTS[20].costs["size"]
+        assert (search.next() is None) == settled
 
 
 @pytest.mark.parametrize("costly", [True, False])

@@ -19,7 +19,7 @@ from lightning_ptq.allocation.solver import BitAllocation
 from lightning_ptq.allocation.trial import Trial
 from lightning_ptq.errors import AllocationError
 
-POINTS = 48
+POINTS = 96
 """Number of budgets on the frontier; their ratio is constant. A third of it for more than a thousand layers."""
 
 UNTUNED_SHARE = 8.0

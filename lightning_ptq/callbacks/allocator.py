@@ -52,8 +52,9 @@ class BitAllocator(StepCallback):
 
     Runs :func:`~lightning_ptq.allocation.search.search_allocation` after
     :class:`~lightning_ptq.callbacks.capture.CalibrationCapture`, or after a parallel
-    :class:`~lightning_ptq.callbacks.adaquant.AdaQuantLayerwise`, whose candidates and tuned states it uses.
-    A sequential one may follow.
+    :class:`~lightning_ptq.callbacks.adaquant.AdaQuantLayerwise`, whose candidates and tuned states it uses. Where a
+    sequential one follows, sensitivities are those of layers in closed form
+    (:func:`~lightning_ptq.tuning.solved_states.solved_states`), which are close to tuned ones.
 
     Args:
         size: Budget for the packed weights: a fraction (at most 1) of the float model's bytes, or bytes;

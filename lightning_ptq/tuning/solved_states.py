@@ -35,6 +35,9 @@ _SAMPLES = 256
 _LEAST_ROWS, _SPREAD = 8, 4
 """Positions are drawn from this many samples of a batch at least, and from this many times as many positions."""
 
+_UNFOLDED = 2**26
+"""Greatest number of inputs of all positions of these samples, which are unfolded at a time."""
+
 _BYTES = 2**28
 """Bytes of the moments that are held at a time; more layers take more forwards."""
 
@@ -130,7 +133,8 @@ def _rows(layer: Any, wanted: Tensor, most: int) -> slice:
     if layer.weights["weight"].dim() < 3:  # the first dimension of a linear layer's input need not be the samples
         return slice(None)
     positions = max(1, wanted[0].numel() // wanted.shape[layer.channel_dim(wanted)])
-    return slice(max(_LEAST_ROWS, -(-_SPREAD * most // positions)))
+    unfolded = positions * layer.weights["weight"][0].numel() * getattr(layer, "groups", 1)
+    return slice(max(1, min(max(_LEAST_ROWS, -(-_SPREAD * most // positions)), _UNFOLDED // unfolded)))
 
 
 class _Moments:

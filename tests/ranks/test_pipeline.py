@@ -15,6 +15,7 @@ from lightning_ptq import AdaQuantLayerwise, BitAllocator, CalibrationCapture, S
 from lightning_ptq.calibration.batches import Batches
 from lightning_ptq.errors import PTQWarning
 from lightning_ptq.runtime.ranks import current_ranks
+from lightning_ptq.tuning.solved_states import solved_states
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning_ptq.errors.RolledBackWarning"),
@@ -99,6 +100,29 @@ def test_each_rank_has_all_batches_and_those_of_others_in_files():
         assert all(torch.equal(a, b) for a, b in zip(batches, whole, strict=True))
         assert filed == [index for index in range(5) if index % 2 != rank]
         assert left == [False]
+
+
+def solved(world: int) -> Any:
+    """The states in closed form, and the names of the layers that a rank has solved."""
+    images = seeded(0, 64, 2, 6, 6)
+    if world > 1:
+        dist.init_process_group("gloo")
+    ranks, names = current_ranks(), []
+    calibration = calibrate(build(ResNet).eval(), images[ranks.rank :: world].split(8), "w8a8", ranks=ranks)
+    states = solved_states(calibration, CANDIDATES, lambda done, total, text: names.append(text))
+    return states, set(names[:-1])
+
+
+def test_ranks_share_the_layers_that_are_solved():
+    alone, names = run(1, solved, 1)[0]
+    (first, some), (second, others) = run(2, solved, 2)
+    assert some | others == names
+    assert not some & others
+    assert alone.keys() == {"w4a4", "w2a4"}
+    for candidate, states in alone.items():
+        for found in (first, second):
+            assert found[candidate].keys() == states.keys()
+            assert all(same_state(found[candidate][name], states[name]) for name in states)
 
 
 def test_batches_stay_in_memory_where_the_disk_has_no_room(monkeypatch):
