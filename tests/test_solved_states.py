@@ -158,6 +158,37 @@ def test_a_few_hundred_samples_are_used(monkeypatch: pytest.MonkeyPatch) -> None
     assert indices == list(range(0, 32, 4))
 
 
+class Mixed(Net):
+    """Its forward has a precision and records gradients of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x)
+
+
+def test_moments_are_taken_in_full_precision_and_without_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes: set[torch.dtype] = set()
+    found = module.moments_of_products
+
+    def seen(*args: Any) -> Any:
+        moments = found(*args)
+        dtypes.update({moments.inputs.dtype, moments.outputs.dtype})
+        assert not moments.inputs.requires_grad
+        assert not torch.is_autocast_enabled("cpu")
+        return moments
+
+    monkeypatch.setattr(module, "moments_of_products", seen)
+    states = solved_states(calibrated(Mixed), CANDIDATES)
+    assert dtypes <= {torch.float32, torch.float64}
+    assert states.keys() == set(CANDIDATES[1:])
+
+
+def test_layers_whose_weights_other_code_reads_are_left_out() -> None:
+    calibration = calibrated()
+    calibration.layers["two"].exposed = True
+    assert "two" not in solved_states(calibration, CANDIDATES)["w2a8"]
+
+
 def test_singular_moments_leave_a_layer_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object, **__: object) -> Tensor:
         raise torch.linalg.LinAlgError("the leading minor of order 3 is not positive-definite")

@@ -119,7 +119,7 @@ def moments_of(unit: Unit, name: str, layer: Any, samples: ShardSamples) -> Mome
 def positions_of(layer: Any, samples: int, of: int) -> int:
     """Return the greatest number of positions of some samples of a layer's inputs, out of ``of`` samples in all."""
     (least, most), inputs = _POSITIONS, int(layer.weight[0].numel())
-    return min(max(16 * inputs, least), most) // of * max(1, samples)
+    return max(1, min(max(16 * inputs, least), most) // of) * max(1, samples)
 
 
 def moments_of_products(

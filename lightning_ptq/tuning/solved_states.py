@@ -75,12 +75,9 @@ def solved_states(
             moments = _Moments(calibration, choices, portion).all()
             for name, pairs in portion.items():
                 progress(list(own).index(name), len(own), f"solving {name}")
-                solutions = _solutions(calibration.layers[name], name, moments)
-                for candidate, pair in pairs.items():
-                    if solution := solutions.get(pair.activation):
-                        choices.put(name, str(pair))
-                        solution.put(calibration.layers[name])
-                        states[candidate, name] = calibration.layers[name].state()
+                # Singular up to rounding: the layer is rounded to the nearest.
+                with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # torch does not list it
+                    states |= _states(choices, name, pairs, moments)
     progress(len(own), len(own), "solving")
     merged: dict[str, LayerStates] = {}
     for (candidate, name), state in calibration.ranks.merge(states).items():
@@ -91,7 +88,9 @@ def solved_states(
 def _low(calibration: Calibration, candidates: Sequence[str]) -> _Low:
     """Return the candidates with fewer than 8 bits for the weights, of each layer that has several candidates."""
     low: _Low = {}
-    for name in calibration.layers:
+    for name, layer in calibration.layers.items():
+        if layer.exposed:  # its weights have to lie on their grid, as other code reads them
+            continue
         pairs = {str(candidate): calibration.qconfig_at(name, candidate) for candidate in parse_candidates(candidates)}
         few = {candidate: pair for candidate, pair in pairs.items() if pair.weight.bits < 8}
         if few and len(set(map(str, pairs.values()))) > 1:
@@ -116,16 +115,20 @@ def _portions(calibration: Calibration, low: _Low) -> Iterator[_Low]:
         yield portion
 
 
-def _solutions(layer: Any, name: str, moments: Mapping[_Key, Sequence[Moments]]) -> dict[QuantSpec | None, Solution]:
-    """Return the solutions of a layer by spec of its inputs."""
-    solutions: dict[QuantSpec | None, Solution] = {}
+def _states(
+    choices: Candidates, name: str, pairs: Mapping[str, LayerQConfig], moments: Mapping[_Key, Sequence[Moments]]
+) -> dict[tuple[str, str], State]:
+    """Return the states of a layer in closed form, by candidate and name."""
+    layer: Any = choices.calibration.layers[name]
     layer.restore_reference()
-    for (other, spec), folds in moments.items():
-        if other == name:
-            # Singular up to rounding: the layer is rounded to the nearest.
-            with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # torch exports it without listing it
-                solutions[spec] = Solution.of(layer, folds)
-    return solutions
+    solutions = {spec: Solution.of(layer, folds) for (other, spec), folds in moments.items() if other == name}
+    states: dict[tuple[str, str], State] = {}
+    for candidate, pair in pairs.items():
+        if solution := solutions.get(pair.activation):
+            choices.put(name, str(pair))
+            solution.put(layer)
+            states[candidate, name] = layer.state()
+    return states
 
 
 def _rows(layer: Any, wanted: Tensor, most: int) -> slice:
@@ -167,6 +170,7 @@ class _Moments:
                 self.calibration.run(batch)
         return {key: list(folds.values()) for key, folds in self.folds.items() if key[0] not in self.failed}
 
+    @torch.no_grad()
     def _add(self, name: str, layer: Any, args: Any, kwargs: Any, output: Any, batch: int, fold: int) -> bool:
         """Add the moments of a call; return False if the layer cannot be solved.
 
@@ -184,10 +188,10 @@ class _Moments:
             # Seeded by the batch, so that the positions do not depend on which layers are taken together.
             generator = torch.Generator().manual_seed(batch)
             some = _rows(layer, wanted, most)
-            found = moments_of_products(
-                layer, [each.of(some) for each in products.found], wanted[some], real if real is None else real[some],
-                most, generator,
-            )  # fmt: skip
+            parts = [each.of(some) for each in products.found]
+            known = None if real is None else real[some]
+            with torch.autocast(wanted.device.type, enabled=False):
+                found = moments_of_products(layer, parts, wanted[some], known, most, generator)
             if found is None:
                 return False
             folds = self.folds.setdefault((name, spec), {})
