@@ -82,7 +82,7 @@ def main(
     data: Path,
     weights: Path,
     out: Path,
-    sizes: list[float] = [0.2, 0.16, 0.13, 0.11, 0.095],  # noqa: B006  # jsonargparse copies it
+    sizes: list[float] = [0.2, 0.16, 0.13, 0.11, 0.095, 0.08],  # noqa: B006  # jsonargparse copies it
     calibration: int = 1024,
     seed: int = 0,
 ) -> None:

@@ -143,6 +143,32 @@ def test_a_tuning_is_not_worth_it_where_the_limit_is_predicted_close_to_the_tria
         assert (search.next() is None) == settled
 
 
+def test_a_drop_of_exactly_the_limit_is_within_in_single_precision():
+    torch = pytest.importorskip("torch")
+    rejected = 0
+    for right in range(100, 1001):
+        before, value = (float(torch.tensor(count / 1000)) for count in (right, right - 10))
+        rejected += not Measurement(value, before - value, None).within(0.01)
+    assert rejected == 0
+    assert not Measurement(0.8399, 0.0101, None).within(0.01)
+
+
+def test_a_metric_that_is_not_finite_is_no_drop_and_no_error_of_arithmetic():
+    search = _Search(POINTS, 0.01, "size")
+    search.untuned = {5: math.inf, 11: 0.2, 20: 0.02}
+    search.add(5, Measurement(math.nan, math.inf, None))
+    assert 5 < search.next() < len(POINTS) - 1
+    with pytest.raises(AllocationError, match="the metric of every network that was tried is nan"):
+        search_drop(POINTS, 0.01, "size", lambda _: Measurement(math.nan, math.inf, None), None, 2)
+
+
+def test_a_trial_within_at_the_widest_candidates_does_not_end_the_search():
+    search = _Search(POINTS, 0.01, "size")
+    search.add(5, Measurement(0.9, 0.02, 0.0))
+    search.add(len(POINTS) - 1, Measurement(0.9, 0.0, 0.0))
+    assert 5 < search.next() < len(POINTS) - 2
+
+
 @pytest.mark.parametrize("costly", [True, False])
 def test_a_tuned_trial_that_could_save_less_than_a_tenth_is_not_made(costly):
     search = _Search(POINTS, 0.01, "size", costly)

@@ -44,6 +44,10 @@ class Measurement:
     drop: float
     error: float | None
 
+    def within(self, max_drop: float) -> bool:
+        """True if the drop is at most the accepted one, up to the rounding of a metric in single precision."""
+        return self.drop <= max_drop + 2**-22 * abs(self.value)
+
 
 Measure = Callable[[BitAllocation], Measurement]
 """Gives the network the widths of an allocation, and measures it."""
@@ -125,6 +129,11 @@ def search_drop(
     chosen = search.chosen()
     if chosen is None:
         best = min(search.trials.values(), key=lambda trial: trial.drop)
+        if not math.isfinite(best.value):
+            raise AllocationError(
+                f"the metric of every network that was tried is {best.value:g}, so no drop can be measured. Mend the"
+                " metric or the validation data, or give wider candidates."
+            )
         raise AllocationError(
             f"no choice of bit widths stays within max_drop={max_drop:g}: the best one drops by {best.drop:.4g}, to"
             f" {best.value:.4g}. Accept a greater drop, give wider candidates, or add AdaQuantLayerwise behind the"
@@ -156,7 +165,7 @@ class _Search:
 
     def add(self, index: int, found: Measurement) -> None:
         """Add a trial."""
-        point, within = self.points[index], found.drop <= self.max_drop
+        point, within = self.points[index], found.within(self.max_drop)
         self.trials[index] = Trial(
             dict(point.costs), point.rise, found.value, found.drop, found.error, within, choice=dict(point.choice)
         )
@@ -217,7 +226,7 @@ class _Search:
         """Return the power of the rise that drops without tuning follow, by least squares; from 0.5 to 1."""
         # A drop near 0 is noise.
         points = {i: (self.points[i].rise, max(drop, self.max_drop / 8)) for i, drop in self.untuned.items()}
-        logs = [(math.log(rise), math.log(drop)) for rise, drop in points.values() if rise > 0 < drop]
+        logs = [(math.log(rise), math.log(drop)) for rise, drop in points.values() if rise > 0 < drop < math.inf]
         if len({rise for rise, _ in logs}) < 2:
             return 1.0
         return min(max(linear_regression(*zip(*logs, strict=True)).slope, 0.5), 1.0)
@@ -234,7 +243,9 @@ class _Search:
 
         It keeps a share of the way from both trials.
         """
-        low, high = math.log(max(inside.rise, 1e-30)), math.log(max(outside.rise, 2e-30))
+        # The widest candidates have none.
+        least = min((point.rise for point in self.points if point.rise > 0), default=1e-30)
+        low, high = math.log(max(inside.rise, least)), math.log(max(outside.rise, 2 * least))
         span = outside.drop - inside.drop
         share = (self.max_drop - inside.drop) / span if span > 0 else 0.5
         return math.exp(low + (high - low) * min(max(share, apart), 1 - apart))

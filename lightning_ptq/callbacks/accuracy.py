@@ -77,7 +77,9 @@ class AccuracyTarget:
             )
 
     def drop(self, value: float, before: float) -> float:
-        """Return how much worse a value is than that of the float module."""
+        """Return how much worse a value is than that of the float module; infinite if the value is NaN."""
+        if math.isnan(value):
+            return math.inf
         return before - value if self.mode == "max" else value - before
 
 
@@ -170,7 +172,7 @@ class AccuracySearch:
         name = str(allocation.choice)
         results = {each: each.tried(self.trainer, self.calibration, self.capture, name) for each in self.later}
         found = self._measured(self._validate())
-        if found.drop <= self.target.max_drop:
+        if found.within(self.target.max_drop):
             self._kept[name] = SavedState(self.calibration), results, noted[before:]
         del noted[before:]  # those of the trial that is chosen come back
         self._tell(allocation, found)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 import signal
 import time
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -125,8 +126,12 @@ def doubled(module: Any, batch: Any) -> Any:
 def test_progress_of_another_run_is_not_used(tmp_path, monkeypatch, whole, change):
     cut_off(tmp_path, monkeypatch, **change)
     theirs = pieces(tmp_path)
-    with pytest.warns(ProgressWarning, match="progress of another run"):
+    told: list[str] = []
+    monkeypatch.setattr("lightning_ptq.callbacks.trainer.resuming.rank_zero_info", told.append)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ProgressWarning)
         found = quantized(tmp_path)
+    assert [text for text in told if "progress of another run" in text] == told != []
     assert same_state(found, whole)
     assert pieces(tmp_path) == theirs
 

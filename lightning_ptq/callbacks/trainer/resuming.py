@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from lightning_ptq.calibration.batch import Batch
 from lightning_ptq.calibration.calibration import Calibration
-from lightning_ptq.errors import CallbackError, ProgressWarning, warn
+from lightning_ptq.callbacks.trainer.lightning import rank_zero_info
+from lightning_ptq.errors import CallbackError
 from lightning_ptq.runtime.fingerprint import fingerprint as fingerprint_of
 from lightning_ptq.runtime.fingerprint import module_fingerprint
 from lightning_ptq.runtime.journal import NO_JOURNAL, Journal
@@ -48,9 +49,6 @@ class Journals:
         calibration: The calibrated module, before the first stage.
         stages: Callbacks that work on it, in order.
         forward: Checksum of the calibration forward.
-
-    Warns:
-        ProgressWarning: If the folder holds only entries of another run.
     """
 
     def __init__(
@@ -64,11 +62,10 @@ class Journals:
         if entries:
             log.info("resuming with %d finished entries of %s", entries, folder)
         elif any(folder.glob("*.safetensors")):
-            warn(
+            # No warning: it would come again after every failed run, until somebody deletes the folder.
+            rank_zero_info(
                 f"{folder} holds the progress of another run (another model, step, configuration or calibration set),"
-                " so this run starts from the beginning. Delete the folder if that run is not to be resumed.",
-                ProgressWarning,
-                stacklevel=2,
+                " so this run starts from the beginning. Delete the folder if that run is not to be resumed."
             )
 
     def of(self, stage: PTQCallback) -> Journal:
