@@ -51,13 +51,20 @@ def solved_states(
 ) -> dict[str, LayerStates]:
     """Return the states of the layers in closed form, by candidate and layer.
 
-    Candidates with 8 bits for the weights leave nothing to gain, so they have no states, as layers that cannot be
-    solved.
+    Each layer is solved alone, by least squares and second-order rounding (Frantar and Alistarh, "Optimal Brain
+    Compression", NeurIPS 2022; see :mod:`~lightning_ptq.tuning.closed_form`). Candidates with 8 bits for the weights
+    leave nothing to gain; they have no states, nor have layers that cannot be solved.
 
     Args:
         calibration: A calibrated module; it is left unchanged. Its ranks share the layers.
         candidates: Bit widths, such as ``["w8a8", "w4a8", "w2a8"]``.
         progress: Called with the layers done, the layers in total, and the name of a layer.
+
+    Returns:
+        For each candidate, the parameters, scales and zero points of its solved layers, the same on all ranks.
+
+    Raises:
+        QConfigError: If there are no candidates or one cannot be parsed.
 
     Example:
         >>> from torch import nn, randn
